@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Model card templates and finished cards."""

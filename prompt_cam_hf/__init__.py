@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Prompt-CAM for Hugging Face transformers."""

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: MIT
+"""Training recipes and the training program."""
