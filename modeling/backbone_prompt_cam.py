@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: MIT
+"""Where does each family of vision transformers keep its pieces, and how is one of its layers run with prompts?
+
+Everything that knows a family's inner names is here. The names moved between transformers versions and will move
+again, so each piece is looked up by the names it has had; a missing piece is an error, never a silent default.
+"""
+
+import hashlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_prompt_cam import SUPPORTED_BACKBONES, check_backbone_family
+
+_LAYERS = ("layers", "encoder.layer", "encoder.layers", "layer", "model.layer")
+_FINAL_NORM = ("layernorm", "norm", "post_layernorm")
+_NORM_1 = ("layernorm_before", "norm1", "layer_norm1")
+_NORM_2 = ("layernorm_after", "norm2", "layer_norm2")
+_ATTENTION = ("attention.attention", "attention", "self_attn")
+_QUERY = ("q_proj", "query")
+_KEY = ("k_proj", "key")
+_VALUE = ("v_proj", "value")
+_OUTPUT = ("attention.o_proj", "attention.output.dense", "self_attn.out_proj")
+# What a branch goes through before it is added to the residual stream, in this order, where a family has it.
+_AFTER_ATTENTION = (("dropout", "attention.output.dropout"), ("layer_scale1",), ("drop_path",))
+_AFTER_MLP = (("dropout",), ("layer_scale2",), ("drop_path",))
+
+
+class RotaryPositions(NamedTuple):
+    """Rotary embedding of the patches: `cos` and `sin` of shape (patches, head size), and the first patch's index."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    first_patch: int
+
+
+class Projections(NamedTuple):
+    """Queries (batch or 1, heads, queries, head size), keys and values (batch, heads, tokens, head size)."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+def _find(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
+    """The first of these (dotted) submodules that the module has."""
+    for name in names:
+        found: nn.Module | None = module
+        for part in name.split("."):
+            found = getattr(found, part, None)
+            if found is None:
+                break
+        if found is not None:
+            return found
+    return None
+
+
+def _get(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
+    found = _find(module, names)
+    if found is None:
+        raise AttributeError(
+            f"{type(module).__name__} of transformers {transformers.__version__} has none of {', '.join(names)}; "
+            "this version of the backbone is not supported."
+        )
+    return found
+
+
+def backbone_layers(backbone: PreTrainedModel) -> nn.ModuleList:
+    """The backbone's transformer layers, first one first."""
+    return _get(backbone, _LAYERS)
+
+
+def final_norm(backbone: PreTrainedModel) -> nn.Module:
+    """The norm after the last layer (CLIP's own model applies it to CLS only)."""
+    return _get(backbone, _FINAL_NORM)
+
+
+def patch_size(config: PreTrainedConfig) -> tuple[int, int]:
+    """Height and width of a patch in pixels."""
+    size = config.patch_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def image_size(config: PreTrainedConfig) -> tuple[int, int]:
+    """Height and width in pixels of the images that the backbone was trained on."""
+    size = config.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
+    """A backbone with random weights, without the parts that Prompt-CAM never uses (poolers).
+
+    Raises:
+        ValueError: the family is not supported.
+    """
+    check_backbone_family(config.model_type)
+    model_class = getattr(transformers, SUPPORTED_BACKBONES[config.model_type][0])
+    options = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
+    return model_class._from_config(config, **options)
+
+
+def vision_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The vision part of a two-tower configuration (CLIP, SigLIP), or the configuration itself."""
+    config = getattr(config, "vision_config", config)
+    check_backbone_family(config.model_type)
+    if hasattr(config, "vision_use_head"):
+        config.vision_use_head = False
+    return config
+
+
+def fingerprint_backbone(backbone: PreTrainedModel) -> str:
+    """SHA-256 over the backbone's weights, in hexadecimal.
+
+    Weights are taken under the names of the family's published checkpoints and rounded to bfloat16, so that neither a
+    new transformers version nor loading in another precision (float16 excepted) changes the digest.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(revert_weight_conversion(backbone, backbone.state_dict()).items()):
+        rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name}{tuple(rounded.shape)}".encode())
+        digest.update(rounded.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def embed(backbone: PreTrainedModel, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
+    """Images (batch, channels, height, width) to the hidden states (batch, tokens, hidden size) of the first layer.
+
+    Raises:
+        ValueError: the images have another size than the backbone's and its position encoding is not interpolated.
+    """
+    options = {}
+    if backbone.config.model_type not in ("dinov2", "dinov2_with_registers", "dinov3_vit"):  # these always adapt
+        options["interpolate_pos_encoding"] = interpolate_pos_encoding
+        expected, got = image_size(backbone.config), tuple(pixel_values.shape[-2:])
+        if got != expected and not interpolate_pos_encoding:
+            raise ValueError(
+                f"pixel_values are {got[0]}x{got[1]} pixels, the backbone expects {expected[0]}x{expected[1]}; resize "
+                "them with the image processor, or pass interpolate_pos_encoding=True."
+            )
+    hidden_states = backbone.embeddings(pixel_values, **options)
+    norm = _find(backbone, ("pre_layrnorm",))
+    return hidden_states if norm is None else norm(hidden_states)
+
+
+def rotary_positions(
+    backbone: PreTrainedModel, hidden_states: torch.Tensor, grid: tuple[int, int], num_prefix_tokens: int
+) -> RotaryPositions | None:
+    """Rotary embedding of a (rows, columns) grid of patches, for the families that use one (DINOv3)."""
+    rope = _find(backbone, ("rope_embeddings",))
+    if rope is None:
+        return None
+    rows, columns = patch_size(backbone.config)
+    # The module reads nothing but the picture's size, type and device.
+    picture = hidden_states.new_empty((1, 1, 1, 1)).expand(1, 1, grid[0] * rows, grid[1] * columns)
+    cos, sin = rope(picture)
+    return RotaryPositions(cos, sin, num_prefix_tokens)
+
+
+def _rotate(states: torch.Tensor, rotary: RotaryPositions | None) -> torch.Tensor:
+    """Rotate the patches among states of shape (batch, heads, tokens, head size); other tokens stay."""
+    if rotary is None:
+        return states
+    cos, sin, start = rotary
+    end = start + cos.shape[-2]
+    patches = states[..., start:end, :]
+    first, second = patches.chunk(2, dim=-1)
+    rotated = patches * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((states[..., :start, :], rotated, states[..., end:, :]), dim=-2)
+
+
+def project(
+    layer: nn.Module,
+    num_heads: int,
+    queries: torch.Tensor,
+    memory: torch.Tensor | None = None,
+    query_rotary: RotaryPositions | None = None,
+    memory_rotary: RotaryPositions | None = None,
+) -> Projections:
+    """Queries, keys and values of a layer's attention.
+
+    Args:
+        layer: One of `backbone_layers`.
+        num_heads: Attention heads of the layer.
+        queries: Hidden states (batch or 1, queries, hidden size) that the layer updates; they attend to themselves.
+        memory: Hidden states (batch or 1, tokens, hidden size) that they attend to as well. A batch of 1 stands for
+            states that all images share: their keys and values are computed once.
+        query_rotary: Rotary positions, where the patches are among the queries.
+        memory_rotary: Rotary positions, where the patches are among the memory.
+
+    Returns:
+        Projections whose keys and values are those of the queries, followed by those of the memory.
+    """
+    attention = _get(layer, _ATTENTION)
+
+    def heads(projection: nn.Module, normed: torch.Tensor) -> torch.Tensor:
+        return projection(normed).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+    def keys_and_values(normed: torch.Tensor, rotary: RotaryPositions | None) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = heads(_get(attention, _KEY), normed), heads(_get(attention, _VALUE), normed)
+        return _rotate(keys, rotary), values
+
+    norm = _get(layer, _NORM_1)
+    normed = norm(queries)
+    query_states = _rotate(heads(_get(attention, _QUERY), normed), query_rotary)
+    keys, values = keys_and_values(normed, query_rotary)
+    if memory is not None:
+        memory_keys, memory_values = keys_and_values(norm(memory), memory_rotary)
+        batch = max(queries.shape[0], memory.shape[0])
+        keys = torch.cat((_expand(keys, batch), _expand(memory_keys, batch)), dim=-2)
+        values = torch.cat((_expand(values, batch), _expand(memory_values, batch)), dim=-2)
+    return Projections(query_states, keys, values)
+
+
+def _expand(states: torch.Tensor, batch: int) -> torch.Tensor:
+    return states.expand(batch, -1, -1, -1)
+
+
+def attention_weights(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Softmax attention in float32: (batch, heads, queries, tokens), each row summing to 1.
+
+    Args:
+        queries: (batch or 1, heads, queries, head size).
+        keys: (batch, heads, tokens, head size).
+    """
+    scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
+    return scores.softmax(dim=-1, dtype=torch.float32)
+
+
+def _eager_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    dropout: float = 0.0,
+    **kwargs: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What transformers calls `eager`: (batch, queries, heads, head size) and the weights."""
+    weights = attention_weights(query, key)
+    kept = nn.functional.dropout(weights.to(value.dtype), p=dropout, training=module.training)
+    return (kept @ value).transpose(1, 2), weights
+
+
+def attend(
+    layer: nn.Module, projections: Projections, config: PreTrainedConfig, output_attentions: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run the attention itself, with the implementation that the backbone is set to.
+
+    Args:
+        layer: One of `backbone_layers`.
+        projections: From `project`.
+        config: The backbone's configuration.
+        output_attentions: Compute the weights too; fused implementations cannot, so this runs without them.
+
+    Returns:
+        The contexts (batch, queries, heads, head size), before the output projection; and the weights (batch, heads,
+        queries, tokens) in float32, or None.
+    """
+    attention = _get(layer, _ATTENTION)
+    implementation: Callable = _eager_attention
+    if not output_attentions:
+        implementation = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, _eager_attention)
+    dropout = getattr(config, "attention_probs_dropout_prob", None) or getattr(config, "attention_dropout", 0.0)
+    queries, keys, values = projections
+    contexts, weights = implementation(
+        attention,
+        _expand(queries, keys.shape[0]),
+        keys,
+        values,
+        None,
+        dropout=dropout if attention.training else 0.0,
+        scaling=queries.shape[-1] ** -0.5,
+        is_causal=False,
+    )
+    return contexts, weights if output_attentions else None
+
+
+def drop_path(branch: torch.Tensor, rate: float) -> torch.Tensor:
+    """Stochastic depth: zero the whole branch of a random share `rate` of the images, scale the others up."""
+    if rate == 0:
+        return branch
+    keep = torch.rand((branch.shape[0], 1, 1), dtype=branch.dtype, device=branch.device) >= rate
+    return branch * keep / (1 - rate)
+
+
+def _run_branch(layer: nn.Module, branch: torch.Tensor, pieces: tuple[tuple[str, ...], ...]) -> torch.Tensor:
+    for names in pieces:
+        piece = _find(layer, names)
+        if piece is not None:
+            branch = piece(branch)
+    return branch
+
+
+def finish_layer(
+    layer: nn.Module, queries: torch.Tensor, contexts: torch.Tensor, drop_path_rate: float = 0.0
+) -> torch.Tensor:
+    """The rest of a layer after its attention: output projection, residual connections and MLP.
+
+    Args:
+        layer: One of `backbone_layers`.
+        queries: The layer's input (batch or 1, queries, hidden size).
+        contexts: (batch, queries, heads, head size), from `attend`.
+        drop_path_rate: Stochastic depth on both branches.
+
+    Returns:
+        The updated hidden states (batch, queries, hidden size).
+    """
+    branch = _run_branch(layer, _get(layer, _OUTPUT)(contexts.flatten(-2)), _AFTER_ATTENTION)
+    # The residual stream follows the layer's device where a device map spreads the backbone.
+    hidden_states = queries.to(branch.device) + drop_path(branch, drop_path_rate)
+    branch = _run_branch(layer, layer.mlp(_get(layer, _NORM_2)(hidden_states)), _AFTER_MLP)
+    return hidden_states + drop_path(branch, drop_path_rate)
+
+
+def run_layer(
+    layer: nn.Module,
+    config: PreTrainedConfig,
+    queries: torch.Tensor,
+    memory: torch.Tensor | None = None,
+    query_rotary: RotaryPositions | None = None,
+    memory_rotary: RotaryPositions | None = None,
+    drop_path_rate: float = 0.0,
+    output_attentions: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One layer of the backbone, from its own pieces, with extra tokens to attend to.
+
+    Without memory this is the family's own layer, number for number. Arguments as in `project`, `attend` and
+    `finish_layer`.
+
+    Returns:
+        The updated queries (batch, queries, hidden size), and the attention weights (batch, heads, queries, tokens) or
+        None.
+    """
+    projections = project(layer, config.num_attention_heads, queries, memory, query_rotary, memory_rotary)
+    contexts, weights = attend(layer, projections, config, output_attentions)
+    return finish_layer(layer, queries, contexts, drop_path_rate), weights
+
+
+__all__ = [
+    "Projections",
+    "RotaryPositions",
+    "attend",
+    "attention_weights",
+    "backbone_layers",
+    "build_backbone",
+    "drop_path",
+    "embed",
+    "final_norm",
+    "fingerprint_backbone",
+    "finish_layer",
+    "image_size",
+    "patch_size",
+    "project",
+    "rotary_positions",
+    "run_layer",
+    "vision_config",
+]

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: MIT
+"""How does a Prompt-CAM find its backbone, and how is it saved without one?"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import cached_file
+
+from .backbone_prompt_cam import fingerprint_backbone, vision_config
+from .configuration_prompt_cam import SUPPORTED_BACKBONES, PromptCAMConfig, check_backbone_family
+
+_PIPELINE_FILE = "pipeline_prompt_cam.py"
+# For `pipeline("image-classification", model=FOLDER, trust_remote_code=True)`.
+PIPELINES = {
+    "image-classification": {
+        "impl": "pipeline_prompt_cam.PromptCAMImageClassificationPipeline",
+        "pt": ["AutoModelForImageClassification"],
+    }
+}
+
+
+def load_backbone(backbone: str | os.PathLike | PreTrainedModel, **hub: Any) -> PreTrainedModel:
+    """The bare vision model behind a Hub id, a folder or a loaded model.
+
+    Args:
+        backbone: Where it is. A model with a head or a second tower is taken for its vision part.
+        **hub: revision, token and the like.
+
+    Raises:
+        ValueError: the family is not supported.
+        OSError: nothing is found there.
+    """
+    if isinstance(backbone, PreTrainedModel):
+        model = getattr(backbone, "vision_model", backbone.base_model)
+        check_backbone_family(model.config.model_type)
+        if not model.config._name_or_path:
+            model.config._name_or_path = backbone.config._name_or_path
+        return model
+    config = vision_config(AutoConfig.from_pretrained(backbone, **hub))
+    model_class = getattr(transformers, SUPPORTED_BACKBONES[config.model_type][0])
+    options = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
+    return model_class.from_pretrained(backbone, config=config, **options, **hub)
+
+
+def adopt_backbone(model: PreTrainedModel, source: PreTrainedModel) -> None:
+    """Copy a backbone's weights into the model, and note their fingerprint.
+
+    Raises:
+        ValueError: the source lacks weights that the backbone needs.
+    """
+    missing = model.backbone.load_state_dict(source.state_dict(), strict=False).missing_keys
+    if missing:
+        raise ValueError(
+            f"{type(source).__name__} lacks {len(missing)} weights of the backbone, such as {missing[0]}."
+        )
+    model.config.backbone_fingerprint = fingerprint_backbone(model.backbone)
+
+
+def check_same_prompts(config: PromptCAMConfig, saved: PromptCAMConfig, path: str | os.PathLike) -> None:
+    """Refuse a configuration that asks for other prompts than a checkpoint was trained with.
+
+    Raises:
+        ValueError: the number of classes or the place of the prompts differs.
+    """
+    for field in ("num_labels", "class_layer", "first_prompt_layer", "agnostic_prompts_per_layer"):
+        asked, trained = getattr(config, field), getattr(saved, field)
+        if asked != trained:
+            raise ValueError(
+                f"{path} was trained with {field}={trained} and cannot be loaded with {field}={asked}: prompts cannot "
+                "be resized or moved. Classes can be renamed; other classes need new prompts, see from_backbone."
+            )
+
+
+def prompts_state_dict(model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
+    """All weights but the backbone's, after making sure that the backbone can be found again.
+
+    Raises:
+        ValueError: the backbone is not frozen, has no name, or has other weights than were loaded under that name.
+    """
+    config = model.config
+    keep = "save with include_backbone=True"
+    if not config.freeze_backbone:
+        raise ValueError(
+            f"The backbone was trained too (freeze_backbone=False), so leaving it out would lose it; {keep}."
+        )
+    if not config.backbone_name_or_path or not config.backbone_fingerprint:
+        raise ValueError(
+            f"The backbone has no name to fetch it by; {keep}, or set config.backbone_name_or_path and "
+            "config.backbone_fingerprint to a Hub repository or folder and its fingerprint."
+        )
+    # float16 rounds differently, so its digest says nothing.
+    if model.dtype != torch.float16 and fingerprint_backbone(model.backbone) != config.backbone_fingerprint:
+        raise ValueError(
+            f"The backbone's weights are no longer those of {config.backbone_name_or_path}, so leaving them out would "
+            f"lose them; {keep}."
+        )
+    state_dict = model.state_dict() if state_dict is None else state_dict
+    return {name: tensor for name, tensor in state_dict.items() if not name.startswith("backbone.")}
+
+
+def complete_state_dict(
+    path: str | os.PathLike,
+    config: PromptCAMConfig,
+    backbone: str | os.PathLike | PreTrainedModel | None,
+    variant: str | None = None,
+    **hub: Any,
+) -> dict[str, torch.Tensor]:
+    """The weights of a prompts-only checkpoint, together with those of the backbone that it names.
+
+    Args:
+        path: The checkpoint's Hub id or folder.
+        config: Its configuration.
+        backbone: Where the backbone is, if not where the configuration says.
+        variant: As in transformers' from_pretrained.
+        **hub: Of the checkpoint: revision, token and the like.
+
+    Raises:
+        OSError: the weights or the backbone cannot be found.
+        ValueError: the backbone has other weights than the prompts were trained with.
+    """
+    weights = cached_file(path, f"model.{variant}.safetensors" if variant else "model.safetensors", **hub)
+    if backbone is None:
+        backbone = config.backbone_name_or_path
+        common = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
+        hub = {**common, "revision": config.backbone_revision} if config.backbone_revision else common
+    else:
+        hub = {}
+    try:
+        source = load_backbone(backbone, **hub)
+    except OSError as error:
+        raise OSError(
+            f"{path} holds prompts only, and its backbone {backbone!r} could not be loaded; give the place of a copy "
+            f"as from_pretrained(..., backbone=...). The reason was: {error}"
+        ) from error
+    name = backbone if isinstance(backbone, (str, os.PathLike)) else type(backbone).__name__
+    fingerprint = fingerprint_backbone(source)
+    if fingerprint != config.backbone_fingerprint:
+        raise ValueError(
+            f"The prompts of {path} were trained on a backbone with fingerprint {config.backbone_fingerprint[:12]}, but "
+            f"{name} has {fingerprint[:12]}: another model or revision. Give the right one as backbone=..."
+        )
+    return {f"backbone.{key}": value for key, value in source.state_dict().items()} | load_file(weights)
+
+
+def add_pipeline(folder: str | os.PathLike) -> None:
+    """Copy the pipeline's code into a checkpoint folder; transformers copies the model's own."""
+    os.makedirs(folder, exist_ok=True)
+    source, target = Path(__file__).with_name(_PIPELINE_FILE), Path(folder) / _PIPELINE_FILE
+    if source.resolve() != target.resolve():
+        shutil.copyfile(source, target)
+
+
+__all__ = [
+    "PIPELINES",
+    "add_pipeline",
+    "adopt_backbone",
+    "check_same_prompts",
+    "complete_state_dict",
+    "load_backbone",
+    "prompts_state_dict",
+]

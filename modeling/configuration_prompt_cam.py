@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: MIT
+"""Which settings does a Prompt-CAM have, and which of them make sense together?
+
+The variants (Deep, Shallow, interpolation) are those of Prompt-CAM (Chowdhury et al., CVPR 2025, arXiv 2501.09333).
+"""
+
+import copy
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+# One row a family: the transformers class of the bare vision model, and how many tokens stand before the patches
+# (CLS, DeiT's distillation token). Register tokens come on top and are counted in the backbone's config.
+SUPPORTED_BACKBONES: dict[str, tuple[str, int]] = {
+    "vit": ("ViTModel", 1),
+    "deit": ("DeiTModel", 2),
+    "dinov2": ("Dinov2Model", 1),
+    "dinov2_with_registers": ("Dinov2WithRegistersModel", 1),
+    "dinov3_vit": ("DINOv3ViTModel", 1),
+    "clip_vision_model": ("CLIPVisionModel", 1),
+    "siglip_vision_model": ("SiglipVisionModel", 0),
+}
+
+# Keywords that transformers itself hands to every config without declaring them as fields.
+_TRANSFORMERS_KEYWORDS = {
+    "_commit_hash",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "custom_pipelines",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "torch_dtype",
+}
+
+
+def check_backbone_family(model_type: str) -> None:
+    """Refuse a backbone family that Prompt-CAM does not know.
+
+    Raises:
+        ValueError: the family is not in `SUPPORTED_BACKBONES`.
+    """
+    if model_type not in SUPPORTED_BACKBONES:
+        raise ValueError(
+            f"Prompt-CAM does not support backbones of type {model_type!r}; supported are: "
+            f"{', '.join(sorted(SUPPORTED_BACKBONES))}."
+        )
+
+
+@strict
+class PromptCAMConfig(PreTrainedConfig):
+    """Configuration of a Prompt-CAM: a frozen vision transformer and the prompts injected into it.
+
+    Layers are numbered from 0 at the front, as in `backbone.layers`. With N layers, class prompts enter layer
+    `class_prompt_layer` and travel on to the last layer, whose output at their positions is scored; class-agnostic
+    prompts, fresh in every layer and dropped after it, enter the layers from `first_prompt_layer` up to (and without)
+    `class_prompt_layer`.
+
+    Args:
+        backbone_config: The vision model's own configuration, of a family in `SUPPORTED_BACKBONES`.
+        id2label: Class names, numbered from 0 without a gap. This, or `num_labels`, has to be given.
+        backbone_name_or_path: Hub id or folder that the backbone was loaded from.
+        backbone_revision: Branch, tag or commit of that repository.
+        backbone_fingerprint: Digest of the backbone's weights, see `fingerprint_backbone`.
+        backbone_in_checkpoint: Whether a saved folder holds the backbone's weights. Set by `save_pretrained`.
+        class_prompt_layer: Where class prompts enter: -1 is the last layer (the paper's Deep), 0 the first (Shallow).
+        num_agnostic_prompts: Class-agnostic prompts a layer. `None`: as many as classes, as in the paper.
+        first_prompt_layer: First layer that agnostic prompts enter (the official `vpt_layer`, counted from the front).
+        prompt_dropout: Probability of dropping a prompt's element in training, one mask for the whole batch.
+        drop_path_rate: Stochastic depth of the last layer; the first has none and it grows linearly between.
+        freeze_backbone: Train prompts and classifier only.
+
+    Raises:
+        ValueError: a field is out of range, unknown, or contradicts another one.
+    """
+
+    model_type = "prompt_cam"
+    _auto_class = "AutoConfig"
+    sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012 - transformers reads it off the class
+    has_no_defaults_at_init = True
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    backbone_name_or_path: str | None = None
+    backbone_revision: str | None = None
+    backbone_fingerprint: str | None = None
+    backbone_in_checkpoint: bool = True
+    class_prompt_layer: int = -1
+    num_agnostic_prompts: int | None = None
+    first_prompt_layer: int = 0
+    prompt_dropout: float = 0.0
+    drop_path_rate: float = 0.0
+    freeze_backbone: bool = True
+
+    # Read by Trainer: what evaluation should not gather over the data set.
+    keys_to_ignore_at_inference = ["trait_maps", "trait_classes", "hidden_states", "attentions"]  # noqa: RUF012
+
+    def __post_init__(self, **kwargs: Any):
+        unknown = sorted(set(kwargs) - _TRANSFORMERS_KEYWORDS)
+        if unknown:
+            raise ValueError(
+                f"PromptCAMConfig has no field {', '.join(map(repr, unknown))}; its fields are: {', '.join(_FIELDS)}."
+            )
+        if self.id2label is None and kwargs.get("num_labels") is None:
+            raise ValueError(
+                "PromptCAMConfig needs the class names, one prompt each: give id2label={0: 'first class', ...}."
+            )
+        # With the installed package, `pipeline` is to work without permission to run code from the checkpoint.
+        if not __name__.startswith("transformers_modules"):
+            kwargs.pop("custom_pipelines", None)
+        self.backbone_config = _own_backbone_config(self.backbone_config)
+        super().__post_init__(**kwargs)
+        self._check_labels(kwargs.get("num_labels"))
+        self._check_prompts()
+
+    def _check_labels(self, num_labels: int | None) -> None:
+        names = self.id2label
+        if num_labels is not None and num_labels != len(names):
+            raise ValueError(f"num_labels={num_labels} contradicts id2label, which names {len(names)} classes.")
+        if len(names) < 2:
+            raise ValueError(f"Prompt-CAM tells classes apart and needs two at least; id2label names {len(names)}.")
+        if sorted(names) != list(range(len(names))):
+            raise ValueError(
+                f"id2label must number the classes 0 to {len(names) - 1} without a gap; got {sorted(names)[:10]}."
+            )
+        self.id2label = {index: str(names[index]) for index in range(len(names))}
+        label2id = {name: index for index, name in self.id2label.items()}
+        if len(label2id) != len(names):
+            twice = sorted({name for i, name in self.id2label.items() if label2id[name] != i})
+            raise ValueError(f"id2label gives the name {twice[0]!r} to two classes; every class needs its own name.")
+        if self.label2id is not None and {str(k): int(v) for k, v in self.label2id.items()} != label2id:
+            raise ValueError("label2id contradicts id2label; leave label2id out, it follows from id2label.")
+        self.label2id = label2id
+
+    def _check_prompts(self) -> None:
+        layers = self.backbone_config.num_hidden_layers
+        if not -1 <= self.class_prompt_layer < layers:
+            raise ValueError(
+                f"class_prompt_layer={self.class_prompt_layer} is not a layer of this backbone: use -1 for the last "
+                f"layer (Deep), 0 for the first (Shallow), or a number up to {layers - 1}."
+            )
+        if not 0 <= self.first_prompt_layer <= self.class_layer:
+            raise ValueError(
+                f"first_prompt_layer={self.first_prompt_layer} must lie between 0 and the layer where class prompts "
+                f"enter, which is {self.class_layer}."
+            )
+        if self.num_agnostic_prompts is not None and self.num_agnostic_prompts < 0:
+            raise ValueError(f"num_agnostic_prompts={self.num_agnostic_prompts} must be 0 or more, or None.")
+        for field in ("prompt_dropout", "drop_path_rate"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least 0 and below 1.")
+
+    @property
+    def class_layer(self) -> int:
+        """The layer that class prompts enter, counted from 0 at the front."""
+        return range(self.backbone_config.num_hidden_layers)[self.class_prompt_layer]
+
+    @property
+    def agnostic_prompts_per_layer(self) -> int:
+        """Class-agnostic prompts in each layer that has any."""
+        return self.num_labels if self.num_agnostic_prompts is None else self.num_agnostic_prompts
+
+    @property
+    def num_agnostic_layers(self) -> int:
+        """How many layers class-agnostic prompts enter."""
+        return self.class_layer - self.first_prompt_layer if self.agnostic_prompts_per_layer else 0
+
+    @property
+    def fixed_prefix_layers(self) -> int:
+        """How many of the first layers no prompt enters: what they compute is a fixed function of the image."""
+        return self.class_layer - self.num_agnostic_layers
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: CLS, distillation token and registers, as far as the family has them."""
+        family_tokens = SUPPORTED_BACKBONES[self.backbone_config.model_type][1]
+        return family_tokens + getattr(self.backbone_config, "num_register_tokens", 0)
+
+
+_FIELDS = ["id2label", "num_labels", *PromptCAMConfig.__annotations__]
+
+
+def _own_backbone_config(backbone_config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
+    """A private, checked copy: configs are shared objects, and permission to run remote code never travels in one."""
+    if backbone_config is None:
+        raise ValueError("PromptCAMConfig needs backbone_config, the configuration of the vision transformer.")
+    if isinstance(backbone_config, dict):
+        fields = {key: value for key, value in backbone_config.items() if key not in ("auto_map", "trust_remote_code")}
+        model_type = fields.pop("model_type", None)
+        check_backbone_family(model_type)
+        return AutoConfig.for_model(model_type, **fields)
+    check_backbone_family(backbone_config.model_type)
+    own = copy.deepcopy(backbone_config)
+    for key in ("auto_map", "trust_remote_code"):
+        own.__dict__.pop(key, None)
+    return own
+
+
+__all__ = ["SUPPORTED_BACKBONES", "PromptCAMConfig", "check_backbone_family"]

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: MIT
+"""Which heads does the score of a class rest on?
+
+A head is blurred when its attention from the class prompt becomes uniform (paper, section 3). That changes one row of
+the last layer only, so the network runs once, and every question after that costs one row of one layer.
+"""
+
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+
+from .backbone_prompt_cam import attention_weights, backbone_layers, finish_layer
+
+if TYPE_CHECKING:
+    from .modeling_prompt_cam import LastLayerState, PromptCAMForImageClassification
+
+
+class BlurredScores:
+    """The score of classes, with any of the last layer's heads blurred.
+
+    Args:
+        model: The model.
+        state: Its last layer's state for some images.
+        classes: (batch, k), the classes asked about.
+        blur: "tokens" spreads a head over all tokens, as the official implementation does; "patches" over the patches
+            alone, as the paper writes.
+
+    Raises:
+        ValueError: `blur` is neither.
+    """
+
+    def __init__(
+        self,
+        model: "PromptCAMForImageClassification",
+        state: "LastLayerState",
+        classes: torch.LongTensor,
+        blur: Literal["tokens", "patches"] = "tokens",
+    ):
+        if blur not in ("tokens", "patches"):
+            raise ValueError(f'blur={blur!r} is not known; use "tokens" or "patches".')
+        self._model = model
+        weights = attention_weights(model.class_queries(state, classes), state.projections.keys)
+        values = state.projections.values
+        # (batch, k, heads, head size): what each head hands on with its own attention; and with a uniform one.
+        self._sharp = (weights.to(values.dtype) @ values).transpose(1, 2)
+        spread_over = values if blur == "tokens" else values[:, :, -state.grid[0] * state.grid[1] :]
+        self._blurred = spread_over.mean(dim=2).unsqueeze(1)
+        prompts = state.class_prompts.expand(values.shape[0], -1, -1)
+        self._prompts = prompts.gather(1, classes[..., None].expand(-1, -1, prompts.shape[-1]))
+
+    def __call__(self, blurred: torch.BoolTensor) -> torch.Tensor:
+        """Scores (batch, k, subsets) with the heads blurred that are set in `blurred` (batch, k, subsets, heads)."""
+        batch, k, subsets, _ = blurred.shape
+        contexts = torch.where(blurred[..., None], self._blurred[:, :, None], self._sharp[:, :, None])
+        prompts = self._prompts[:, :, None].expand(-1, -1, subsets, -1)
+        layer = backbone_layers(self._model.backbone)[-1]
+        outputs = finish_layer(layer, prompts.flatten(1, 2), contexts.flatten(1, 2))
+        return self._model.score(outputs).view(batch, k, subsets)
+
+
+class GreedyRanking(NamedTuple):
+    """Heads by importance.
+
+    Attributes:
+        order: (batch, k, heads), most important head first.
+        scores: (batch, k, heads), in head order: the class score left when that head is blurred in its turn.
+    """
+
+    order: torch.LongTensor
+    scores: torch.Tensor
+
+
+@torch.no_grad()
+def rank_heads_greedily(
+    model: "PromptCAMForImageClassification",
+    state: "LastLayerState",
+    classes: torch.LongTensor,
+    blur: Literal["tokens", "patches"] = "tokens",
+) -> GreedyRanking:
+    """Blur, again and again, the head whose blurring leaves the highest score of the class (paper, section 3).
+
+    Args:
+        model: The model.
+        state: From `model.last_layer_state`.
+        classes: (batch, k), the classes asked about.
+        blur: As in `BlurredScores`.
+    """
+    blurred_scores = BlurredScores(model, state, classes, blur)
+    heads = state.projections.keys.shape[1]
+    one_head = torch.eye(heads, dtype=torch.bool, device=classes.device)
+    blurred = one_head.new_zeros((*classes.shape, heads))
+    removed, left = [], []
+    for _ in range(heads):
+        candidates = blurred_scores(blurred[:, :, None] | one_head)
+        best = candidates.masked_fill(blurred, -torch.inf).max(dim=-1)
+        removed.append(best.indices)
+        left.append(best.values)
+        blurred = blurred | one_head[best.indices]
+    order = torch.stack(removed, dim=-1)
+    scores = torch.stack(left, dim=-1)
+    return GreedyRanking(order.flip(-1), torch.empty_like(scores).scatter(-1, order, scores))
+
+
+__all__ = ["BlurredScores", "GreedyRanking", "rank_heads_greedily"]

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: MIT
+"""Tiny backbones of every family, and no network."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    DeiTConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ViTConfig,
+    PreTrainedConfig,
+    SiglipVisionConfig,
+    ViTConfig,
+)
+
+from prompt_cam_hf import PromptCAMConfig, PromptCAMForImageClassification
+
+IMAGE_SIZE = 32
+NUM_CLASSES = 5
+ID2LABEL = {index: f"class {index}" for index in range(NUM_CLASSES)}
+
+_SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": IMAGE_SIZE,
+    "patch_size": 8,
+}
+_MLP = {"intermediate_size": 48}
+_SCALE = {"layerscale_value": 0.7}
+FAMILIES = {
+    "vit": lambda: ViTConfig(**_SIZES, **_MLP),
+    "deit": lambda: DeiTConfig(**_SIZES, **_MLP),
+    "dinov2": lambda: Dinov2Config(**_SIZES, **_SCALE),
+    "dinov2_swiglu": lambda: Dinov2Config(**_SIZES, **_SCALE, use_swiglu_ffn=True),
+    "dinov2_with_registers": lambda: Dinov2WithRegistersConfig(**_SIZES, **_SCALE, num_register_tokens=3),
+    "dinov3_vit": lambda: DINOv3ViTConfig(**_SIZES, **_MLP, **_SCALE, num_register_tokens=2),
+    "dinov3_vit_gated": lambda: DINOv3ViTConfig(**_SIZES, **_MLP, **_SCALE, use_gated_mlp=True),
+    "clip_vision_model": lambda: CLIPVisionConfig(**_SIZES, **_MLP),
+    "siglip_vision_model": lambda: SiglipVisionConfig(**_SIZES, **_MLP, vision_use_head=False),
+}
+
+
+def tiny_backbone_config(family: str = "vit", **fields) -> PreTrainedConfig:
+    config = FAMILIES[family]()
+    for name, value in fields.items():
+        setattr(config, name, value)
+    return config
+
+
+def tiny_model(family: str = "vit", backbone_fields: dict | None = None, **fields) -> PromptCAMForImageClassification:
+    """A random model whose every parameter matters (no zero biases, no unit scales)."""
+    backbone_config = tiny_backbone_config(family, **(backbone_fields or {}))
+    config = PromptCAMConfig(backbone_config=backbone_config, **{"id2label": ID2LABEL, **fields})
+    model = PromptCAMForImageClassification(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def random_images(batch: int = 2, height: int = IMAGE_SIZE, width: int = IMAGE_SIZE) -> torch.Tensor:
+    return torch.randn((batch, 3, height, width), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> str:
+    return request.param
