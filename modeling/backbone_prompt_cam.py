@@ -5,6 +5,7 @@ Everything that knows a family's inner names is here. The names moved between tr
 again, so each piece is looked up by the names it has had; a missing piece is an error, never a silent default.
 """
 
+import copy
 import hashlib
 from collections.abc import Callable
 from typing import NamedTuple
@@ -106,8 +107,8 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def vision_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The vision part of a two-tower configuration (CLIP, SigLIP), or the configuration itself."""
-    config = getattr(config, "vision_config", config)
+    """A copy of the vision part of a configuration (CLIP and SigLIP have two towers), without a pooling head."""
+    config = copy.deepcopy(getattr(config, "vision_config", config))
     check_backbone_family(config.model_type)
     if hasattr(config, "vision_use_head"):
         config.vision_use_head = False
@@ -120,8 +121,12 @@ def fingerprint_backbone(backbone: PreTrainedModel) -> str:
     Weights are taken under the names of the family's published checkpoints and rounded to bfloat16, so that neither a
     new transformers version nor loading in another precision (float16 excepted) changes the digest.
     """
+    # A model remembers how it was loaded and would revert just that, so the names are asked of a blank one.
+    with torch.device("meta"):
+        blank = build_backbone(copy.deepcopy(backbone.config))
+    weights = {name: backbone.state_dict()[name] for name in blank.state_dict()}
     digest = hashlib.sha256()
-    for name, tensor in sorted(revert_weight_conversion(backbone, backbone.state_dict()).items()):
+    for name, tensor in sorted(revert_weight_conversion(blank, weights).items()):
         rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
         digest.update(f"{name}{tuple(rounded.shape)}".encode())
         digest.update(rounded.view(torch.int16).numpy().tobytes())

@@ -2,8 +2,6 @@
 """How does a Prompt-CAM find its backbone, and how is it saved without one?"""
 
 import os
-import shutil
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,12 +12,13 @@ from transformers.utils import cached_file
 
 from .backbone_prompt_cam import fingerprint_backbone, vision_config
 from .configuration_prompt_cam import SUPPORTED_BACKBONES, PromptCAMConfig, check_backbone_family
+from .pipeline_prompt_cam import PromptCAMImageClassificationPipeline
 
-_PIPELINE_FILE = "pipeline_prompt_cam.py"
-# For `pipeline("image-classification", model=FOLDER, trust_remote_code=True)`.
+# For `pipeline("image-classification", model=FOLDER, trust_remote_code=True)`. Importing the class here is also what
+# makes transformers copy its file along with the model's.
 PIPELINES = {
     "image-classification": {
-        "impl": "pipeline_prompt_cam.PromptCAMImageClassificationPipeline",
+        "impl": f"pipeline_prompt_cam.{PromptCAMImageClassificationPipeline.__name__}",
         "pt": ["AutoModelForImageClassification"],
     }
 }
@@ -39,13 +38,16 @@ def load_backbone(backbone: str | os.PathLike | PreTrainedModel, **hub: Any) -> 
     if isinstance(backbone, PreTrainedModel):
         model = getattr(backbone, "vision_model", backbone.base_model)
         check_backbone_family(model.config.model_type)
-        if not model.config._name_or_path:
-            model.config._name_or_path = backbone.config._name_or_path
         return model
     config = vision_config(AutoConfig.from_pretrained(backbone, **hub))
     model_class = getattr(transformers, SUPPORTED_BACKBONES[config.model_type][0])
     options = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
     return model_class.from_pretrained(backbone, config=config, **options, **hub)
+
+
+def backbone_name(backbone: str | os.PathLike | PreTrainedModel) -> str | None:
+    """The Hub id or folder that a backbone was loaded from, None where it was made in memory."""
+    return backbone.name_or_path or None if isinstance(backbone, PreTrainedModel) else os.fspath(backbone)
 
 
 def adopt_backbone(model: PreTrainedModel, source: PreTrainedModel) -> None:
@@ -138,28 +140,20 @@ def complete_state_dict(
             f"{path} holds prompts only, and its backbone {backbone!r} could not be loaded; give the place of a copy "
             f"as from_pretrained(..., backbone=...). The reason was: {error}"
         ) from error
-    name = backbone if isinstance(backbone, (str, os.PathLike)) else type(backbone).__name__
     fingerprint = fingerprint_backbone(source)
     if fingerprint != config.backbone_fingerprint:
         raise ValueError(
-            f"The prompts of {path} were trained on a backbone with fingerprint {config.backbone_fingerprint[:12]}, but "
-            f"{name} has {fingerprint[:12]}: another model or revision. Give the right one as backbone=..."
+            f"{path} holds prompts for a backbone with fingerprint {config.backbone_fingerprint[:12]}, but "
+            f"{backbone_name(backbone)} has {fingerprint[:12]}: it is another model or revision. Give the right one "
+            "as from_pretrained(..., backbone=...)."
         )
     return {f"backbone.{key}": value for key, value in source.state_dict().items()} | load_file(weights)
 
 
-def add_pipeline(folder: str | os.PathLike) -> None:
-    """Copy the pipeline's code into a checkpoint folder; transformers copies the model's own."""
-    os.makedirs(folder, exist_ok=True)
-    source, target = Path(__file__).with_name(_PIPELINE_FILE), Path(folder) / _PIPELINE_FILE
-    if source.resolve() != target.resolve():
-        shutil.copyfile(source, target)
-
-
 __all__ = [
     "PIPELINES",
-    "add_pipeline",
     "adopt_backbone",
+    "backbone_name",
     "check_same_prompts",
     "complete_state_dict",
     "load_backbone",

@@ -104,22 +104,34 @@ class PromptCAMConfig(PreTrainedConfig):
             raise ValueError(
                 f"PromptCAMConfig has no field {', '.join(map(repr, unknown))}; its fields are: {', '.join(_FIELDS)}."
             )
-        if self.id2label is None and kwargs.get("num_labels") is None:
+        num_labels = kwargs.get("num_labels")
+        if self.id2label is None and num_labels is None:
             raise ValueError(
                 "PromptCAMConfig needs the class names, one prompt each: give id2label={0: 'first class', ...}."
+            )
+        if self.id2label is not None and num_labels not in (None, len(self.id2label)):
+            raise ValueError(
+                f"num_labels={num_labels} contradicts id2label, which names {len(self.id2label)} classes."
             )
         # With the installed package, `pipeline` is to work without permission to run code from the checkpoint.
         if not __name__.startswith("transformers_modules"):
             kwargs.pop("custom_pipelines", None)
         self.backbone_config = _own_backbone_config(self.backbone_config)
         super().__post_init__(**kwargs)
-        self._check_labels(kwargs.get("num_labels"))
+        self._check_labels()
         self._check_prompts()
 
-    def _check_labels(self, num_labels: int | None) -> None:
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "PromptCAMConfig":
+        """Build a configuration from saved fields; keywords override them and are checked just the same."""
+        overrides = {key: kwargs.pop(key) for key in _FIELDS if key in kwargs}
+        fields = {**config_dict, **overrides}
+        if "id2label" in overrides:
+            fields.pop("label2id", None)
+        return super().from_dict(fields, **kwargs)
+
+    def _check_labels(self) -> None:
         names = self.id2label
-        if num_labels is not None and num_labels != len(names):
-            raise ValueError(f"num_labels={num_labels} contradicts id2label, which names {len(names)} classes.")
         if len(names) < 2:
             raise ValueError(f"Prompt-CAM tells classes apart and needs two at least; id2label names {len(names)}.")
         if sorted(names) != list(range(len(names))):

@@ -34,11 +34,12 @@ from .backbone_prompt_cam import (
     project,
     rotary_positions,
     run_layer,
+    vision_config,
 )
 from .checkpoint_prompt_cam import (
     PIPELINES,
-    add_pipeline,
     adopt_backbone,
+    backbone_name,
     check_same_prompts,
     complete_state_dict,
     load_backbone,
@@ -164,9 +165,9 @@ class PromptCAMForImageClassification(PromptCAMPreTrainedModel):
         """
         source = load_backbone(backbone, revision=revision)
         config = cls.config_class(
-            backbone_config=source.config,
+            backbone_config=vision_config(source.config),
             id2label=id2label,
-            backbone_name_or_path=source.config._name_or_path or None,
+            backbone_name_or_path=backbone_name(backbone),
             backbone_revision=revision,
             **config_fields,
         )
@@ -233,7 +234,6 @@ class PromptCAMForImageClassification(PromptCAMPreTrainedModel):
         """
         if not include_backbone:
             kwargs["state_dict"] = prompts_state_dict(self, kwargs.get("state_dict"))
-        add_pipeline(save_directory)
         # These two describe the saved folder, not the model in memory.
         self.config.backbone_in_checkpoint = include_backbone
         self.config.custom_pipelines = PIPELINES

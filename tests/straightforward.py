@@ -68,13 +68,12 @@ def _textbook_attention(layer: nn.Module, sequence: torch.Tensor, num_heads: int
     """softmax(q k^T / sqrt(d)) of a layer's input, with the q and k that its own projections put out."""
     outputs = {}
     kinds = {"q_proj": "q", "query": "q", "k_proj": "k", "key": "k"}
-    hooks = [
-        module.register_forward_hook(
-            lambda _, __, output, kind=kinds[name.split(".")[-1]]: outputs.setdefault(kind, output)
-        )
-        for name, module in layer.named_modules()
-        if name.split(".")[-1] in kinds
-    ]
+
+    def keep(kind):
+        return lambda module, inputs, output: outputs.setdefault(kind, output)
+
+    parts = ((name.split(".")[-1], module) for name, module in layer.named_modules())
+    hooks = [module.register_forward_hook(keep(kinds[name])) for name, module in parts if name in kinds]
     layer(sequence, **options)
     for hook in hooks:
         hook.remove()

@@ -46,9 +46,7 @@ def test_equals_the_straightforward_computation_in_value_and_gradient(family, va
     torch.testing.assert_close(output.trait_maps, expected.trait_maps, atol=1e-6, rtol=1e-5)
     expected_loss = torch.nn.functional.cross_entropy(expected.logits, LABELS)
     torch.testing.assert_close(output.loss, expected_loss, atol=1e-6, rtol=1e-5)
-    for got, wanted in zip(
-        prompt_gradients(model, output.loss), prompt_gradients(model, expected_loss), strict=True
-    ):
+    for got, wanted in zip(prompt_gradients(model, output.loss), prompt_gradients(model, expected_loss), strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-4)
 
 
@@ -136,7 +134,7 @@ def test_trait_maps_of_asked_classes():
         (torch.tensor([-1]), "from 0 to 4"),
         (torch.tensor([0.5]), "whole numbers"),
         (torch.tensor([[1], [2], [3]]), r"must be \(k,\) or \(batch, k\), with batch=2"),
-        ("most", "give \"all\""),
+        ("most", 'give "all"'),
     ],
 )
 def test_wrong_trait_classes_are_refused(classes, message):
@@ -197,9 +195,7 @@ def test_starting_from_the_fixed_prefix_is_exact(family, variant):
     short = model(prefix_hidden_states=prefix, patch_grid=(4, 6), labels=LABELS, trait_classes="all")
     assert torch.equal(whole.logits, short.logits)
     assert torch.equal(whole.trait_maps, short.trait_maps)
-    for got, wanted in zip(
-        prompt_gradients(model, short.loss), prompt_gradients(model, whole.loss), strict=True
-    ):
+    for got, wanted in zip(prompt_gradients(model, short.loss), prompt_gradients(model, whole.loss), strict=True):
         assert torch.equal(got, wanted)
 
 
@@ -417,9 +413,7 @@ def test_from_backbone_takes_a_loaded_model_and_leaves_it_alone():
     assert all(torch.equal(tensor, before[name]) for name, tensor in classifier.state_dict().items())
     assert all(parameter.requires_grad for parameter in classifier.parameters())
     assert classifier.training
-    torch.testing.assert_close(
-        model.backbone.embeddings(random_images()), classifier.vit.embeddings(random_images())
-    )
+    torch.testing.assert_close(model.backbone.embeddings(random_images()), classifier.vit.embeddings(random_images()))
 
 
 def test_from_backbone_refuses_what_it_does_not_know():

@@ -116,7 +116,7 @@ def test_bad_state_dicts_are_refused():
             official.state_dict, **{"image_size": 64, "num_attention_heads": 4} | options
         )
 
-    with pytest.raises(ValueError, match="no tensor 'vpt.prompt_embeddings'"):
+    with pytest.raises(ValueError, match=r"no tensor 'vpt.prompt_embeddings'"):
         convert(drop=["vpt.prompt_embeddings"])
     with pytest.raises(ValueError, match=r"does not have: 'blocks.1.adapter.weight'"):
         convert(add={"blocks.1.adapter.weight": torch.zeros(1)})

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: MIT
+"""The pipeline, where this package is installed and where it is not."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ID2LABEL, tiny_model
+from PIL import Image
+from straightforward import run_straightforwardly
+from transformers import ImageClassificationPipeline, ViTImageProcessor, pipeline
+
+from prompt_cam_hf import PromptCAMImageClassificationPipeline
+from prompt_cam_hf.images import build_image_processor
+from prompt_cam_hf.modeling.ranking_prompt_cam import rank_heads_greedily
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    build_image_processor(32).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def pictures():
+    random = np.random.default_rng(0)
+    return [
+        Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in [(40, 60), (32, 32), (90, 50)]
+    ]
+
+
+def ours(folder, **options):
+    return pipeline(
+        "image-classification", model=str(folder), pipeline_class=PromptCAMImageClassificationPipeline, **options
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_k": 99}, {"function_to_apply": "none"}])
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_without_trait_maps_it_is_the_stock_pipeline(folder, pictures, options, batch_size):
+    stock = pipeline("image-classification", model=str(folder))
+    assert type(stock) is ImageClassificationPipeline
+    expected = stock(pictures, batch_size=batch_size, **options)
+    assert ours(folder)(pictures, batch_size=batch_size, **options) == expected
+    assert ours(folder)(pictures, batch_size=batch_size, trait_maps=False, **options) == expected
+    assert ours(folder)(pictures[0], **options) == stock(pictures[0], **options)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_trait_maps_are_those_of_the_answers(folder, pictures, batch_size):
+    pipe = ours(folder)
+    plain = pipe(pictures, top_k=3)
+    answers = pipe(pictures, top_k=3, trait_maps=True, batch_size=batch_size)
+    pixel_values = pipe.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        expected = run_straightforwardly(pipe.model, pixel_values)
+        state = pipe.model.last_layer_state(pixel_values)
+        order = rank_heads_greedily(pipe.model, state, torch.arange(5).expand(3, -1)).order
+    for i, (row, plain_row) in enumerate(zip(answers, plain, strict=True)):
+        assert [(a["label"]) for a in row] == [a["label"] for a in plain_row]
+        assert [a["score"] for a in row] == pytest.approx([a["score"] for a in plain_row], abs=1e-6)
+        for answer in row:
+            c = pipe.model.config.label2id[answer["label"]]
+            assert answer["trait_maps"].shape == (4, 4, 4) and answer["trait_maps"].dtype == np.float32
+            np.testing.assert_allclose(answer["trait_maps"], expected.trait_maps[i, c], atol=1e-6, rtol=1e-5)
+            assert answer["head_order"] == order[i, c].tolist()
+
+
+def test_trait_maps_can_be_a_setting_of_the_pipeline(folder, pictures):
+    answers = ours(folder, trait_maps=True, top_k=1)(pictures[0])
+    assert set(answers[0]) == {"label", "score", "trait_maps", "head_order"}
+    assert set(ours(folder, trait_maps=True)(pictures[0], trait_maps=False)[0]) == {"label", "score"}
+
+
+def test_all_classes_by_default_top_five(tmp_path, pictures):
+    names = {index: f"class {index}" for index in range(9)}
+    tiny_model(id2label=names).save_pretrained(tmp_path)
+    build_image_processor(32).save_pretrained(tmp_path)
+    answers = ours(tmp_path)(pictures[0], trait_maps=True)
+    assert len(answers) == 5 and all(answer["trait_maps"].shape == (4, 4, 4) for answer in answers)
+
+
+_ELSEWHERE = """
+import json, sys
+sys.modules["prompt_cam_hf"] = None  # not installed here
+from PIL import Image
+from transformers import AutoModelForImageClassification, pipeline
+folder, picture = sys.argv[1:]
+pipe = pipeline("image-classification", model=folder, trust_remote_code=True)
+assert "transformers_modules" in type(pipe).__module__ and "transformers_modules" in type(pipe.model).__module__
+maps = pipe(picture, trait_maps=True, top_k=2)
+for answer in maps:
+    answer["trait_maps"] = answer["trait_maps"].tolist()
+model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
+inputs = pipe.image_processor(Image.open(picture), return_tensors="pt")
+logits = model(**inputs).logits[0].tolist()
+model.save_pretrained(folder + "-saved-elsewhere")
+print(json.dumps({"maps": maps, "plain": pipe(picture, top_k=2), "logits": logits}))
+"""
+
+
+def test_the_folder_works_where_only_transformers_is(folder, pictures, tmp_path):
+    pictures[0].save(tmp_path / "bird.png")
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    run = subprocess.run(
+        [sys.executable, "-c", _ELSEWHERE, str(folder), str(tmp_path / "bird.png")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert run.returncode == 0, run.stderr
+    answer = json.loads(run.stdout.splitlines()[-1])
+    pipe = ours(folder)
+    assert answer["plain"] == pipe(pictures[0], top_k=2)
+    for got, expected in zip(answer["maps"], pipe(pictures[0], trait_maps=True, top_k=2), strict=True):
+        assert got["head_order"] == expected["head_order"]
+        np.testing.assert_allclose(got["trait_maps"], expected["trait_maps"], atol=1e-7)
+    assert answer["logits"] == pytest.approx(
+        [
+            a["score"]
+            for a in sorted(
+                pipe(pictures[0], function_to_apply="none"), key=lambda a: pipe.model.config.label2id[a["label"]]
+            )
+        ],
+        abs=1e-6,
+    )
+    # What was saved there, from the copied code, is a full checkpoint again.
+    saved = tmp_path / "model-saved-elsewhere"
+    assert {path.name for path in saved.glob("*.py")} == {path.name for path in folder.glob("*.py")}
+    again = ours(saved_with_processor(saved, folder))(pictures[0], top_k=2)
+    assert again == answer["plain"]
+
+
+def saved_with_processor(folder, source):
+    ViTImageProcessor.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+def test_with_the_package_no_permission_is_needed(folder, pictures):
+    stock = pipeline("image-classification", model=str(folder))
+    assert stock(pictures[0])[0]["label"] in ID2LABEL.values()
