@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: MIT
+"""How is a picture opened, resized, augmented and normalised? The one home of all four.
+
+The preprocessing and the training recipe are those of the official implementation: squash to a fixed size, mean and
+standard deviation 0.5; in training a resize to 240 for a crop of 224, a random crop and a horizontal flip.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import is_torchvision_available
+
+# The official recipe resizes to 240 for a crop of 224; other sizes keep the proportion.
+RESIZE_MARGIN = 240 / 224
+
+ImageSource = str | os.PathLike | bytes | Image.Image | Mapping[str, Any]
+
+
+class UnreadableImageError(ValueError):
+    """A picture that cannot be decoded to its last pixel; the message names the file and the reason."""
+
+
+def image_name(source: ImageSource) -> str:
+    """Give the path of a picture, for a message; empty where it has none."""
+    if isinstance(source, Mapping):
+        source = source.get("path") or b""
+    if isinstance(source, Image.Image):
+        return str(getattr(source, "filename", ""))
+    return "" if isinstance(source, bytes) else os.fspath(source)
+
+
+def _open_lazily(source: ImageSource) -> Image.Image:
+    """Open without decoding; the caller closes the picture."""
+    if isinstance(source, Image.Image):
+        return source.copy()
+    if isinstance(source, Mapping):
+        if source.get("bytes") is None and source.get("path") is None:
+            raise ValueError("there is neither a path nor bytes")
+        return _open_lazily(source["path"] if source.get("bytes") is None else source["bytes"])
+    return Image.open(BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def _to_8_bit(image: Image.Image) -> Image.Image:
+    """Map the whole 16-bit range onto 0..255; Pillow's own conversion would cut off everything above 255."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError("its pixels are 32-bit numbers of no known range; save it with 8 or 16 bits")
+    return Image.fromarray(np.rint(values / 257).astype(np.uint8))
+
+
+def _upright_rgb(image: Image.Image) -> Image.Image:
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = _to_8_bit(image)
+    if image.mode == "P":
+        # The same colours as the direct way, without Pillow's warning about transparent palettes.
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "it is empty or in no picture format that Pillow can read"
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def open_image(source: ImageSource) -> Image.Image:
+    """Open a picture, decode it fully and return it upright, as 8-bit RGB.
+
+    `source` is a path, the bytes of an encoded file, a PIL image, or a value of `datasets.Image(decode=False)`: a
+    mapping with `path` and `bytes`. The EXIF orientation is applied. The result equals transformers' own `load_image`,
+    which pipelines use, so that a model sees in use what it saw in training: an alpha channel is dropped, not blended
+    with a background. Only 16-bit pictures differ: they are scaled to 8 bits, where `load_image` clips them.
+
+    Raises `FileNotFoundError` for a path that does not exist and `UnreadableImageError` for a picture that is broken,
+    truncated, or has 32-bit pixels.
+    """
+    try:
+        with _open_lazily(source) as image:
+            return _upright_rgb(image)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # Pillow's decoders raise nearly every type there is on broken files
+        name = image_name(source) or "given as bytes or pixels"
+        raise UnreadableImageError(f"Cannot read the picture {name}: {_reason(error)}") from error
+
+
+def unreadable_reason(source: ImageSource) -> str | None:
+    """Say why `open_image` would refuse a picture, or None where it would not.
+
+    Faster than `open_image`: a JPEG is decoded at an eighth of its size, for which its file is still read to the end.
+    """
+    try:
+        with _open_lazily(source) as image:
+            image.draft(None, (1, 1))
+            _upright_rgb(image)
+    except Exception as error:  # as in `open_image`
+        return _reason(error)
+    return None
+
+
+def build_image_processor(
+    image_size: int | tuple[int, int] = 224,
+    image_mean: Sequence[float] = (0.5, 0.5, 0.5),
+    image_std: Sequence[float] = (0.5, 0.5, 0.5),
+) -> BaseImageProcessor:
+    """Build the image processor of the official preprocessing, for every backbone.
+
+    A picture is squashed (bilinear, no crop) to `image_size`, one side or (rows, cols) in pixels, scaled to 0..1 and
+    normalised with the mean and standard deviation of each channel (red, green, blue). It runs on torchvision where
+    that can be imported and on PIL elsewhere; once saved, it loads in both places.
+
+    Raises `ValueError` for sizes below one pixel and statistics that are not three numbers.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
+        raise ValueError(f"image_size is {image_size!r}; it has to be a side or (rows, cols) in pixels, from 1 up.")
+    if len(image_mean) != 3 or len(image_std) != 3 or min(image_std) <= 0:
+        raise ValueError(
+            f"image_mean is {image_mean!r} and image_std {image_std!r}; each has to be three numbers, one a channel, "
+            "with standard deviations above 0."
+        )
+    processor_class: type[BaseImageProcessor]
+    if is_torchvision_available():
+        from transformers import ViTImageProcessor as processor_class
+    else:
+        from transformers import ViTImageProcessorPil as processor_class
+    return processor_class(
+        do_resize=True,
+        size={"height": size[0], "width": size[1]},
+        resample=Image.Resampling.BILINEAR,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=list(image_mean),
+        image_std=list(image_std),
+    )
+
+
+class TrainingAugmentation:
+    """The official training recipe: resize a little too large, crop at random, flip half of the pictures.
+
+    Resizing, rescaling and normalising are the image processor's own, so only the enlarged size, the place of the crop
+    and the flip differ from evaluation. A processor that crops the centre (CLIP's) crops at random instead.
+
+    The draws depend on (`seed`, epoch, index) and on nothing else: training is the same on one process or several,
+    with any number of data loader workers, and after a resume.
+    """
+
+    def __init__(self, image_processor: BaseImageProcessor, seed: int = 0, resize_margin: float = RESIZE_MARGIN):
+        """Augment for `image_processor`; `resize_margin` (at least 1) is the resized side over the cropped side."""
+        if resize_margin < 1:
+            raise ValueError(f"resize_margin is {resize_margin}; a crop needs a margin of at least 1 (no margin).")
+        self.image_processor = image_processor
+        self.seed = seed
+        settings = image_processor.to_dict()
+        size = settings["size"]
+        crop = settings["crop_size"] if settings.get("do_center_crop") else size
+        if not {"height", "width"} <= set(crop):
+            raise ValueError(
+                f"The image processor resizes to {size} and so gives pictures of different sizes; training needs one "
+                "that resizes or crops to a fixed height and width."
+            )
+        self.crop_size = (crop["height"], crop["width"])
+        self.resize_size = {name: round(side * resize_margin) for name, side in size.items()}
+
+    def __call__(self, image: Image.Image, epoch: int, index: int) -> torch.Tensor:
+        """Return the picture's view in `epoch`: `pixel_values`, float32 of (3, rows, cols).
+
+        `image` is RGB, `index` its number in the data set; both numbers are 0 or more.
+        """
+        random = np.random.default_rng((self.seed, epoch, index))
+        inputs = self.image_processor(image, size=self.resize_size, do_center_crop=False, return_tensors="pt")
+        resized = inputs["pixel_values"][0]
+        rows, cols = self.crop_size
+        top = random.integers(resized.shape[1] - rows + 1)
+        left = random.integers(resized.shape[2] - cols + 1)
+        # Rescaling and normalising work pixel by pixel: cropping and flipping after them changes nothing.
+        view = resized[:, top : top + rows, left : left + cols]
+        return (view.flip(-1) if random.random() < 0.5 else view).contiguous()
+
+
+class ImageDataset(Dataset):
+    """Labelled pictures as model inputs: a map-style, picklable torch data set.
+
+    Item `i` is `{"pixel_values": float32 of (3, rows, cols), "labels": int}`.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, transform: BaseImageProcessor | TrainingAugmentation):
+        """Read the columns `image` and `label` of `dataset` through `transform`.
+
+        `transform` is an image processor (evaluation) or a `TrainingAugmentation`.
+        """
+        if isinstance(dataset.features["image"], datasets.Image):
+            dataset = dataset.cast_column("image", datasets.Image(decode=False))
+        self.dataset = dataset
+        self.transform = transform
+        # In shared memory, so that a new epoch also reaches data loader workers that outlive the last one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        """Count the pictures."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Open and transform one picture; raises `UnreadableImageError` and `FileNotFoundError`."""
+        row = self.dataset[index]
+        image = open_image(row["image"])
+        if isinstance(self.transform, TrainingAugmentation):
+            pixel_values = self.transform(image, epoch=int(self._epoch), index=index)
+        else:
+            pixel_values = self.transform(image, return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixel_values, "labels": row["label"]}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the augmentation of `epoch` (from 0) from now on, in running workers too."""
+        self._epoch.fill_(epoch)
+
+
+class SetEpochCallback(TrainerCallback):
+    """Tell the training data which epoch begins, so that `TrainingAugmentation` draws new views in each.
+
+    Trainer and accelerate do so in the plainest case only: with several processes, and in an epoch that is resumed in
+    its middle, accelerate tells the sampler and not the data, which would go on with the views of another epoch.
+    """
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Pass the number of the epoch to the training data, where they have `set_epoch`."""
+        dataset = kwargs["train_dataloader"].dataset
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(int(state.epoch or 0))
+
+
+__all__ = [
+    "RESIZE_MARGIN",
+    "ImageDataset",
+    "SetEpochCallback",
+    "TrainingAugmentation",
+    "UnreadableImageError",
+    "build_image_processor",
+    "image_name",
+    "open_image",
+    "unreadable_reason",
+]
