@@ -14,7 +14,8 @@ from typing import NamedTuple
 import datasets
 import pandas as pd
 from datasets.exceptions import DatasetNotFoundError
-from PIL import Image
+
+from prompt_cam_hf.images import picture_suffixes
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +91,6 @@ def _visible_files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _picture_suffixes() -> set[str]:
-    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-
-
 def _read_folder(folder: Path) -> dict[str, SourceSplit]:
     subfolders = {path.name for path in _visible_folders(folder)}
     split_like = {name for name in subfolders if name.lower() in SPLIT_NAMES}
@@ -113,7 +110,7 @@ def _read_class_folders(folder: Path, class_names: list[str]) -> SourceSplit:
     This is not left to the image folders of the datasets library: they pass over an empty class, take a file called
     `bird_test.jpg` for part of a test split, and name a class after the innermost folder.
     """
-    suffixes = _picture_suffixes()
+    suffixes = picture_suffixes()
     files: list[str] = []
     labels: list[str] = []
     empty: list[str] = []

@@ -6,8 +6,9 @@ standard deviation 0.5; in training a resize to 240 for a crop of 224, a random 
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -92,6 +93,34 @@ def open_image(source: ImageSource) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise nearly every type there is on broken files
         name = image_name(source) or "given as bytes or pixels"
         raise UnreadableImageError(f"Cannot read the picture {name}: {_reason(error)}") from error
+
+
+def picture_suffixes() -> set[str]:
+    """List the file endings, in lower case with the dot, of all formats that Pillow can open."""
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
+    """List the pictures among files and, at any depth, in folders, each folder's in sorted order.
+
+    Files are taken as they are given; in folders, hidden files and files that are no pictures are passed over.
+
+    Raises `FileNotFoundError` for a path that does not exist, and `ValueError` for a folder without pictures.
+    """
+    suffixes = picture_suffixes()
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"There is no file or folder {path}.")
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
+        pictures = sorted(file for file in inside if file.is_file() and file.suffix.lower() in suffixes)
+        if not pictures:
+            raise ValueError(f"The folder {path} holds no pictures.")
+        found += pictures
+    return found
 
 
 def unreadable_reason(source: ImageSource) -> str | None:
@@ -253,7 +282,9 @@ __all__ = [
     "TrainingAugmentation",
     "UnreadableImageError",
     "build_image_processor",
+    "find_images",
     "image_name",
     "open_image",
+    "picture_suffixes",
     "unreadable_reason",
 ]
