@@ -98,7 +98,7 @@ class PromptCAMConfig(PreTrainedConfig):
     # Read by Trainer: what evaluation should not gather over the data set.
     keys_to_ignore_at_inference = ["trait_maps", "trait_classes", "hidden_states", "attentions"]  # noqa: RUF012
 
-    def __post_init__(self, **kwargs: Any):
+    def __post_init__(self, **kwargs: Any) -> None:
         unknown = sorted(set(kwargs) - _TRANSFORMERS_KEYWORDS)
         if unknown:
             raise ValueError(

@@ -26,7 +26,7 @@ class PromptCAMImageClassificationPipeline(ImageClassificationPipeline):
         preprocess, forward, postprocess = super()._sanitize_parameters(**kwargs)
         if trait_maps is not None:
             top_k = postprocess.get("top_k", _DEFAULT_TOP_K) if trait_maps else 0
-            forward = {**forward, "num_trait_classes": min(top_k, self.model.config.num_labels)}
+            forward = {**forward, "num_trait_classes": min(top_k, len(self.model.config.id2label))}
         return preprocess, forward, postprocess
 
     def _forward(self, model_inputs: dict[str, Any], num_trait_classes: int = 0) -> ModelOutput:

@@ -1,0 +1,38 @@
+# Everything runs in environments of its own, made from the tested versions.
+PYTHON ?= python3
+NEWEST := .venv
+OLDEST := .venv-oldest
+
+.PHONY: test test-newest test-oldest lint format bench clean
+
+test: test-newest test-oldest
+
+test-newest: $(NEWEST)/installed
+	$(NEWEST)/bin/python -m pytest -n 2
+
+# The oldest supported transformers runs the fast part.
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest -n 2 -m "not slow"
+
+lint: $(NEWEST)/installed
+	$(NEWEST)/bin/ruff check .
+	$(NEWEST)/bin/ruff format --check .
+	$(NEWEST)/bin/mypy
+
+format: $(NEWEST)/installed
+	$(NEWEST)/bin/ruff check --fix .
+	$(NEWEST)/bin/ruff format .
+
+bench: $(NEWEST)/installed
+	$(NEWEST)/bin/python benchmarks/bench_model.py
+
+clean:
+	rm -rf $(NEWEST) $(OLDEST) build dist *.egg-info
+
+$(NEWEST)/installed: constraints.txt setup.cfg
+$(OLDEST)/installed: constraints-oldest.txt setup.cfg
+%/installed:
+	$(PYTHON) -m venv $*
+	$*/bin/python -m pip install --quiet --upgrade pip
+	$*/bin/python -m pip install --quiet -c $< -e '.[dev]'
+	touch $@

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: MIT
+"""What imports what, and that the project says what it holds."""
+
+import ast
+import configparser
+import importlib
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import prompt_cam_hf
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"modeling": 0, "prompt_cam_hf": 1, "training": 2}
+# What transformers itself cannot do without.
+MODELING_MAY_IMPORT = {"torch", "transformers", "huggingface_hub", "safetensors"} | set(sys.stdlib_module_names)
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(number of leading dots, module) of every import in a file."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.level, node.module or ""))
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "modeling").glob("*.py")), ids=lambda path: path.name)
+def test_modeling_travels_alone(path):
+    for level, module in imports(path):
+        if level:
+            # transformers copies what `from .file import Name` names, and nothing else.
+            assert level == 1 and module and (path.parent / f"{module}.py").is_file(), f"from {'.' * level}{module}"
+        else:
+            assert module.split(".")[0] in MODELING_MAY_IMPORT, module
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")),
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_imports_go_one_way(path):
+    """modeling <- prompt_cam_hf <- training, and never a second copy of modeling through the repository root."""
+    own_rank = FOLDERS[path.relative_to(ROOT).parts[0]]
+    for level, module in imports(path):
+        parts = module.split(".")
+        if level or parts[0] not in FOLDERS:
+            continue
+        assert parts[0] == "prompt_cam_hf", f"import {module} would make a second set of classes"
+        folder = parts[1] if len(parts) > 1 and parts[1] in FOLDERS else "prompt_cam_hf"
+        assert FOLDERS[folder] <= own_rank, f"{path.name} imports {module}"
+
+
+def test_every_public_name_is_documented():
+    names = [
+        module.name
+        for module in pkgutil.walk_packages(prompt_cam_hf.__path__, "prompt_cam_hf.")
+        if not module.name.rpartition(".")[2].startswith("_")
+    ]
+    names += [f"prompt_cam_hf.modeling.{path.stem}" for path in (ROOT / "modeling").glob("*_*_*.py")]
+    for name in ["prompt_cam_hf", *names]:
+        module = importlib.import_module(name)
+        assert module.__doc__, name
+        for public in getattr(module, "__all__", []):
+            thing = getattr(module, public)
+            if callable(thing):
+                assert thing.__doc__, f"{name}.{public}"
+
+
+def test_setup_cfg_lists_every_package():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    listed = set(config["options"]["packages"].split())
+    found = {
+        str(path.parent.relative_to(ROOT)).replace("/", ".")
+        for folder in [*FOLDERS, "model_cards"]
+        for path in (ROOT / folder).rglob("__init__.py")
+    }
+    found = {name if name.startswith("prompt_cam_hf") else f"prompt_cam_hf.{name}" for name in found}
+    assert listed == found
+
+
+def test_importing_twice_registers_once():
+    code = (
+        "import importlib, prompt_cam_hf; importlib.reload(prompt_cam_hf); "
+        "from transformers import AutoConfig; print(AutoConfig.for_model.__name__)"
+    )
+    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True, cwd="/", capture_output=True)
