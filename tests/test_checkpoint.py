@@ -25,7 +25,6 @@ from transformers import (
 from prompt_cam_hf import PromptCAMConfig, PromptCAMForImageClassification
 from prompt_cam_hf.modeling.backbone_prompt_cam import build_backbone, fingerprint_backbone
 
-
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 
 
