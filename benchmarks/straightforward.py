@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Prompt-CAM the long way, for comparison: prompts are ordinary tokens of every layer, as in the official code.
 
-It runs transformers' own ViT layers with the same fused attention, so the only difference is the work done.
+It runs transformers' own ViT layers. With explicit attention (`eager`) it does what the official code does, which
+keeps every attention matrix; with fused attention (`sdpa`) the only difference to ours is the work done.
 """
+
+from typing import Literal
 
 import torch
 from torch import nn
@@ -11,11 +14,12 @@ from prompt_cam_hf import PromptCAMForImageClassification
 
 
 class StraightforwardPromptCAM(nn.Module):
-    """Prompt-CAM-Deep on a ViTModel; shares the parameters of the model that it is made from."""
+    """Prompt-CAM-Deep on a ViTModel; takes over the model that it is made from."""
 
-    def __init__(self, model: PromptCAMForImageClassification):
+    def __init__(self, model: PromptCAMForImageClassification, attention: Literal["eager", "sdpa"]):
         super().__init__()
         self.model = model
+        self.model.backbone.set_attn_implementation(attention)
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None):
         """Logits, or with labels the loss."""

@@ -79,6 +79,8 @@ def convert_official_state_dict(
         converted["agnostic_prompts"] = prompts[:-1]
     for name, tensor in tensors.items():
         converted |= _convert_tensor(name, tensor, names)
+    # Copies: the model takes these tensors for its own, and the caller keeps the state dict.
+    converted = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in converted.items()}
     model, report = PromptCAMForImageClassification.from_pretrained(
         None, config=config, state_dict=converted, dtype=torch.float32, output_loading_info=True
     )

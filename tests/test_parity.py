@@ -97,6 +97,15 @@ def test_checkpoint_file_becomes_model_and_processor(official, tmp_path):
     torch.testing.assert_close(logits, official["logits"], atol=1e-5, rtol=0)
 
 
+def test_the_model_does_not_share_memory_with_the_state_dict(official, tmp_path):
+    before = {name: tensor.clone() for name, tensor in official.state_dict.items()}
+    model = official.convert()
+    model.save_pretrained(tmp_path)
+    for parameter in model.parameters():
+        parameter.data.fill_(7)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in official.state_dict.items())
+
+
 def test_prompts_of_the_last_layers_only(official):
     """The official vpt_layer: prompts for the last two of three layers."""
     prompts = official.state_dict["vpt.prompt_embeddings"]
