@@ -55,10 +55,12 @@ def tiny_backbone_config(family: str = "vit", **fields) -> PreTrainedConfig:
 
 
 def tiny_model(family: str = "vit", backbone_fields: dict | None = None, **fields) -> PromptCAMForImageClassification:
-    """A random model whose every parameter matters (no zero biases, no unit scales)."""
+    """A random model, always the same one, whose every parameter matters (no zero biases, no unit scales)."""
     backbone_config = tiny_backbone_config(family, **(backbone_fields or {}))
     config = PromptCAMConfig(backbone_config=backbone_config, **{"id2label": ID2LABEL, **fields})
-    model = PromptCAMForImageClassification(config).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = PromptCAMForImageClassification(config).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: MIT
+"""Which heads does the score of a class rest on, and how many of them would do?
+
+A head is blurred when its attention from the class prompt is made uniform (Prompt-CAM, Chowdhury et al., CVPR 2025,
+section 3). The network runs once; after that, every set of blurred heads costs one row of its last layer.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+
+from prompt_cam_hf.modeling import PromptCAMForImageClassification
+from prompt_cam_hf.modeling.modeling_prompt_cam import LastLayerState
+from prompt_cam_hf.modeling.ranking_prompt_cam import BlurredScores, rank_heads_greedily
+
+# Beyond this, enumerating all sets of heads is no longer cheap.
+_MAX_HEADS_TO_ENUMERATE = 16
+# Sets of blurred heads that go through the last layer's MLP at once: enough to be fast, few enough to fit anywhere.
+_ROWS_AT_ONCE = 4096
+
+
+class HeadRanking(NamedTuple):
+    """Heads of the last layer by what they do for the score of a class.
+
+    The shapes are those of `classes` in `rank_heads`, (batch,) or (batch, k), followed by what is given here.
+
+    Attributes:
+        order: (heads,), the most important head first.
+        scores: (heads,), in head order. Greedy: the class score left when that head is blurred in its turn. Exact: the
+            score left when it alone is blurred. Shapley: the head's share of the score.
+        sufficient: Without further axis: so many of the first heads in `order` keep the class on top when all others
+            are blurred. It is heads + 1 where not even all of them put it there.
+        num_smallest_sets: Without further axis, for the exact method only: how many sets of that size keep the class
+            on top; `order` starts with the one that leaves the highest score.
+    """
+
+    order: torch.LongTensor
+    scores: torch.Tensor
+    sufficient: torch.LongTensor
+    num_smallest_sets: torch.LongTensor | None = None
+
+
+@torch.no_grad()
+def rank_heads(
+    model: PromptCAMForImageClassification,
+    pixel_values: torch.Tensor,
+    classes: torch.LongTensor | None = None,
+    method: Literal["greedy", "exact", "shapley"] = "greedy",
+    blur: Literal["tokens", "patches"] = "tokens",
+    interpolate_pos_encoding: bool = False,
+) -> HeadRanking:
+    """Rank the last layer's heads for a class on an image.
+
+    - "greedy" (the paper's): blur, again and again, the head whose blurring leaves the highest score of the class.
+    - "exact": try all sets of heads, and find the smallest that keeps the class on top.
+    - "shapley": with v(S) the class's score when the heads S stay sharp, a head's value is the mean of
+      v(S + head) - v(S) over all orders in which heads can be added. The values sum to v(all) - v(none).
+
+    Args:
+        model: The model, in evaluation mode.
+        pixel_values: (batch, channels, height, width).
+        classes: (batch,) or (batch, k), the classes asked about. None: the predicted class.
+        method: See above. "exact" and "shapley" try all 2^heads sets.
+        blur: "tokens" spreads a head over all tokens, as the official implementation does; "patches" over the patches
+            alone, as the paper writes.
+        interpolate_pos_encoding: As in the model's `forward`.
+
+    Raises:
+        ValueError: `method` or `blur` is unknown, `classes` does not fit, or there are too many heads to enumerate.
+    """
+    if method not in ("greedy", "exact", "shapley"):
+        raise ValueError(f'method={method!r} is not known; use "greedy", "exact" or "shapley".')
+    state = model.last_layer_state(pixel_values, interpolate_pos_encoding)
+    logits = model.last_layer_logits(state)
+    asked = _check_classes(classes, logits)
+    heads = state.projections.keys.shape[1]
+    if method != "greedy" and heads > _MAX_HEADS_TO_ENUMERATE:
+        raise ValueError(
+            f"method={method!r} tries all sets of heads, and 2^{heads} are too many; up to {_MAX_HEADS_TO_ENUMERATE} "
+            'heads are possible. Use method="greedy".'
+        )
+    rivals = logits[:, None].expand(-1, asked.shape[1], -1).scatter(-1, asked[..., None], -torch.inf).amax(-1)
+    if method == "greedy":
+        ranking = _rank_greedily(model, state, asked, blur, rivals)
+    else:
+        blurred_scores = BlurredScores(model, state, asked, blur)
+        all_sets = _all_sets(heads, asked.device)
+        values = _score_sets(blurred_scores, all_sets, asked)
+        rank = _rank_exactly if method == "exact" else _rank_by_shapley_value
+        ranking = rank(values, all_sets, rivals)
+    if classes is not None and classes.ndim == 2:
+        return ranking
+    return HeadRanking(*(part if part is None else part[:, 0] for part in ranking))
+
+
+def _check_classes(classes: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
+    """The classes as (batch, k)."""
+    batch, num_labels = logits.shape
+    if classes is None:
+        return logits.argmax(dim=-1, keepdim=True)
+    if classes.ndim not in (1, 2) or classes.shape[0] != batch:
+        raise ValueError(
+            f"classes has the shape {tuple(classes.shape)}; it must be (batch,) or (batch, k), with batch={batch}."
+        )
+    if classes.is_floating_point() or ((classes < 0) | (classes >= num_labels)).any():
+        raise ValueError(f"classes must be whole numbers from 0 to {num_labels - 1}.")
+    return classes.to(logits.device).view(batch, -1)
+
+
+def _rank_greedily(
+    model: PromptCAMForImageClassification,
+    state: LastLayerState,
+    classes: torch.Tensor,
+    blur: Literal["tokens", "patches"],
+    rivals: torch.Tensor,
+) -> HeadRanking:
+    order, scores = rank_heads_greedily(model, state, classes, blur)
+    all_sharp = model.last_layer_logits(state).gather(1, classes)
+    # From all heads sharp to none: what is left after each removal, least important head first.
+    left = torch.cat((all_sharp[..., None], scores.gather(-1, order).flip(-1)), dim=-1)
+    return HeadRanking(order, scores, _count_sufficient(left, rivals))
+
+
+def _count_sufficient(left: torch.Tensor, rivals: torch.Tensor) -> torch.Tensor:
+    """How many heads survive when they are removed until the class loses: `left` (..., heads + 1), all heads first."""
+    wins = (left > rivals[..., None]).long().cumprod(dim=-1).sum(dim=-1)
+    return left.shape[-1] - wins
+
+
+def _all_sets(heads: int, device: torch.device) -> torch.Tensor:
+    """All sets of sharp heads, (2^heads, heads); bit h of a set's number says whether head h is in it."""
+    numbers = torch.arange(2**heads, device=device)
+    return (numbers[:, None] >> torch.arange(heads, device=device)) & 1 == 1
+
+
+def _score_sets(blurred_scores: BlurredScores, sets: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """The class's score when only the heads of a set are sharp, (batch, k, sets)."""
+    chunks = sets.split(max(_ROWS_AT_ONCE // classes.numel(), 1))
+    return torch.cat([blurred_scores(~chunk.expand(*classes.shape, -1, -1)) for chunk in chunks], dim=-1)
+
+
+def _rank_exactly(values: torch.Tensor, sets: torch.Tensor, rivals: torch.Tensor) -> HeadRanking:
+    heads = sets.shape[1]
+    sizes = sets.sum(dim=1)
+    wins = values > rivals[..., None]
+    smallest = torch.where(wins, sizes, heads + 1).amin(dim=-1)
+    is_smallest = wins & (sizes == smallest[..., None])
+    # Where no set wins, all heads stand for it.
+    is_smallest[..., -1] |= smallest > heads
+    best = values.masked_fill(~is_smallest, -torch.inf).argmax(dim=-1)
+    without = (2**heads - 1) - 2 ** torch.arange(heads, device=sets.device)
+    scores = values[..., without]
+    # Members of the set first; among equals, the head first whose own blurring costs most.
+    by_score = scores.argsort(dim=-1, stable=True)
+    membership = sets[best].gather(-1, by_score)
+    order = by_score.gather(-1, (~membership).long().argsort(dim=-1, stable=True))
+    return HeadRanking(order, scores, smallest, torch.where(smallest > heads, 0, is_smallest.sum(dim=-1)))
+
+
+def _rank_by_shapley_value(values: torch.Tensor, sets: torch.Tensor, rivals: torch.Tensor) -> HeadRanking:
+    heads = sets.shape[1]
+    # Of all orders of adding heads, those in which exactly the set S stands before head h: |S|! (heads - |S| - 1)!
+    weights = torch.tensor(
+        [math.factorial(size) * math.factorial(heads - size - 1) / math.factorial(heads) for size in range(heads)],
+        dtype=torch.float64,
+        device=sets.device,
+    )
+    numbers, sizes = torch.arange(len(sets), device=sets.device), sets.sum(dim=1)
+    shares = []
+    for head in range(heads):
+        without = numbers[~sets[:, head]]
+        gains = values[..., without + 2**head].double() - values[..., without].double()
+        shares.append((gains * weights[sizes[without]]).sum(dim=-1))
+    scores = torch.stack(shares, dim=-1)
+    order = scores.argsort(dim=-1, descending=True, stable=True)
+    # Sets of the first m heads of the order, for m from all heads to none.
+    members = torch.cat((torch.zeros_like(order[..., :1]), (2**order).cumsum(dim=-1)), dim=-1).flip(-1)
+    return HeadRanking(order, scores.to(values.dtype), _count_sufficient(values.gather(-1, members), rivals))
+
+
+__all__ = ["HeadRanking", "rank_heads"]
