@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: MIT
+"""How is work saved that every epoch would repeat?
+
+Where no prompt enters before layer k, what the first k layers make of a picture never changes. It is computed once,
+kept on disk, and training starts from there: the same losses, at the cost of the remaining layers.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+import transformers
+from accelerate import PartialState
+from huggingface_hub.constants import HF_HOME
+from huggingface_hub.utils import WeakFileLock
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm.auto import tqdm
+from transformers import default_data_collator
+
+from prompt_cam_hf.images import ImageDataset, TrainingAugmentation
+from prompt_cam_hf.modeling import PromptCAMForImageClassification
+from prompt_cam_hf.training.trainer import on_main_process
+
+DEFAULT_CACHE_DIR = Path(HF_HOME) / "prompt_cam_features"
+
+
+class FeatureDataset(Dataset):
+    """Labelled pictures as the model knows them after its fixed first layers.
+
+    Item `i` is `{"prefix_hidden_states": float32 of (tokens, hidden_size), "labels": int}`. Nothing is held in memory
+    but the labels.
+    """
+
+    def __init__(self, path: str | os.PathLike, labels: list[int]):
+        """Read the file written by `cache_features`, an array (views, pictures, tokens, hidden_size)."""
+        self.path = path
+        self.labels = labels
+        # Shared with data loader workers that outlive an epoch.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._features: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        """Count the pictures."""
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Read one picture's hidden states, of the view that belongs to the epoch."""
+        if self._features is None:
+            self._features = np.load(self.path, mmap_mode="r")
+        view = int(self._epoch) % len(self._features)
+        return {
+            "prefix_hidden_states": torch.from_numpy(self._features[view, index].copy()),
+            "labels": self.labels[index],
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A pickled memory map would carry the whole file.
+        return {**self.__dict__, "_features": None}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Use the view of `epoch` (from 0) from now on; they are taken in turn."""
+        self._epoch.fill_(epoch)
+
+
+class FeatureCollator:
+    """Makes a batch, and adds to features what the pixels would have told: the grid of patches."""
+
+    def __init__(self, patch_grid: tuple[int, int]):
+        """For pictures of `patch_grid`, (rows, columns)."""
+        self.patch_grid = patch_grid
+
+    def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """Stack the items of a `FeatureDataset` or an `ImageDataset`."""
+        batch = default_data_collator(items)
+        if "prefix_hidden_states" in batch:
+            batch["patch_grid"] = self.patch_grid
+        return batch
+
+
+def cache_features(
+    model: PromptCAMForImageClassification,
+    dataset: ImageDataset,
+    cache_dir: str | os.PathLike = DEFAULT_CACHE_DIR,
+    *,
+    patch_grid: tuple[int, int],
+    num_views: int = 1,
+    autocast_dtype: torch.dtype | None = None,
+    batch_size: int = 32,
+    num_workers: int = 0,
+) -> FeatureDataset:
+    """Run the model's fixed first layers over all pictures, unless a file for just this case exists already.
+
+    The file's name is a digest of the pictures' bytes, the preprocessing and augmentation, the backbone and the
+    precision, so that a change of any of them makes a new file. It appears under this name when it is complete. With
+    several processes, each computes a part; all must see `cache_dir`.
+
+    Args:
+        model: On the device to compute on.
+        dataset: The pictures; an augmented view `v` is what the data set gives in epoch `v`.
+        cache_dir: The folder for the files; it is made.
+        patch_grid: Rows and columns of patches that the data set's pictures have.
+        num_views: Views of each picture, 1 where nothing is drawn at random.
+        autocast_dtype: Mixed precision to compute in, as in training.
+        batch_size: Pictures a step and process.
+        num_workers: Processes that read pictures, for each process that computes.
+
+    Raises:
+        ValueError: a prompt enters the first layer, so that nothing is fixed.
+        OSError: the disk is too full.
+    """
+    if not model.config.fixed_prefix_layers:
+        raise ValueError(
+            "cache_features: there is nothing to cache, because prompts enter the first layer. Set first_prompt_layer "
+            "to a later layer, or num_agnostic_prompts to 0 with class prompts at a later layer."
+        )
+    process = PartialState()
+    key = on_main_process(lambda: _fingerprint(model, dataset, num_views, autocast_dtype))
+    path = Path(cache_dir).expanduser() / f"{key}.npy"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Another run that computes the same file is waited for.
+    with WeakFileLock(f"{path}.lock") if process.is_main_process else contextlib.nullcontext():
+        if not on_main_process(path.exists):
+            tokens = model.config.num_prefix_tokens + patch_grid[0] * patch_grid[1]
+            shape = (num_views, len(dataset), tokens, model.config.backbone_config.hidden_size)
+            partial = path.with_suffix(".partial")
+            if process.is_main_process:
+                partial.unlink(missing_ok=True)
+                _check_disk(path.parent, shape)
+                np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+            process.wait_for_everyone()
+            features = np.load(partial, mmap_mode="r+")
+            _compute(model, dataset, features, autocast_dtype, batch_size, num_workers)
+            features.flush()
+            process.wait_for_everyone()
+            if process.is_main_process:
+                os.replace(partial, path)
+        process.wait_for_everyone()
+    return FeatureDataset(path, list(dataset.dataset["label"]))
+
+
+def _compute(
+    model: PromptCAMForImageClassification,
+    dataset: ImageDataset,
+    features: np.ndarray,
+    autocast_dtype: torch.dtype | None,
+    batch_size: int,
+    num_workers: int,
+) -> None:
+    """Fill this process's part of `features`, (views, pictures, tokens, hidden_size)."""
+    process = PartialState()
+    num_views, num_images = features.shape[:2]
+    first, end = (num_images * (process.process_index + i) // process.num_processes for i in (0, 1))
+    device = model.device
+    progress = tqdm(
+        total=num_views * (end - first), desc="Caching features", unit="img", disable=not process.is_main_process
+    )
+    for view in range(num_views):
+        dataset.set_epoch(view)
+        row = first
+        for batch in DataLoader(Subset(dataset, range(first, end)), batch_size=batch_size, num_workers=num_workers):
+            with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+                hidden_states = model.encode_prefix(batch["pixel_values"].to(device))
+            features[view, row : row + len(hidden_states)] = hidden_states.float().cpu().numpy()
+            row += len(hidden_states)
+            progress.update(len(hidden_states))
+    progress.close()
+
+
+def _check_disk(folder: Path, shape: tuple[int, ...]) -> None:
+    """Writing to a memory map on a full disk would end the process without a word."""
+    needed = int(np.prod(shape, dtype=np.int64)) * np.dtype(np.float32).itemsize
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"The cached features need {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free; lower "
+            f"cache_views (now {shape[0]}), or set cache_dir to a folder on another disk."
+        )
+
+
+def _fingerprint(
+    model: PromptCAMForImageClassification,
+    dataset: ImageDataset,
+    num_views: int,
+    autocast_dtype: torch.dtype | None,
+) -> str:
+    """SHA-256, in hexadecimal, over all that the features depend on."""
+    transform = dataset.transform
+    augmentation = None
+    if isinstance(transform, TrainingAugmentation):
+        augmentation = {"seed": transform.seed, "crop": transform.crop_size, "resize": transform.resize_size}
+        transform = transform.image_processor
+    settings = {
+        "backbone": model.config.backbone_fingerprint,
+        "backbone_config": model.config.backbone_config.to_dict(),
+        "attention": model.config._attn_implementation,
+        "layers": model.config.fixed_prefix_layers,
+        "image_processor": transform.to_dict(),
+        "augmentation": augmentation,
+        "views": num_views,
+        "precision": str(autocast_dtype),
+        "device": model.device.type,
+        "versions": [torch.__version__, transformers.__version__, PIL.__version__],
+    }
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for row in tqdm(dataset.dataset.select_columns("image"), desc="Looking for cached features", unit="img"):
+        image = row["image"]
+        content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
+__all__ = ["DEFAULT_CACHE_DIR", "FeatureCollator", "FeatureDataset", "cache_features"]

@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: MIT
+"""Which settings does a training run have, and where does each value come from: default, recipe file, command line?
+
+The defaults are the official DINO settings (Prompt-CAM, Chowdhury et al., CVPR 2025).
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import os
+from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+import torch
+import yaml
+from transformers import TrainingArguments
+
+
+def _key(text: str, **default: Any) -> Any:
+    """A field that carries its meaning, for --help and docs/training.md."""
+    return field(metadata={"help": text}, **default)
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """All settings of a training run. `docs/training.md` has the same text as a table.
+
+    Values are converted where nothing is lost (1 for a number, the text "1e-6" that YAML 1.1 makes of 1e-6).
+
+    Raises:
+        TypeError: a value is of the wrong type.
+        ValueError: a value is out of range, or contradicts another one.
+    """
+
+    # Model
+    backbone: str = _key("Vision transformer to build on: a Hub id, or a folder in transformers' format.")
+    backbone_revision: str | None = _key("Branch, tag or commit of the backbone on the Hub.", default=None)
+    class_prompt_layer: int = _key("Layer that class prompts enter: -1 the last (Deep), 0 the first.", default=-1)
+    num_agnostic_prompts: int | None = _key(
+        "Class-agnostic prompts in each layer before; empty: as many as classes.", default=None
+    )
+    first_prompt_layer: int = _key("First layer that class-agnostic prompts enter.", default=0)
+    prompt_dropout: float = _key("Dropout on the prompts, one mask a batch.", default=0.1)
+    drop_path_rate: float = _key("Stochastic depth of the last layer, rising evenly from 0.", default=0.1)
+
+    # Data
+    data: str = _key("Pictures: a folder with train/ (validation/, test/), a CSV or Parquet file, or a Hub id.")
+    data_name: str | None = _key("Configuration of a Hub data set.", default=None)
+    data_revision: str | None = _key("Branch, tag or commit of a Hub data set.", default=None)
+    image_column: str = _key("Column that holds the picture or its path.", default="image")
+    label_column: str = _key("Column that holds the class.", default="label")
+    validation_fraction: float = _key(
+        "Part of train to hold out, class by class, where there is no validation split; 0: nothing, keep the "
+        "last epoch.",
+        default=0.1,
+    )
+    skip_unreadable: bool = _key("Leave out pictures that cannot be read and list them.", default=False)
+    image_size: int = _key("Side in pixels to which every picture is squashed.", default=224)
+    image_mean: list[float] = field(
+        default_factory=lambda: [0.5, 0.5, 0.5],
+        metadata={"help": "Mean of red, green and blue (0..1) that is subtracted."},
+    )
+    image_std: list[float] = field(
+        default_factory=lambda: [0.5, 0.5, 0.5],
+        metadata={"help": "Standard deviation of red, green and blue that is divided by."},
+    )
+    augmentation: bool = _key("Random crops and left-right flips in training.", default=True)
+
+    # Optimisation
+    optimizer: Literal["sgd", "adamw"] = _key("sgd or adamw.", default="sgd")
+    learning_rate: float = _key("Highest learning rate, reached after the warm-up.", default=0.005)
+    momentum: float = _key("Momentum of sgd; adamw does not use it.", default=0.9)
+    weight_decay: float = _key("Weight decay on prompts, head and its bias alike.", default=0.001)
+    train_batch_size: int = _key("Pictures a step, over all processes together.", default=16)
+    num_train_epochs: int = _key("Passes over the training pictures.", default=100)
+    warmup_epochs: int = _key("Epochs in which the rate rises.", default=20)
+    warmup_learning_rate: float = _key("Rate at the start of the warm-up.", default=0.0)
+    min_learning_rate: float = _key("Rate at the end of the cosine.", default=1e-6)
+    seed: int = _key("Seed of prompts, order, augmentation and the validation part.", default=42)
+
+    # Running
+    output_dir: str = _key("New folder for model, checkpoints and results.")
+    resume_from_checkpoint: bool | str = _key(
+        "Go on after an interruption: true, from the newest checkpoint in output_dir, or a checkpoint's path.",
+        default=False,
+    )
+    eval_every_epochs: int = _key("Epochs between looks at validation; the last epoch counts always.", default=1)
+    eval_batch_size: int = _key("Pictures a step and process in evaluation.", default=32)
+    bf16: bool = _key("Mixed precision with bfloat16.", default=False)
+    fp16: bool = _key("Mixed precision with float16 (older GPUs).", default=False)
+    gradient_checkpointing: bool = _key(
+        "Less memory, more time: layers run again in the backward pass.", default=False
+    )
+    dataloader_num_workers: int = _key("Processes that read pictures; 0: none of their own.", default=4)
+    cache_features: bool = _key("Compute once, and keep on disk, what no prompt changes.", default=False)
+    cache_views: int = _key("Augmented views of each picture to cache, used in turn.", default=10)
+    cache_dir: str | None = _key("Folder of the cached features; empty: with the Hugging Face caches.", default=None)
+    include_backbone: bool = _key("Save the backbone with the model, so that it stands alone.", default=True)
+    hub_model_id: str | None = _key("Upload the finished model to this Hub repository.", default=None)
+    hub_private_repo: bool = _key("Make that repository private, if it is new.", default=True)
+    trainer: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Further settings of transformers' TrainingArguments; --trainer.KEY on the command line."},
+    )
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(Recipe).items():
+            setattr(self, name, _convert(name, getattr(self, name), kind))
+        self.backbone, self.output_dir = os.path.expanduser(self.backbone), os.path.expanduser(self.output_dir)
+        self._check_ranges()
+        self._check_combinations()
+
+    def _check_ranges(self) -> None:
+        for name in ("train_batch_size", "num_train_epochs", "eval_every_epochs", "eval_batch_size"):
+            _require(getattr(self, name) >= 1, self, name, "at least 1")
+        for name in ("image_size", "cache_views"):
+            _require(getattr(self, name) >= 1, self, name, "at least 1")
+        for name in ("warmup_epochs", "weight_decay", "dataloader_num_workers", "seed"):
+            _require(getattr(self, name) >= 0, self, name, "0 or more")
+        for name in ("prompt_dropout", "drop_path_rate", "momentum", "validation_fraction"):
+            _require(0 <= getattr(self, name) < 1, self, name, "at least 0 and below 1")
+        _require(self.learning_rate > 0, self, "learning_rate", "above 0")
+        for name in ("warmup_learning_rate", "min_learning_rate"):
+            _require(0 <= getattr(self, name) <= self.learning_rate, self, name, "between 0 and learning_rate")
+        for name in ("image_mean", "image_std"):
+            _require(len(getattr(self, name)) == 3, self, name, "three numbers, for red, green and blue")
+        _require(min(self.image_std) > 0, self, "image_std", "above 0")
+
+    def _check_combinations(self) -> None:
+        if self.warmup_epochs >= self.num_train_epochs:
+            raise ValueError(
+                f"warmup_epochs ({self.warmup_epochs}) must be below num_train_epochs ({self.num_train_epochs}); a "
+                "short run needs a short warm-up."
+            )
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 exclude each other; choose one.")
+        known = {argument.name for argument in dataclasses.fields(TrainingArguments)}
+        ours = _trainer_settings(self)
+        for name in self.trainer:
+            if name in ours:
+                raise ValueError(f"trainer.{name} is set by the recipe's own keys, and cannot be given under trainer.")
+            if name not in known:
+                raise ValueError(_unknown(f"trainer.{name}", [f"trainer.{key}" for key in known - set(ours)]))
+
+    def to_yaml(self) -> str:
+        """The recipe as a YAML file that gives the same run again; how it was resumed is no part of it."""
+        values = dataclasses.asdict(self)
+        del values["resume_from_checkpoint"]
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | os.PathLike, **overrides: Any) -> Recipe:
+    """Read a recipe file; `overrides` are keys that win over the file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        TypeError, ValueError: the file is no list of `key: value`, a key is unknown, twice there or missing, or
+            `Recipe` refuses a value.
+    """
+    settings = _read_yaml(path)
+    if isinstance(settings.get("trainer"), dict):
+        overrides["trainer"] = settings["trainer"] | overrides.get("trainer", {})
+    return _build_recipe(settings | overrides)
+
+
+def parse_recipe(arguments: Sequence[str]) -> Recipe:
+    """Read `RECIPE.yaml [--key value ...]` as given on the command line.
+
+    Raises:
+        SystemExit: after printing the help.
+        FileNotFoundError, TypeError, ValueError: as in `load_recipe`.
+    """
+    parser = _command_line_parser()
+    given, rest = parser.parse_known_args(arguments)
+    path = given.__dict__.pop("recipe")
+    kinds = get_type_hints(Recipe)
+    overrides = {name: text if _is_text(kinds[name]) else yaml.safe_load(text) for name, text in vars(given).items()}
+    if trainer := _parse_trainer_settings(rest):
+        overrides["trainer"] = trainer
+    return load_recipe(path, **overrides)
+
+
+def training_arguments(recipe: Recipe) -> TrainingArguments:
+    """What the recipe means for `Trainer`; this also joins the other processes, where there are several.
+
+    `warmup_steps` stays 0: only with the data is it known how many steps an epoch has.
+
+    Raises:
+        ValueError: the batch cannot be shared evenly by the processes.
+    """
+    defaults = {
+        "report_to": "none",
+        # The official recipe does not clip gradients.
+        "max_grad_norm": 0.0,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        # Without this, several processes on a machine without a GPU would not know of each other.
+        "use_cpu": not torch.accelerator.is_available(),
+    }
+    arguments = TrainingArguments(**{**defaults, **recipe.trainer, **_trainer_settings(recipe)})
+    shares = arguments.world_size * max(1, arguments.n_gpu) * arguments.gradient_accumulation_steps
+    if recipe.train_batch_size % shares:
+        raise ValueError(
+            f"train_batch_size counts the pictures of all processes together: {recipe.train_batch_size} cannot be "
+            f"shared evenly by {shares} (processes x accumulation steps); choose a multiple of {shares}."
+        )
+    arguments.per_device_train_batch_size = recipe.train_batch_size // shares
+    return arguments
+
+
+def _trainer_settings(recipe: Recipe) -> dict[str, Any]:
+    """The `TrainingArguments` that the recipe's own keys, or the training program, decide."""
+    available = {argument.name for argument in dataclasses.fields(TrainingArguments)}
+    checkpointing = {"activation_checkpointing", "gradient_checkpointing"} & available
+    return {
+        "output_dir": recipe.output_dir,
+        "optim": "adamw_torch" if recipe.optimizer == "adamw" else "sgd",
+        "optim_args": f"momentum={recipe.momentum}" if recipe.optimizer == "sgd" else None,
+        "learning_rate": recipe.learning_rate,
+        "weight_decay": recipe.weight_decay,
+        "per_device_train_batch_size": recipe.train_batch_size,
+        "per_device_eval_batch_size": recipe.eval_batch_size,
+        "num_train_epochs": recipe.num_train_epochs,
+        "max_steps": -1,
+        "lr_scheduler_type": "cosine_warmup_with_min_lr",
+        "lr_scheduler_kwargs": {
+            "min_lr": recipe.min_learning_rate,
+            "warmup_lr_rate": recipe.warmup_learning_rate / recipe.learning_rate,
+        },
+        "warmup_steps": 0,
+        "seed": recipe.seed,
+        "bf16": recipe.bf16,
+        "fp16": recipe.fp16,
+        # The new name where there is one; the old one is deprecated there.
+        min(checkpointing): recipe.gradient_checkpointing,
+        "dataloader_num_workers": recipe.dataloader_num_workers,
+        "dataloader_drop_last": False,
+        "remove_unused_columns": False,
+        "ddp_find_unused_parameters": False,
+        "eval_strategy": "epoch",
+        "save_strategy": "epoch",
+        "save_total_limit": None,
+        "save_only_model": False,
+        "logging_strategy": "epoch",
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": False,
+        "metric_for_best_model": "top1",
+        "greater_is_better": True,
+        "load_best_model_at_end": False,
+        "hub_model_id": None,
+        "hub_private_repo": None,
+        "push_to_hub": False,
+        "resume_from_checkpoint": None,
+    }
+
+
+class _CommandLineParser(ArgumentParser):
+    """Raises instead of printing the usage of forty keys above the one line that matters."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message[0].upper()}{message[1:]}. See --help.")
+
+
+def _command_line_parser() -> ArgumentParser:
+    parser = _CommandLineParser(
+        usage="accelerate launch training/train.py RECIPE.yaml [--key value ...]",
+        description="Train a Prompt-CAM. A key on the command line wins over the recipe, the recipe over the default.",
+        argument_default=SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("recipe", metavar="RECIPE.yaml", help="File with the keys below.")
+    kinds = get_type_hints(Recipe)
+    for key in dataclasses.fields(Recipe):
+        if key.name == "trainer":
+            continue
+        default = "" if _is_required(key) else f" Default: {_default(key)}."
+        options: dict[str, Any] = {"help": (key.metadata["help"] + default).replace("%", "%%"), "metavar": "VALUE"}
+        if bool in (kinds[key.name], *get_args(kinds[key.name])):
+            options |= {"nargs": "?", "const": "true"}
+        parser.add_argument(f"--{key.name}", **options)
+    return parser
+
+
+def _parse_trainer_settings(arguments: Sequence[str]) -> dict[str, Any]:
+    """`--trainer.KEY VALUE` and `--trainer.KEY=VALUE`; anything else that is left over is an unknown key."""
+    settings = {}
+    rest = list(arguments)
+    while rest:
+        flag, separator, text = rest.pop(0).partition("=")
+        if not flag.startswith("--"):
+            raise ValueError(f"{flag!r} is neither a key (--key) nor the value of one.")
+        name = flag[2:]
+        if not name.startswith("trainer."):
+            raise ValueError(_unknown(name, _names()))
+        if not separator:
+            if not rest:
+                raise ValueError(f"{flag} needs a value.")
+            text = rest.pop(0)
+        settings[name.removeprefix("trainer.")] = yaml.safe_load(text)
+    return settings
+
+
+def _read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"There is no recipe file {os.fspath(path)!r}.")
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    try:
+        content = yaml.safe_load(text)
+        keys = [node.value for node, _ in yaml.compose(text).value] if isinstance(content, dict) else []
+    except yaml.YAMLError as error:
+        raise ValueError(f"{os.fspath(path)} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{os.fspath(path)} is not a recipe: it must hold lines of the form `key: value`.")
+    for key in keys:
+        if key not in _names():
+            raise ValueError(f"{os.fspath(path)}: {_unknown(key, _names())}")
+        if keys.count(key) > 1:
+            raise ValueError(f"{os.fspath(path)}: the key {key!r} stands there {keys.count(key)} times.")
+    return content
+
+
+def _build_recipe(settings: Mapping[str, Any]) -> Recipe:
+    for name in settings:
+        if name not in _names():
+            raise ValueError(_unknown(name, _names()))
+    missing = [key.name for key in dataclasses.fields(Recipe) if _is_required(key) and settings.get(key.name) is None]
+    if missing:
+        given = " ".join(f"--{name} ..." for name in missing)
+        raise ValueError(f"The recipe has no {' and no '.join(missing)}; add it to the file or give {given}.")
+    return Recipe(**settings)
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    kinds = get_args(kind) if get_origin(kind) is UnionType else (kind,)
+    for candidate in kinds:
+        with contextlib.suppress(TypeError, ValueError):
+            return _as_kind(value, candidate)
+    raise TypeError(f"{name} must be {' or '.join(_describe(candidate) for candidate in kinds)}, got {value!r}.")
+
+
+def _as_kind(value: Any, kind: Any) -> Any:
+    if get_origin(kind) is Literal and value in get_args(kind):
+        return value
+    if get_origin(kind) is list and isinstance(value, list | tuple):
+        return [_as_kind(item, get_args(kind)[0]) for item in value]
+    if get_origin(kind) is dict and isinstance(value, dict):
+        return dict(value)
+    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        return float(value)
+    if kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if type(value) is kind:
+        return value
+    raise TypeError
+
+
+def _describe(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return " or ".join(get_args(kind))
+    return {
+        str: "text",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        NoneType: "empty",
+        list: "a list of numbers",
+        dict: "a mapping of keys to values",
+    }[get_origin(kind) or kind]
+
+
+def _is_text(kind: Any) -> bool:
+    return kind in (str, str | None)
+
+
+def _is_required(key: dataclasses.Field) -> bool:
+    return key.default is dataclasses.MISSING and key.default_factory is dataclasses.MISSING
+
+
+def _default(key: dataclasses.Field) -> Any:
+    return key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
+
+
+def _names() -> list[str]:
+    return [key.name for key in dataclasses.fields(Recipe)]
+
+
+def _unknown(name: Any, names: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(str(name), sorted(names), n=1, cutoff=0)[0]
+    return f"unknown key {name!r}; the nearest one is {nearest!r}."
+
+
+def _require(condition: bool, recipe: Recipe, name: str, rule: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} must be {rule}, got {getattr(recipe, name)}.")
+
+
+__all__ = ["Recipe", "load_recipe", "parse_recipe", "training_arguments"]

@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: MIT
+"""How does a recipe become a trained Prompt-CAM?
+
+    accelerate launch training/train.py RECIPE.yaml [--key value ...]
+    accelerate launch -m prompt_cam_hf.training.train RECIPE.yaml [--key value ...]
+
+The best epoch is chosen on the validation part; the test split is looked at once, at the end.
+"""
+
+import csv
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import set_seed
+from huggingface_hub import HfApi
+from rich.console import Console
+from rich.table import Table
+from torch.utils.data import Dataset
+from transformers import TrainingArguments
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.trainer_utils import IntervalStrategy
+
+from prompt_cam_hf import PromptCAMForImageClassification
+from prompt_cam_hf.data import ImageData, load_image_data
+from prompt_cam_hf.images import ImageDataset, TrainingAugmentation, build_image_processor
+from prompt_cam_hf.metrics.classification import ClassificationReport, build_compute_metrics
+from prompt_cam_hf.modeling.backbone_prompt_cam import image_size
+from prompt_cam_hf.training.features import DEFAULT_CACHE_DIR, FeatureCollator, FeatureDataset, cache_features
+from prompt_cam_hf.training.recipe import Recipe, load_recipe, parse_recipe, training_arguments
+from prompt_cam_hf.training.trainer import (
+    PromptCAMTrainer,
+    complete_checkpoints,
+    load_trained_parameters,
+    on_main_process,
+    remove_checkpoints_after,
+)
+
+RECIPE_FILE = "recipe.yaml"
+RESULTS_FILE = "results.json"
+
+# What may change when a run is resumed: where it lies and how it runs, not what it computes.
+_CHANGEABLE_KEYS = {
+    "cache_dir",
+    "dataloader_num_workers",
+    "eval_batch_size",
+    "hub_model_id",
+    "hub_private_repo",
+    "include_backbone",
+    "output_dir",
+    "resume_from_checkpoint",
+}
+
+# Of use to go on with the run only; and the recipe names folders of this machine.
+_NOT_UPLOADED = ["checkpoint-*", "trainer_state.json", RECIPE_FILE, "skipped_images.csv"]
+
+_METRICS = {"top1": "top-1", "top5": "top-5", "macro_accuracy": "macro accuracy"}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run.
+
+    Attributes:
+        model: With the weights of `best_epoch`, in evaluation mode.
+        image_processor: Does what evaluation did; saved with the model.
+        output_dir: Holds all of this.
+        best_epoch: Counted from 1; the best on validation, the last where there is no validation part.
+        metrics: By split (validation, test, as far as there are) and for `chance`: top1, top5 and macro_accuracy,
+            0 to 1.
+    """
+
+    model: PromptCAMForImageClassification
+    image_processor: BaseImageProcessor
+    output_dir: Path
+    best_epoch: int
+    metrics: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run that is ready to start: recipe, data and model have been checked."""
+
+    recipe: Recipe
+    data: ImageData
+    image_processor: BaseImageProcessor
+    trainer: PromptCAMTrainer
+    checkpoint: Path | None
+
+    def train(self) -> TrainResult:
+        """Train, evaluate, save and report.
+
+        Raises:
+            FloatingPointError: the loss became infinite or not a number.
+        """
+        trainer, folder = self.trainer, Path(self.recipe.output_dir)
+        if trainer.args.should_save:
+            self._open_folder(folder)
+        trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
+        best_epoch = self._restore_best_epoch(folder)
+        reports = {name: _report(trainer, dataset) for name, dataset in self._evaluated_splits().items()}
+        model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+        result = TrainResult(model, self.image_processor, folder, best_epoch, self._metrics(reports))
+        if trainer.args.should_save:
+            self._save(result, reports)
+            _print_results(result, self.recipe, self.data)
+        PartialState().wait_for_everyone()
+        return result
+
+    def _open_folder(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.checkpoint is None:
+            _write_whole(folder / RECIPE_FILE, self.recipe.to_yaml())
+        remove_checkpoints_after(self.checkpoint, folder)
+        if self.data.skipped:
+            self.data.write_skipped(folder / "skipped_images.csv")
+
+    def _restore_best_epoch(self, folder: Path) -> int:
+        state = self.trainer.state
+        best_step = state.best_global_step or state.global_step
+        load_trained_parameters(self.trainer.model, folder / f"checkpoint-{best_step}")
+        return best_step * self.recipe.num_train_epochs // state.max_steps
+
+    def _evaluated_splits(self) -> dict[str, Dataset]:
+        splits: dict[str, Dataset] = {}
+        if self.data.validation is not None:
+            splits["validation"] = self.trainer.eval_dataset
+        if self.data.test is not None:
+            splits["test"] = ImageDataset(self.data.test, self.image_processor)
+        return splits
+
+    def _metrics(self, reports: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+        num_classes = len(self.data.id2label)
+        chance = {
+            "top1": 1 / num_classes,
+            "top5": min(5, num_classes) / num_classes,
+            "macro_accuracy": 1 / num_classes,
+        }
+        return {name: {key: report[key] for key in _METRICS} for name, report in reports.items()} | {"chance": chance}
+
+    def _save(self, result: TrainResult, reports: dict[str, dict[str, Any]]) -> None:
+        folder = result.output_dir
+        result.model.save_pretrained(folder, include_backbone=self.recipe.include_backbone)
+        result.image_processor.save_pretrained(folder)
+        self.trainer.save_state()
+        for name, report in reports.items():
+            _write_confusion(folder / f"confusion_{name}.csv", report["confusion"], self.data.id2label)
+        facts = {
+            "best_epoch": result.best_epoch,
+            "best_epoch_chosen_on": None if self.data.validation is None else "validation",
+            "num_train_epochs": self.recipe.num_train_epochs,
+            "num_classes": len(self.data.id2label),
+            "num_images": {
+                name: len(split)
+                for name in ("train", "validation", "test")
+                if (split := getattr(self.data, name)) is not None
+            },
+            **result.metrics,
+        }
+        _write_whole(folder / RESULTS_FILE, json.dumps(facts, indent=2) + "\n")
+        if self.recipe.hub_model_id:
+            _upload(folder, self.recipe.hub_model_id, self.recipe.hub_private_repo)
+
+
+def train(recipe: Recipe, data: ImageData | None = None) -> TrainResult:
+    """Train as the recipe says; `data` replaces what `recipe.data` names.
+
+    Raises:
+        FileExistsError: `output_dir` is not empty, and the recipe does not say to resume.
+        ValueError, OSError: recipe, data and backbone do not fit together; one sentence says which and why.
+        FloatingPointError: training diverged.
+    """
+    return prepare(recipe, data).train()
+
+
+def prepare(recipe: Recipe, data: ImageData | None = None) -> Run:
+    """All of `train` that can be refused, before the first step."""
+    arguments = training_arguments(recipe)
+    checkpoint = on_main_process(partial(_find_checkpoint, recipe))
+    if recipe.hub_model_id and arguments.should_save:
+        HfApi().whoami()  # better refused now than after the last epoch
+    data = data or on_main_process(partial(_load_data, recipe))
+    # The order of these two makes the prompts the same in every process and every time.
+    set_seed(recipe.seed)
+    model = PromptCAMForImageClassification.from_backbone(
+        recipe.backbone,
+        id2label=data.id2label,
+        revision=recipe.backbone_revision,
+        class_prompt_layer=recipe.class_prompt_layer,
+        num_agnostic_prompts=recipe.num_agnostic_prompts,
+        first_prompt_layer=recipe.first_prompt_layer,
+        prompt_dropout=recipe.prompt_dropout,
+        drop_path_rate=recipe.drop_path_rate,
+    ).to(arguments.device)
+    image_processor = build_image_processor(recipe.image_size, recipe.image_mean, recipe.image_std)
+    patch_grid = _find_patch_grid(model, recipe)
+    train_dataset, eval_dataset = _training_data(recipe, data, image_processor, model, patch_grid, arguments)
+    arguments.warmup_steps = recipe.warmup_epochs * -(-len(data.train) // recipe.train_batch_size)
+    if eval_dataset is None:
+        arguments.eval_strategy = IntervalStrategy.NO
+    trainer = PromptCAMTrainer(
+        model,
+        arguments,
+        eval_every_epochs=recipe.eval_every_epochs,
+        data_collator=FeatureCollator(patch_grid),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        compute_metrics=build_compute_metrics(),
+    )
+    return Run(recipe, data, image_processor, trainer, checkpoint)
+
+
+def _find_checkpoint(recipe: Recipe) -> Path | None:
+    """Where to start in `output_dir`: at a checkpoint, or, where that is None, from nothing.
+
+    Raises:
+        FileExistsError: the folder is not empty, and the recipe does not say to resume.
+        FileNotFoundError: there is no such checkpoint, or no run at all in the folder.
+        ValueError: the run in the folder had another recipe.
+    """
+    folder, resume = Path(recipe.output_dir), recipe.resume_from_checkpoint
+    checkpoint = None
+    if folder.exists() and any(folder.iterdir()):
+        if resume is False:
+            raise FileExistsError(
+                f"The output folder {folder} is not empty; choose another output_dir, or go on with the run that is "
+                "in it: --resume_from_checkpoint."
+            )
+        _check_same_recipe(recipe, folder)
+        checkpoint = next(reversed(complete_checkpoints(folder)), None)
+    if isinstance(resume, str) and resume != "auto":
+        checkpoint = next((path for path in complete_checkpoints(folder) if path.samefile(resume)), None)
+        if checkpoint is None:
+            raise FileNotFoundError(f"{resume} is no complete checkpoint of the output folder {folder}.")
+    return checkpoint
+
+
+def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
+    if not (folder / RECIPE_FILE).is_file():
+        raise FileNotFoundError(f"The output folder {folder} holds no run to resume: {RECIPE_FILE} is missing.")
+    before = load_recipe(folder / RECIPE_FILE)
+    for name in sorted(vars(recipe).keys() - _CHANGEABLE_KEYS):
+        old, new = getattr(before, name), getattr(recipe, name)
+        if old != new:
+            raise ValueError(
+                f"The run in {folder} has {name} {old!r}, the recipe says {new!r}; a run that is resumed keeps its "
+                "recipe."
+            )
+
+
+def _load_data(recipe: Recipe) -> ImageData:
+    return load_image_data(
+        recipe.data,
+        name=recipe.data_name,
+        revision=recipe.data_revision,
+        image_column=recipe.image_column,
+        label_column=recipe.label_column,
+        validation_fraction=recipe.validation_fraction,
+        seed=recipe.seed,
+        skip_unreadable=recipe.skip_unreadable,
+    )
+
+
+def _find_patch_grid(model: PromptCAMForImageClassification, recipe: Recipe) -> tuple[int, int]:
+    size = recipe.image_size
+    try:
+        with torch.no_grad():
+            return model.last_layer_state(torch.zeros(1, 3, size, size, device=model.device)).grid
+    except ValueError as error:
+        rows, columns = image_size(model.config.backbone_config)
+        raise ValueError(
+            f"image_size is {size}, but the backbone {recipe.backbone} takes pictures of {rows}x{columns} pixels."
+        ) from error
+
+
+def _training_data(
+    recipe: Recipe,
+    data: ImageData,
+    image_processor: BaseImageProcessor,
+    model: PromptCAMForImageClassification,
+    patch_grid: tuple[int, int],
+    arguments: TrainingArguments,
+) -> tuple[Dataset, Dataset | None]:
+    """Training and validation pictures, or what the fixed first layers make of them."""
+    transform = TrainingAugmentation(image_processor, recipe.seed) if recipe.augmentation else image_processor
+    train_images = ImageDataset(data.train, transform)
+    eval_images = None if data.validation is None else ImageDataset(data.validation, image_processor)
+    if not recipe.cache_features:
+        return train_images, eval_images
+    cached: Callable[..., FeatureDataset] = partial(
+        cache_features,
+        model,
+        cache_dir=recipe.cache_dir or DEFAULT_CACHE_DIR,
+        patch_grid=patch_grid,
+        autocast_dtype=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
+        batch_size=recipe.eval_batch_size,
+        num_workers=recipe.dataloader_num_workers,
+    )
+    num_views = min(recipe.cache_views, recipe.num_train_epochs) if recipe.augmentation else 1
+    train_features = cached(dataset=train_images, num_views=num_views)
+    return train_features, None if eval_images is None else cached(dataset=eval_images)
+
+
+def _report(trainer: PromptCAMTrainer, dataset: Dataset) -> dict[str, Any]:
+    predictions = trainer.predict(dataset)
+    return ClassificationReport(keep_in_memory=True).compute(
+        predictions=predictions.predictions, references=predictions.label_ids
+    )
+
+
+def _write_confusion(path: Path, confusion: np.ndarray, id2label: dict[int, str]) -> None:
+    """Write counts (true classes, predicted classes) as CSV, with the class names in the first row and column."""
+    names = [id2label[index] for index in range(len(id2label))]
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["true \\ predicted", *names])
+        writer.writerows([name, *counts.tolist()] for name, counts in zip(names, confusion, strict=True))
+
+
+def _upload(folder: Path, repo_id: str, private: bool) -> None:
+    HfApi().create_repo(repo_id, private=private, exist_ok=True)
+    HfApi().upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=_NOT_UPLOADED)
+
+
+def _print_results(result: TrainResult, recipe: Recipe, data: ImageData) -> None:
+    chosen = "the last" if data.validation is None else "the best on validation"
+    table = Table(title=f"Epoch {result.best_epoch} of {recipe.num_train_epochs}, {chosen}")
+    table.add_column("")
+    for name in result.metrics:
+        split = getattr(data, name, None)
+        table.add_column(name if split is None else f"{name} ({len(split)} images)", justify="right")
+    for key, label in _METRICS.items():
+        table.add_row(label, *(f"{metrics[key]:.1%}" for metrics in result.metrics.values()))
+    Console().print(table)
+    print(f"Saved in {result.output_dir}")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that an interruption leaves all of it or nothing."""
+    partial_path = path.with_name(f".{path.name}.partial")
+    partial_path.write_text(text, encoding="utf-8")
+    partial_path.replace(path)
+
+
+def _refuse(error: Exception) -> None:
+    sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command: `RECIPE.yaml [--key value ...]`."""
+    try:
+        recipe = parse_recipe(sys.argv[1:] if arguments is None else arguments)
+    except (OSError, TypeError, ValueError) as error:
+        _refuse(error)
+    try:
+        run = prepare(recipe)
+    except (OSError, ValueError) as error:
+        _refuse(error)
+    run.train()
+    PartialState().destroy_process_group()
+
+
+__all__ = ["Run", "TrainResult", "main", "prepare", "train"]
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: MIT
+"""What does training a Prompt-CAM need beyond transformers' Trainer?
+
+Small checkpoints that are never half written, an order of pictures that no interruption and no number of processes
+changes, and a log that can be read.
+"""
+
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import Sampler
+from transformers import (
+    PreTrainedModel,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from prompt_cam_hf.images import SetEpochCallback
+
+# Written into a checkpoint as the last thing, and removed from it as the first.
+_COMPLETE = "complete"
+
+# Seconds between two lines of a progress bar that goes to a file.
+_LOG_FILE_INTERVAL = 30.0
+
+
+def on_main_process(function: Callable[[], Any]) -> Any:
+    """Call in the main process, and give all processes what it returned; a failure there ends them all."""
+    return broadcast_object_list([function() if PartialState().is_main_process else None])[0]
+
+
+class EpochSampler(Sampler[int]):
+    """Every picture once an epoch, in an order that depends on the seed and the epoch alone.
+
+    The last batch is filled up with the epoch's first pictures, so that all batches weigh the same and several
+    processes can share each.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, seed: int):
+        """Draw from `num_samples` pictures, in batches of `batch_size` over all processes together."""
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Use the order of `epoch` (from 0) from now on; Trainer calls this."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Count the pictures, those that fill up the last batch included."""
+        return math.ceil(self.num_samples / self.batch_size) * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        """Run through the epoch."""
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples)
+        return iter(np.resize(order, len(self)).tolist())
+
+
+class PromptCAMTrainer(Trainer):
+    """Trainer whose checkpoints hold what is trained, and whose order of pictures is reproducible."""
+
+    model: PreTrainedModel
+
+    def __init__(self, model: PreTrainedModel, args: TrainingArguments, *, eval_every_epochs: int = 1, **kwargs: Any):
+        """As `Trainer`, with a look at the validation data every `eval_every_epochs` epochs and after the last."""
+        super().__init__(model, args, **kwargs)
+        # Trainer sets this switch of language models on every config.
+        model.config.__dict__.pop("use_cache", None)
+        self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
+        for callback in (SetEpochCallback(), _EvaluateSomeEpochs(eval_every_epochs), _KeepCheckpoints(), _Report()):
+            self.add_callback(callback)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """All trained parameters: the official recipe decays the head's bias as well."""
+        return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        args = self.args
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return EpochSampler(len(dataset), batch_size, args.seed)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        # A later run may come here again, after one that was stopped before this checkpoint was complete.
+        (folder / _COMPLETE).unlink(missing_ok=True)
+        save_file(_trained_parameters(self.model), folder / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        load_trained_parameters(self.model if model is None else model, resume_from_checkpoint)
+
+
+def _trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def load_trained_parameters(model: nn.Module, checkpoint: str | os.PathLike) -> None:
+    """Set what is trained to a checkpoint's values; the frozen backbone stays.
+
+    Raises:
+        ValueError: the checkpoint is of a model with other prompts.
+    """
+    saved, trained = load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME), _trained_parameters(model)
+    if _shapes(saved) != _shapes(trained):
+        raise ValueError(f"{checkpoint} holds {_shapes(saved)}, but the model trains {_shapes(trained)}.")
+    model.load_state_dict(saved, strict=False)
+
+
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def complete_checkpoints(folder: str | os.PathLike) -> list[Path]:
+    """The checkpoints in an output folder that were written to the end, oldest first."""
+    return [path for path in _checkpoints(folder) if (path / _COMPLETE).is_file()]
+
+
+def remove_checkpoints_after(checkpoint: Path | None, folder: str | os.PathLike) -> None:
+    """Remove what a resumed run will write again: unfinished checkpoints, and those after `checkpoint`."""
+    complete = complete_checkpoints(folder)
+    for path in _checkpoints(folder):
+        if path not in complete or checkpoint is None or _step(path) > _step(checkpoint):
+            _remove(path)
+
+
+def _checkpoints(folder: str | os.PathLike) -> list[Path]:
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def _remove(checkpoint: Path) -> None:
+    (checkpoint / _COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint)
+
+
+class _EvaluateSomeEpochs(TrainerCallback):
+    """Leaves out the evaluation of all epochs but every n-th and the last."""
+
+    def __init__(self, every: int):
+        self.every = every
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if round(state.epoch) % self.every and state.global_step < state.max_steps:
+            control.should_evaluate = False
+
+
+class _KeepCheckpoints(TrainerCallback):
+    """Marks a checkpoint as complete when all processes have written theirs, and keeps the last and the best."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        PartialState().wait_for_everyone()
+        if not args.should_save:
+            return
+        folder = Path(str(args.output_dir))
+        (folder / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+        for checkpoint in complete_checkpoints(folder):
+            if _step(checkpoint) not in (state.global_step, state.best_global_step):
+                _remove(checkpoint)
+
+
+class _Report(ProgressCallback):
+    """Progress bars, and one line an epoch in place of Trainer's dictionaries."""
+
+    loss = math.nan
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("Training")
+            if not sys.stderr.isatty():
+                self.training_bar.mininterval = _LOG_FILE_INTERVAL
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if sys.stderr.isatty():
+            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "loss" not in logs:
+            return
+        self.loss = logs["loss"]
+        if not math.isfinite(self.loss):
+            raise FloatingPointError(
+                f"The loss is {self.loss} after epoch {round(state.epoch)}: training has diverged. Lower the "
+                f"learning_rate (now {args.learning_rate}), or use more warmup_epochs."
+            )
+        if not control.should_evaluate:
+            self._write(args, state, "")
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        super().on_evaluate(args, state, control, **kwargs)
+        top1 = kwargs["metrics"]["eval_top1"]
+        best = " (best so far)" if state.best_metric is None or top1 > state.best_metric else ""
+        self._write(args, state, f"   validation top-1 {top1:6.1%}{best}")
+
+    def _write(self, args: TrainingArguments, state: TrainerState, text: str) -> None:
+        if state.is_world_process_zero:
+            width = len(str(int(args.num_train_epochs)))
+            line = f"epoch {round(state.epoch):{width}}/{int(args.num_train_epochs)}   loss {self.loss:.4f}{text}"
+            if self.training_bar is None:
+                print(line)
+            else:
+                self.training_bar.write(line)
+
+
+__all__ = [
+    "EpochSampler",
+    "PromptCAMTrainer",
+    "complete_checkpoints",
+    "load_trained_parameters",
+    "on_main_process",
+    "remove_checkpoints_after",
+]
