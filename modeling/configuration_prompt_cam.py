@@ -22,7 +22,7 @@ SUPPORTED_BACKBONES: dict[str, tuple[str, int]] = {
     "siglip_vision_model": ("SiglipVisionModel", 0),
 }
 
-# Keywords that transformers itself hands to every config without declaring them as fields.
+# Keywords that transformers itself hands to every config, or sets on it (Trainer: use_cache), without declaring them.
 _TRANSFORMERS_KEYWORDS = {
     "_commit_hash",
     "_name_or_path",
@@ -35,6 +35,7 @@ _TRANSFORMERS_KEYWORDS = {
     "num_labels",
     "output_attentions",
     "torch_dtype",
+    "use_cache",
 }
 
 

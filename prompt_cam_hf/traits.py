@@ -35,17 +35,17 @@ class HeadRanking(NamedTuple):
             on top; `order` starts with the one that leaves the highest score.
     """
 
-    order: torch.LongTensor
+    order: torch.Tensor
     scores: torch.Tensor
-    sufficient: torch.LongTensor
-    num_smallest_sets: torch.LongTensor | None = None
+    sufficient: torch.Tensor
+    num_smallest_sets: torch.Tensor | None = None
 
 
 @torch.no_grad()
 def rank_heads(
     model: PromptCAMForImageClassification,
     pixel_values: torch.Tensor,
-    classes: torch.LongTensor | None = None,
+    classes: torch.Tensor | None = None,
     method: Literal["greedy", "exact", "shapley"] = "greedy",
     blur: Literal["tokens", "patches"] = "tokens",
     interpolate_pos_encoding: bool = False,
@@ -91,7 +91,8 @@ def rank_heads(
         ranking = rank(values, all_sets, rivals)
     if classes is not None and classes.ndim == 2:
         return ranking
-    return HeadRanking(*(part if part is None else part[:, 0] for part in ranking))
+    order, scores, sufficient, number = ranking
+    return HeadRanking(order[:, 0], scores[:, 0], sufficient[:, 0], None if number is None else number[:, 0])
 
 
 def _check_classes(classes: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,8 @@ from transformers import (
     SiglipConfig,
     SiglipModel,
     SiglipTextConfig,
+    Trainer,
+    TrainingArguments,
     ViTForImageClassification,
     ViTModel,
 )
@@ -88,6 +90,7 @@ def test_dtype_and_device_map(tmp_path):
     assert_same(model, PromptCAMForImageClassification.from_pretrained(tmp_path, device_map="auto"))
 
 
+@pytest.mark.filterwarnings("ignore:The following device_map keys do not match any submodules")
 def test_layers_offloaded_to_disk_give_the_same_numbers(family, tmp_path):
     """A device map with hooks: the nearest to several devices that one processor can show."""
     model = tiny_model(family)
@@ -268,6 +271,30 @@ def test_wrong_configurations_are_refused(fields, message):
         PromptCAMConfig(**{"backbone_config": tiny_backbone_config(), "id2label": ID2LABEL, **fields})
     # transformers' own type check has an error of its own, which is not a ValueError.
     assert isinstance(caught.value, ValueError) or fields == {"class_prompt_layer": "last"}
+
+
+def test_a_plain_trainer_trains_and_saves_it(model, tmp_path):
+    data = [{"pixel_values": image, "labels": index % 5} for index, image in enumerate(random_images(8))]
+    arguments = TrainingArguments(
+        tmp_path / "out",
+        max_steps=3,
+        per_device_train_batch_size=4,
+        learning_rate=0.1,
+        optim="sgd",
+        report_to=[],
+        use_cpu=True,
+        eval_strategy="steps",
+        eval_steps=3,
+    )
+    before = model.class_prompts.clone()
+    trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data)
+    trainer.train()
+    assert not torch.equal(model.class_prompts, before)
+    prediction = trainer.predict(data)
+    assert prediction.predictions.shape == (8, 5)
+    trainer.save_model(tmp_path / "saved")
+    loaded = PromptCAMForImageClassification.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(loaded(random_images(8)).logits, torch.tensor(prediction.predictions))
 
 
 def test_permission_to_run_code_never_comes_from_a_config(tmp_path):

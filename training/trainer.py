@@ -82,8 +82,6 @@ class PromptCAMTrainer(Trainer):
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, *, eval_every_epochs: int = 1, **kwargs: Any):
         """As `Trainer`, with a look at the validation data every `eval_every_epochs` epochs and after the last."""
         super().__init__(model, args, **kwargs)
-        # Trainer sets this switch of language models on every config.
-        model.config.__dict__.pop("use_cache", None)
         self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
         for callback in (SetEpochCallback(), _EvaluateSomeEpochs(eval_every_epochs), _KeepCheckpoints(), _Report()):
             self.add_callback(callback)
