@@ -55,7 +55,7 @@ def predict(
         files = find_images(images)
         classifier = _load_pipeline(model, device)
     except (OSError, ValueError) as error:
-        _errors.print(f"Error: {error}", style="red", markup=False, highlight=False)
+        _errors.print(f"Error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
     readable: list[Path] = []
     predictions = classifier(
@@ -83,7 +83,7 @@ def _open_readable(files: list[Path], readable: list[Path]) -> Iterator[Image.Im
         try:
             image = open_image(file)
         except (UnreadableImageError, OSError) as error:
-            _errors.print(f"Left out: {error}", style="yellow", markup=False, highlight=False)
+            _errors.print(f"Left out: {error}", style="yellow", markup=False, highlight=False, soft_wrap=True)
             continue
         readable.append(file)
         yield image

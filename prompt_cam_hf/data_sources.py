@@ -73,7 +73,7 @@ def _named_splits(names: Iterable[str], origin: str) -> dict[str, str]:
             found[split] = name
     if "train" not in found:
         raise ValueError(f"{origin} has no train split; it has {', '.join(sorted(names))}.")
-    return found
+    return {split: found[split] for split in ("train", "validation", "test") if split in found}
 
 
 # --- Folders of pictures -----------------------------------------------------------------------------------------
