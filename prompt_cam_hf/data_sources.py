@@ -65,7 +65,7 @@ def _image_rows(files: list[str]) -> datasets.Dataset:
 def _named_splits(names: Iterable[str], origin: str) -> dict[str, str]:
     """Map each split to the name that the source gives it; raises where two mean the same or train is missing."""
     found: dict[str, str] = {}
-    for name in names:
+    for name in sorted(names):
         split = SPLIT_NAMES.get(name.lower())
         if split in found:
             raise ValueError(f"{origin} has both {found[split]} and {name}; keep one {split} split.")
