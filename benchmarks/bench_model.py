@@ -118,7 +118,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--classes", type=int, nargs="*", default=CLASSES)
     parser.add_argument("--memory-of", choices=("ours", *BASELINES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -123,9 +123,10 @@ class PromptCAMForImageClassification(PromptCAMPreTrainedModel):
     _auto_class = "AutoModelForImageClassification"
 
     def __init__(self, config: PromptCAMConfig):
+        # Configs are shared objects, so the model gets its own, and its backbone the vision part of that one.
+        config = copy.deepcopy(config)
         super().__init__(config)
-        # Configs are shared objects; the backbone gets its own.
-        self.backbone = build_backbone(copy.deepcopy(config.backbone_config))
+        self.backbone = build_backbone(config.backbone_config)
         hidden_size = config.backbone_config.hidden_size
         self.class_prompts = nn.Parameter(torch.empty(config.num_labels, hidden_size))
         self.agnostic_prompts = None
@@ -214,7 +215,7 @@ class PromptCAMForImageClassification(PromptCAMPreTrainedModel):
         config.backbone_in_checkpoint = True
         kwargs = {key: value for key, value in kwargs.items() if key not in hub}
         model = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
-        model.name_or_path = config.name_or_path = str(path)
+        model.name_or_path = model.config.name_or_path = str(path)
         return model
 
     def save_pretrained(

@@ -396,11 +396,14 @@ def test_models_with_different_backbones_live_side_by_side_in_threads():
     assert not wrong
 
 
-def test_backbones_do_not_share_a_config():
+def test_models_do_not_share_a_config(caplog):
     first = tiny_model()
     second = PromptCAMForImageClassification(first.config)
     first.set_attn_implementation("eager")
+    assert not caplog.records  # transformers finds the backbone that the nested config belongs to
+    assert first.config.backbone_config._attn_implementation == "eager"
     assert second.backbone.config._attn_implementation == "sdpa"
+    assert second.config.backbone_config._attn_implementation == "sdpa"
 
 
 def test_from_backbone_takes_a_loaded_model_and_leaves_it_alone():
