@@ -8,6 +8,8 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 # Several test processes share the cores, and tiny models gain nothing from threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import (
@@ -22,6 +24,7 @@ from transformers import (
 )
 
 from prompt_cam_hf import PromptCAMConfig, PromptCAMForImageClassification
+from prompt_cam_hf.images import build_image_processor
 
 IMAGE_SIZE = 32
 NUM_CLASSES = 5
@@ -72,6 +75,15 @@ def tiny_model(family: str = "vit", backbone_fields: dict | None = None, **field
 
 def random_images(batch: int = 2, height: int = IMAGE_SIZE, width: int = IMAGE_SIZE) -> torch.Tensor:
     return torch.randn((batch, 3, height, width), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture
+def model_folder(tmp_path) -> Path:
+    """A saved model with its image processor."""
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    build_image_processor(IMAGE_SIZE).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

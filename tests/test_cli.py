@@ -7,21 +7,12 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ID2LABEL, tiny_backbone_config, tiny_model
+from conftest import ID2LABEL, tiny_backbone_config
 from PIL import Image
 from transformers import ViTForImageClassification, pipeline
 from typer.testing import CliRunner
 
 from prompt_cam_hf.cli import app
-from prompt_cam_hf.images import build_image_processor
-
-
-@pytest.fixture
-def folder(tmp_path):
-    folder = tmp_path / "model"
-    tiny_model().save_pretrained(folder)
-    build_image_processor(32).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture
@@ -40,11 +31,11 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_formats_agree_with_the_pipeline(folder, photos):
+def test_formats_agree_with_the_pipeline(model_folder, photos):
     files = [photos / "a.jpg", photos / "b.png", photos / "more" / "c.png"]
-    expected = pipeline("image-classification", model=str(folder))([str(f) for f in files], top_k=2)
+    expected = pipeline("image-classification", model=str(model_folder))([str(f) for f in files], top_k=2)
 
-    answer = run("predict", folder, photos, "--top-k", 2, "--format", "json", "--batch-size", 2)
+    answer = run("predict", model_folder, photos, "--top-k", 2, "--format", "json", "--batch-size", 2)
     assert answer.exit_code == 0, answer.output
     rows = json.loads(answer.stdout)
     assert [row["image"] for row in rows] == [str(file) for file in files]
@@ -52,29 +43,29 @@ def test_formats_agree_with_the_pipeline(folder, photos):
         assert [p["label"] for p in row["predictions"]] == [w["label"] for w in wanted]
         assert [p["score"] for p in row["predictions"]] == pytest.approx([w["score"] for w in wanted], abs=1e-6)
 
-    table = list(csv.DictReader(io.StringIO(run("predict", folder, photos, "--format", "csv").stdout)))
+    table = list(csv.DictReader(io.StringIO(run("predict", model_folder, photos, "--format", "csv").stdout)))
     assert [row["image"] for row in table] == [str(file) for file in files]
     assert [row["label"] for row in table] == [wanted[0]["label"] for wanted in expected]
     assert {row["rank"] for row in table} == {"1"}
 
-    shown = run("predict", folder, files[0], "--top-k", 99).stdout
+    shown = run("predict", model_folder, files[0], "--top-k", 99).stdout
     assert all(name in shown for name in ID2LABEL.values())
 
 
-def test_unreadable_pictures_are_named_and_left_out(folder, photos):
+def test_unreadable_pictures_are_named_and_left_out(model_folder, photos):
     (photos / "aa.jpg").write_bytes((photos / "a.jpg").read_bytes()[:300])
-    answer = run("predict", folder, photos, "--format", "json")
+    answer = run("predict", model_folder, photos, "--format", "json")
     assert answer.exit_code == 1
     assert "aa.jpg" in answer.stderr
     assert [row["image"].rsplit("/")[-1] for row in json.loads(answer.stdout)] == ["a.jpg", "b.png", "c.png"]
 
 
-def test_mistakes_get_one_sentence(folder, photos, tmp_path):
+def test_mistakes_get_one_sentence(model_folder, photos, tmp_path):
     ViTForImageClassification(tiny_backbone_config()).save_pretrained(tmp_path / "other")
     (tmp_path / "empty").mkdir()
     for arguments, message in [
-        ((folder, tmp_path / "nowhere"), "There is no file or folder"),
-        ((folder, tmp_path / "empty"), "holds no pictures"),
+        ((model_folder, tmp_path / "nowhere"), "There is no file or folder"),
+        ((model_folder, tmp_path / "empty"), "holds no pictures"),
         ((tmp_path / "other", photos), "is a model of type 'vit', not a Prompt-CAM"),
     ]:
         answer = run("predict", *arguments)

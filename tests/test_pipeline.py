@@ -19,14 +19,6 @@ from prompt_cam_hf.modeling.ranking_prompt_cam import rank_heads_greedily
 
 
 @pytest.fixture
-def folder(tmp_path):
-    folder = tmp_path / "model"
-    tiny_model().save_pretrained(folder)
-    build_image_processor(32).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
 def pictures():
     random = np.random.default_rng(0)
     return [
@@ -42,18 +34,18 @@ def ours(folder, **options):
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_k": 99}, {"function_to_apply": "none"}])
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_without_trait_maps_it_is_the_stock_pipeline(folder, pictures, options, batch_size):
-    stock = pipeline("image-classification", model=str(folder))
+def test_without_trait_maps_it_is_the_stock_pipeline(model_folder, pictures, options, batch_size):
+    stock = pipeline("image-classification", model=str(model_folder))
     assert type(stock) is ImageClassificationPipeline
     expected = stock(pictures, batch_size=batch_size, **options)
-    assert ours(folder)(pictures, batch_size=batch_size, **options) == expected
-    assert ours(folder)(pictures, batch_size=batch_size, trait_maps=False, **options) == expected
-    assert ours(folder)(pictures[0], **options) == stock(pictures[0], **options)
+    assert ours(model_folder)(pictures, batch_size=batch_size, **options) == expected
+    assert ours(model_folder)(pictures, batch_size=batch_size, trait_maps=False, **options) == expected
+    assert ours(model_folder)(pictures[0], **options) == stock(pictures[0], **options)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_trait_maps_are_those_of_the_answers(folder, pictures, batch_size):
-    pipe = ours(folder)
+def test_trait_maps_are_those_of_the_answers(model_folder, pictures, batch_size):
+    pipe = ours(model_folder)
     plain = pipe(pictures, top_k=3)
     answers = pipe(pictures, top_k=3, trait_maps=True, batch_size=batch_size)
     pixel_values = pipe.image_processor(pictures, return_tensors="pt")["pixel_values"]
@@ -71,10 +63,10 @@ def test_trait_maps_are_those_of_the_answers(folder, pictures, batch_size):
             assert answer["head_order"] == order[i, c].tolist()
 
 
-def test_trait_maps_can_be_a_setting_of_the_pipeline(folder, pictures):
-    answers = ours(folder, trait_maps=True, top_k=1)(pictures[0])
+def test_trait_maps_can_be_a_setting_of_the_pipeline(model_folder, pictures):
+    answers = ours(model_folder, trait_maps=True, top_k=1)(pictures[0])
     assert set(answers[0]) == {"label", "score", "trait_maps", "head_order"}
-    assert set(ours(folder, trait_maps=True)(pictures[0], trait_maps=False)[0]) == {"label", "score"}
+    assert set(ours(model_folder, trait_maps=True)(pictures[0], trait_maps=False)[0]) == {"label", "score"}
 
 
 def test_all_classes_by_default_top_five(tmp_path, pictures):
@@ -104,11 +96,11 @@ print(json.dumps({"maps": maps, "plain": pipe(picture, top_k=2), "logits": logit
 """
 
 
-def test_the_folder_works_where_only_transformers_is(folder, pictures, tmp_path):
+def test_the_folder_works_where_only_transformers_is(model_folder, pictures, tmp_path):
     pictures[0].save(tmp_path / "bird.png")
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     run = subprocess.run(
-        [sys.executable, "-c", _ELSEWHERE, str(folder), str(tmp_path / "bird.png")],
+        [sys.executable, "-c", _ELSEWHERE, str(model_folder), str(tmp_path / "bird.png")],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -116,7 +108,7 @@ def test_the_folder_works_where_only_transformers_is(folder, pictures, tmp_path)
     )
     assert run.returncode == 0, run.stderr
     answer = json.loads(run.stdout.splitlines()[-1])
-    pipe = ours(folder)
+    pipe = ours(model_folder)
     assert answer["plain"] == pipe(pictures[0], top_k=2)
     for got, expected in zip(answer["maps"], pipe(pictures[0], trait_maps=True, top_k=2), strict=True):
         assert got["head_order"] == expected["head_order"]
@@ -132,8 +124,8 @@ def test_the_folder_works_where_only_transformers_is(folder, pictures, tmp_path)
     )
     # What was saved there, from the copied code, is a full checkpoint again.
     saved = tmp_path / "model-saved-elsewhere"
-    assert {path.name for path in saved.glob("*.py")} == {path.name for path in folder.glob("*.py")}
-    again = ours(saved_with_processor(saved, folder))(pictures[0], top_k=2)
+    assert {path.name for path in saved.glob("*.py")} == {path.name for path in model_folder.glob("*.py")}
+    again = ours(saved_with_processor(saved, model_folder))(pictures[0], top_k=2)
     assert again == answer["plain"]
 
 
@@ -142,6 +134,6 @@ def saved_with_processor(folder, source):
     return folder
 
 
-def test_with_the_package_no_permission_is_needed(folder, pictures):
-    stock = pipeline("image-classification", model=str(folder))
+def test_with_the_package_no_permission_is_needed(model_folder, pictures):
+    stock = pipeline("image-classification", model=str(model_folder))
     assert stock(pictures[0])[0]["label"] in ID2LABEL.values()
