@@ -88,10 +88,27 @@ def patch_size(config: PreTrainedConfig) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
+def grid_size(config: PreTrainedConfig, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of patches in a picture of so many pixels."""
+    rows, columns = patch_size(config)
+    return height // rows, width // columns
+
+
 def image_size(config: PreTrainedConfig) -> tuple[int, int]:
     """Height and width in pixels of the images that the backbone was trained on."""
     size = config.image_size
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def backbone_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], dict[str, bool]]:
+    """The transformers class of a backbone, and the options that leave its pooler out.
+
+    Raises:
+        ValueError: the family is not supported.
+    """
+    check_backbone_family(config.model_type)
+    options = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
+    return getattr(transformers, SUPPORTED_BACKBONES[config.model_type][0]), options
 
 
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
@@ -100,9 +117,7 @@ def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         ValueError: the family is not supported.
     """
-    check_backbone_family(config.model_type)
-    model_class = getattr(transformers, SUPPORTED_BACKBONES[config.model_type][0])
-    options = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
+    model_class, options = backbone_class(config)
     return model_class._from_config(config, **options)
 
 
@@ -124,7 +139,8 @@ def fingerprint_backbone(backbone: PreTrainedModel) -> str:
     # A model remembers how it was loaded and would revert just that, so the names are asked of a blank one.
     with torch.device("meta"):
         blank = build_backbone(copy.deepcopy(backbone.config))
-    weights = {name: backbone.state_dict()[name] for name in blank.state_dict()}
+    state_dict = backbone.state_dict()
+    weights = {name: state_dict[name] for name in blank.state_dict()}
     digest = hashlib.sha256()
     for name, tensor in sorted(revert_weight_conversion(blank, weights).items()):
         rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous()
@@ -352,6 +368,7 @@ __all__ = [
     "RotaryPositions",
     "attend",
     "attention_weights",
+    "backbone_class",
     "backbone_layers",
     "build_backbone",
     "drop_path",
@@ -359,6 +376,7 @@ __all__ = [
     "final_norm",
     "fingerprint_backbone",
     "finish_layer",
+    "grid_size",
     "image_size",
     "patch_size",
     "project",

@@ -5,13 +5,12 @@ import os
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from .backbone_prompt_cam import fingerprint_backbone, vision_config
-from .configuration_prompt_cam import SUPPORTED_BACKBONES, PromptCAMConfig, check_backbone_family
+from .backbone_prompt_cam import backbone_class, fingerprint_backbone, vision_config
+from .configuration_prompt_cam import PromptCAMConfig, check_backbone_family
 from .pipeline_prompt_cam import PromptCAMImageClassificationPipeline
 
 # For `pipeline("image-classification", model=FOLDER, trust_remote_code=True)`. Importing the class here is also what
@@ -40,8 +39,7 @@ def load_backbone(backbone: str | os.PathLike | PreTrainedModel, **hub: Any) -> 
         check_backbone_family(model.config.model_type)
         return model
     config = vision_config(AutoConfig.from_pretrained(backbone, **hub))
-    model_class = getattr(transformers, SUPPORTED_BACKBONES[config.model_type][0])
-    options = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
+    model_class, options = backbone_class(config)
     return model_class.from_pretrained(backbone, config=config, **options, **hub)
 
 

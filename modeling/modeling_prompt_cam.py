@@ -29,6 +29,7 @@ from .backbone_prompt_cam import (
     embed,
     final_norm,
     finish_layer,
+    grid_size,
     image_size,
     patch_size,
     project,
@@ -384,8 +385,7 @@ class PromptCAMForImageClassification(PromptCAMPreTrainedModel):
         return self.config.backbone_config.num_hidden_layers
 
     def _grid_of(self, pixel_values: torch.Tensor) -> tuple[int, int]:
-        (height, width), (rows, columns) = pixel_values.shape[-2:], patch_size(self.backbone.config)
-        return height // rows, width // columns
+        return grid_size(self.backbone.config, *pixel_values.shape[-2:])
 
     def _embed(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
         return embed(self.backbone, pixel_values.to(self.class_prompts.dtype), interpolate_pos_encoding)
@@ -397,9 +397,7 @@ class PromptCAMForImageClassification(PromptCAMPreTrainedModel):
         self, tokens: torch.Tensor, grid: tuple[int, int] | None
     ) -> tuple[torch.Tensor, tuple[int, int]]:
         if grid is None:
-            height, width = image_size(self.backbone.config)
-            rows, columns = patch_size(self.backbone.config)
-            grid = (height // rows, width // columns)
+            grid = grid_size(self.backbone.config, *image_size(self.backbone.config))
         expected = self.config.num_prefix_tokens + grid[0] * grid[1]
         if tokens.shape[1] != expected:
             raise ValueError(
@@ -492,9 +490,18 @@ class PromptCAMForImageClassification(PromptCAMPreTrainedModel):
             raise ValueError(
                 f"trait_classes has shape {tuple(classes.shape)}; it must be (k,) or (batch, k), with batch={batch}."
             )
-        if classes.is_floating_point() or ((classes < 0) | (classes >= num_labels)).any():
-            raise ValueError(f"trait_classes must be whole numbers from 0 to {num_labels - 1}.")
+        check_class_numbers(classes, num_labels, "trait_classes")
         return classes.expand(batch, -1)
+
+
+def check_class_numbers(classes: torch.Tensor, num_labels: int, name: str) -> None:
+    """Refuse what are no class numbers; `name` is the argument's.
+
+    Raises:
+        ValueError: a value is no whole number, or there is no such class.
+    """
+    if classes.is_floating_point() or ((classes < 0) | (classes >= num_labels)).any():
+        raise ValueError(f"{name} must be whole numbers from 0 to {num_labels - 1}.")
 
 
 def _patches_of(weights: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -507,4 +514,5 @@ __all__ = [
     "PromptCAMForImageClassification",
     "PromptCAMOutput",
     "PromptCAMPreTrainedModel",
+    "check_class_numbers",
 ]

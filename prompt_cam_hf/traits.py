@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
-from prompt_cam_hf.modeling.modeling_prompt_cam import LastLayerState
+from prompt_cam_hf.modeling.modeling_prompt_cam import LastLayerState, check_class_numbers
 from prompt_cam_hf.modeling.ranking_prompt_cam import BlurredScores, rank_heads_greedily
 
 # Beyond this, enumerating all sets of heads is no longer cheap.
@@ -82,7 +82,7 @@ def rank_heads(
         )
     rivals = logits[:, None].expand(-1, asked.shape[1], -1).scatter(-1, asked[..., None], -torch.inf).amax(-1)
     if method == "greedy":
-        ranking = _rank_greedily(model, state, asked, blur, rivals)
+        ranking = _rank_greedily(model, state, asked, blur, logits.gather(1, asked), rivals)
     else:
         blurred_scores = BlurredScores(model, state, asked, blur)
         all_sets = _all_sets(heads, asked.device)
@@ -104,8 +104,7 @@ def _check_classes(classes: torch.Tensor | None, logits: torch.Tensor) -> torch.
         raise ValueError(
             f"classes has the shape {tuple(classes.shape)}; it must be (batch,) or (batch, k), with batch={batch}."
         )
-    if classes.is_floating_point() or ((classes < 0) | (classes >= num_labels)).any():
-        raise ValueError(f"classes must be whole numbers from 0 to {num_labels - 1}.")
+    check_class_numbers(classes, num_labels, "classes")
     return classes.to(logits.device).view(batch, -1)
 
 
@@ -114,10 +113,10 @@ def _rank_greedily(
     state: LastLayerState,
     classes: torch.Tensor,
     blur: Literal["tokens", "patches"],
+    all_sharp: torch.Tensor,
     rivals: torch.Tensor,
 ) -> HeadRanking:
     order, scores = rank_heads_greedily(model, state, classes, blur)
-    all_sharp = model.last_layer_logits(state).gather(1, classes)
     # From all heads sharp to none: what is left after each removal, least important head first.
     left = torch.cat((all_sharp[..., None], scores.gather(-1, order).flip(-1)), dim=-1)
     return HeadRanking(order, scores, _count_sufficient(left, rivals))
