@@ -15,6 +15,16 @@ if TYPE_CHECKING:
     from .modeling_prompt_cam import LastLayerState, PromptCAMForImageClassification
 
 
+def check_blur(blur: str) -> None:
+    """Refuse an unknown way of blurring.
+
+    Raises:
+        ValueError: it is unknown.
+    """
+    if blur not in ("tokens", "patches"):
+        raise ValueError(f'blur={blur!r} is not known; use "tokens" or "patches".')
+
+
 class BlurredScores:
     """The score of classes, with any of the last layer's heads blurred.
 
@@ -36,8 +46,7 @@ class BlurredScores:
         classes: torch.LongTensor,
         blur: Literal["tokens", "patches"] = "tokens",
     ):
-        if blur not in ("tokens", "patches"):
-            raise ValueError(f'blur={blur!r} is not known; use "tokens" or "patches".')
+        check_blur(blur)
         self._model = model
         weights = attention_weights(model.class_queries(state, classes), state.projections.keys)
         values = state.projections.values
@@ -101,4 +110,4 @@ def rank_heads_greedily(
     return GreedyRanking(order.flip(-1), torch.empty_like(scores).scatter(-1, order, scores))
 
 
-__all__ = ["BlurredScores", "GreedyRanking", "rank_heads_greedily"]
+__all__ = ["BlurredScores", "GreedyRanking", "check_blur", "rank_heads_greedily"]

@@ -12,7 +12,7 @@ import torch
 
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.modeling.modeling_prompt_cam import LastLayerState, check_class_numbers
-from prompt_cam_hf.modeling.ranking_prompt_cam import BlurredScores, rank_heads_greedily
+from prompt_cam_hf.modeling.ranking_prompt_cam import BlurredScores, check_blur, rank_heads_greedily
 
 # Beyond this, enumerating all sets of heads is no longer cheap.
 _MAX_HEADS_TO_ENUMERATE = 16
@@ -69,34 +69,72 @@ def rank_heads(
     Raises:
         ValueError: `method` or `blur` is unknown, `classes` does not fit, or there are too many heads to enumerate.
     """
-    if method not in ("greedy", "exact", "shapley"):
-        raise ValueError(f'method={method!r} is not known; use "greedy", "exact" or "shapley".')
+    check_ranking(model, method, blur)
     state = model.last_layer_state(pixel_values, interpolate_pos_encoding)
     logits = model.last_layer_logits(state)
-    asked = _check_classes(classes, logits)
-    heads = state.projections.keys.shape[1]
-    if method != "greedy" and heads > _MAX_HEADS_TO_ENUMERATE:
-        raise ValueError(
-            f"method={method!r} tries all sets of heads, and 2^{heads} are too many; up to {_MAX_HEADS_TO_ENUMERATE} "
-            'heads are possible. Use method="greedy".'
-        )
-    rivals = logits[:, None].expand(-1, asked.shape[1], -1).scatter(-1, asked[..., None], -torch.inf).amax(-1)
-    if method == "greedy":
-        ranking = _rank_greedily(model, state, asked, blur, logits.gather(1, asked), rivals)
-    else:
-        blurred_scores = BlurredScores(model, state, asked, blur)
-        all_sets = _all_sets(heads, asked.device)
-        values = _score_sets(blurred_scores, all_sets, asked)
-        rank = _rank_exactly if method == "exact" else _rank_by_shapley_value
-        ranking = rank(values, all_sets, rivals)
+    ranking = rank_heads_from_state(model, state, logits, check_classes(classes, logits), method, blur)
     if classes is not None and classes.ndim == 2:
         return ranking
     order, scores, sufficient, number = ranking
     return HeadRanking(order[:, 0], scores[:, 0], sufficient[:, 0], None if number is None else number[:, 0])
 
 
-def _check_classes(classes: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
-    """The classes as (batch, k)."""
+@torch.no_grad()
+def rank_heads_from_state(
+    model: PromptCAMForImageClassification,
+    state: LastLayerState,
+    logits: torch.Tensor,
+    classes: torch.Tensor,
+    method: Literal["greedy", "exact", "shapley"] = "greedy",
+    blur: Literal["tokens", "patches"] = "tokens",
+) -> HeadRanking:
+    """Rank heads as `rank_heads` does, where the network has been run already.
+
+    Args:
+        model: The model, in evaluation mode.
+        state: From `model.last_layer_state`.
+        logits: (batch, num_labels), from `model.last_layer_logits(state)`.
+        classes: (batch, k), the classes asked about.
+        method: As in `rank_heads`.
+        blur: As in `rank_heads`.
+
+    Raises:
+        ValueError: `method` or `blur` is unknown, or there are too many heads to enumerate.
+    """
+    check_ranking(model, method, blur)
+    rivals = logits[:, None].expand(-1, classes.shape[1], -1).scatter(-1, classes[..., None], -torch.inf).amax(-1)
+    if method == "greedy":
+        return _rank_greedily(model, state, classes, blur, logits.gather(1, classes), rivals)
+    blurred_scores = BlurredScores(model, state, classes, blur)
+    all_sets = _all_sets(state.projections.keys.shape[1], classes.device)
+    values = _score_sets(blurred_scores, all_sets, classes)
+    rank = _rank_exactly if method == "exact" else _rank_by_shapley_value
+    return rank(values, all_sets, rivals)
+
+
+def check_ranking(model: PromptCAMForImageClassification, method: str, blur: str) -> None:
+    """Refuse what `rank_heads` cannot do, before anything is computed.
+
+    Raises:
+        ValueError: `method` or `blur` is unknown, or there are too many heads to enumerate.
+    """
+    if method not in ("greedy", "exact", "shapley"):
+        raise ValueError(f'method={method!r} is not known; use "greedy", "exact" or "shapley".')
+    heads = model.config.backbone_config.num_attention_heads
+    if method != "greedy" and heads > _MAX_HEADS_TO_ENUMERATE:
+        raise ValueError(
+            f"method={method!r} tries all sets of heads, and 2^{heads} are too many; up to {_MAX_HEADS_TO_ENUMERATE} "
+            'heads are possible. Use method="greedy".'
+        )
+    check_blur(blur)
+
+
+def check_classes(classes: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
+    """Classes as (batch, k), from (batch,), (batch, k) or None for the predicted ones.
+
+    Raises:
+        ValueError: they do not fit the logits (batch, num_labels).
+    """
     batch, num_labels = logits.shape
     if classes is None:
         return logits.argmax(dim=-1, keepdim=True)
@@ -179,4 +217,4 @@ def _rank_by_shapley_value(values: torch.Tensor, sets: torch.Tensor, rivals: tor
     return HeadRanking(order, scores.to(values.dtype), _count_sufficient(values.gather(-1, members), rivals))
 
 
-__all__ = ["HeadRanking", "rank_heads"]
+__all__ = ["HeadRanking", "check_classes", "check_ranking", "rank_heads", "rank_heads_from_state"]

@@ -1,13 +1,38 @@
 # SPDX-License-Identifier: MIT
-"""Figures: the maps lie where they belong, on one scale."""
+"""Figures: the maps lie where they belong, on one scale, and no text is cut or overlaps another."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from conftest import tiny_model
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
+from prompt_cam_hf.compare import Comparison, compare
+from prompt_cam_hf.explain import explain
 from prompt_cam_hf.figures import overlay, plot_trait_maps
+from prompt_cam_hf.images import build_image_processor
+from prompt_cam_hf.layout import text_width, wrap_text
+from prompt_cam_hf.loading import Classifier
+from prompt_cam_hf.removal import remove_trait
 
 GREY = Image.new("RGB", (80, 40), (120, 120, 120))
+LONG = "Lampornis amethystinus margaritae (amethyst-throated mountain-gem, subspecies of the Sierra Madre del Sur)"
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    model = tiny_model(
+        backbone_fields={"hidden_size": 48, "num_attention_heads": 12},
+        id2label={0: LONG, 1: "W" * 90, 2: "Jay", 3: "a class", 4: "another"},
+    )
+    return Classifier(model, build_image_processor(32))
+
+
+def axes_with_pictures(figure):
+    """All but the colour bars."""
+    return [axis for axis in figure.axes if axis.images and not axis.axison]
 
 
 def test_overlay_is_brightest_where_the_map_is():
@@ -19,23 +44,132 @@ def test_overlay_is_brightest_where_the_map_is():
     assert row // 10 == 1 and column // 10 == 6
 
 
+def test_signs_have_colours():
+    trait_map = np.array([[0.4, 0.0, -0.4]])
+    picture = overlay(Image.new("RGB", (90, 30), (120, 120, 120)), trait_map, vmax=0.4, signed=True).astype(int)
+    red, grey, blue = picture[15, 15], picture[15, 45], picture[15, 75]
+    assert red[0] > red[2] + 100 and blue[2] > blue[0] + 100
+    assert np.abs(grey - 120).max() <= 5
+
+
+def test_what_was_not_seen_turns_pale():
+    picture = overlay(GREY, np.ones((2, 2)), vmax=1, box=(20, 0, 60, 40))
+    assert (picture[:, :20] == picture[0, 0]).all() and (picture[:, 60:] == picture[0, 0]).all()
+    assert picture[0, 0].min() > 180
+    assert np.array_equal(picture[:, 20:60], overlay(GREY, np.ones((2, 2)), vmax=1)[:, 20:60])
+
+
 def test_one_scale_for_all_heads():
     maps = np.stack([np.full((2, 2), 0.2), np.full((2, 2), 0.05)])
     figure = plot_trait_maps(GREY, maps, heads=[1, 0], title="Blue Jay")
-    pictures = [axis.images[0].get_array() for axis in figure.axes]
+    axes = axes_with_pictures(figure)
+    pictures = [axis.images[0].get_array() for axis in axes]
     assert np.array_equal(pictures[0], np.asarray(GREY))
     assert np.array_equal(pictures[1], overlay(GREY, maps[1], vmax=0.2))
     assert np.array_equal(pictures[2], overlay(GREY, maps[0], vmax=0.2))
-    assert [axis.get_title() for axis in figure.axes] == [
-        "picture",
-        "head 1: 20% on patches",
-        "head 0: 80% on patches",
-    ]
-    assert figure.get_suptitle() == "Blue Jay"
+    assert [axis.get_title() for axis in axes] == ["picture", "head 1\n20% on patches", "head 0\n80% on patches"]
+    texts = [text.get_text() for text in figure.texts]
+    assert texts[0] == "Blue Jay" and "one scale for all maps" in " ".join(texts)
+    (bar,) = [axis for axis in figure.axes if axis.axison]
+    assert [label.get_text() for label in bar.get_xticklabels()] == ["0", "10%", "20%"]
+
+    own = plot_trait_maps(GREY, maps, heads=[1, 0], scale="head")
+    assert np.array_equal(axes_with_pictures(own)[1].images[0].get_array(), overlay(GREY, maps[1], vmax=0.05))
+    assert axes_with_pictures(own)[1].get_title() == "head 1\n20% on patches\nmax 5.0%"
+    assert "each map on its own scale" in " ".join(text.get_text() for text in own.texts)
+
+
+def test_a_given_scale_is_kept():
+    figure = plot_trait_maps(GREY, np.full((1, 2, 2), 0.2), vmax=0.8)
+    drawn = axes_with_pictures(figure)[1].images[0].get_array()
+    assert np.array_equal(drawn, overlay(GREY, np.full((2, 2), 0.2), vmax=0.8))
+
+
+def test_outlines_are_at_half_of_the_scale():
+    maps = np.zeros((2, 4, 8))
+    maps[0, 1, 6], maps[1, 2, 1] = 0.5, 0.2
+    outlined = axes_with_pictures(plot_trait_maps(GREY, maps, outline=True))
+    assert [len(axis.collections) for axis in outlined] == [0, 1, 0]
+    x, y = outlined[1].collections[0].get_paths()[0].vertices.mean(axis=0)
+    assert (x // 10, y // 10) == (6, 1)
+    weak_too = axes_with_pictures(plot_trait_maps(GREY, maps, outline=True, scale="head"))
+    assert [len(axis.collections) for axis in weak_too] == [0, 1, 1]
+
+
+def test_explanations_are_drawn_head_by_head(classifier):
+    explanation = explain(classifier, GREY, ["Jay", "a class"], kind="evidence")
+    figure = explanation.figure(heads=3)
+    axes = axes_with_pictures(figure)
+    vmax = max(np.abs(traits.maps[head]).max() for traits in explanation.classes for head in traits.head_order[:3])
+    for row, traits in enumerate(explanation.classes):
+        for column, head in enumerate(traits.head_order[:3], 1):
+            axis = axes[4 * row + column]
+            expected = overlay(GREY, traits.maps[head], vmax, signed=True, box=explanation.box)
+            assert np.array_equal(axis.images[0].get_array(), expected)
+            assert axis.get_title() == (
+                f"head {head}: {traits.maps[head].sum():+.2f}\n{traits.attention_on_patches[head]:.0%} on patches"
+            )
+        assert any(text.get_text().startswith(f"{traits.label} ({traits.probability:.1%})") for text in figure.texts)
+
+
+def test_comparisons_are_drawn_on_one_scale(classifier):
+    comparison = compare(classifier, GREY, ["Jay", "a class"])
+    axes = axes_with_pictures(comparison.figure(heads=2))
+    order = comparison.top_heads(2)
+    vmax = max(traits.maps[head].max() for traits in comparison.classes for head in order)
+    maps = [*(traits.maps for traits in comparison.classes), comparison.shared, comparison.own[0]]
+    assert len(axes) == 4 * 3
+    for row, drawn in enumerate(maps):
+        for column, head in enumerate(order, 1):
+            expected = overlay(GREY, drawn[head], vmax, signed=row == 3, box=comparison.explanation.box)
+            assert np.array_equal(axes[3 * row + column].images[0].get_array(), expected)
+
+
+def check_layout(figure):
+    """Nothing reaches over the edge, no two texts overlap, no text lies on a picture."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
+    texts = [*figure.texts]
+    for axis in figure.axes:
+        texts += [axis.title, *(axis.get_xticklabels() if axis.axison else ())]
+    boxes = [text.get_window_extent(renderer) for text in texts if text.get_text()]
+    panels = [axis.get_window_extent(renderer) for axis in figure.axes]
+    for number, box in enumerate(boxes):
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1, texts[number]
+        for other in [*boxes[number + 1 :], *panels]:
+            across = min(box.x1, other.x1) - max(box.x0, other.x0)
+            down = min(box.y1, other.y1) - max(box.y0, other.y0)
+            assert across <= 0.5 or down <= 0.5, (texts[number], other)
+    for number, panel in enumerate(panels):
+        assert not any(panel.overlaps(other) for other in panels[number + 1 :])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (400, 30), (20, 300)])
+def test_nothing_is_cut_and_nothing_overlaps(classifier, size):
+    image = Image.new("RGB", size, (90, 120, 150))
+    explanation = explain(classifier, image, [0, 1, 2], kind="evidence")
+    for heads, outline, scale in ((1, False, "figure"), (4, True, "head")):
+        figure = explanation.figure(heads=heads, outline=outline, scale=scale)
+        check_layout(figure)
+        assert figure.get_figwidth() <= 13
+    check_layout(replace(explanation, classes=explanation.classes[:1]).figure(heads=12))
+    check_layout(Comparison(explanation, LONG).figure(heads=1, outline=True))
+    check_layout(remove_trait(classifier, image, (1, 1, 9, 9), 1).figure(heads=2))
+    check_layout(plot_trait_maps(image, explanation.classes[0].maps[:2], title="W" * 300, outline=True))
+
+
+def test_lines_fit():
+    for text in ("one two three four five six seven " * 5, "W" * 200, "中文名字" * 30, "i" * 400):
+        lines = wrap_text(text, 2.0, 10)
+        assert all(text_width(line, 10) <= 2.0 for line in lines)
+        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert wrap_text("", 2.0, 10) == [] and wrap_text("short", 2.0, 10) == ["short"]
 
 
 def test_an_empty_map_is_drawn_and_wrong_input_refused():
     assert np.isfinite(overlay(GREY, np.zeros((2, 2)), vmax=0)).all()
+    assert plot_trait_maps(GREY, np.zeros((2, 2, 2)), outline=True, scale="head").axes
+    assert plot_trait_maps(Image.new("L", (30, 30)), np.zeros((2, 2, 2)), heads=[]).axes
     with pytest.raises(ValueError, match=r"must be \(heads, rows, cols\)"):
         plot_trait_maps(GREY, np.zeros((2, 2)))
     with pytest.raises(ValueError, match="heads 0 to 1 only"):

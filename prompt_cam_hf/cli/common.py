@@ -9,10 +9,9 @@ from typing import Annotated
 import typer
 from PIL import Image
 from rich.console import Console
-from transformers import AutoConfig, pipeline
 
 from prompt_cam_hf.images import UnreadableImageError, open_image
-from prompt_cam_hf.modeling import PromptCAMImageClassificationPipeline
+from prompt_cam_hf.loading import load_pipeline
 
 # Results go to standard output, everything else here.
 messages = Console(stderr=True)
@@ -36,21 +35,6 @@ def one_sentence_errors() -> Iterator[None]:
     except (OSError, ValueError) as error:
         say(f"Error: {error}", style="red")
         raise typer.Exit(2) from error
-
-
-def load_pipeline(model: str, device: str | None = None) -> PromptCAMImageClassificationPipeline:
-    """Load a model with its image processor (`.model`, `.image_processor`).
-
-    Raises:
-        ValueError: it is no Prompt-CAM.
-        OSError: it cannot be found.
-    """
-    config = AutoConfig.from_pretrained(model)
-    if config.model_type != "prompt_cam":
-        raise ValueError(f"{model} is a model of type {config.model_type!r}, not a Prompt-CAM.")
-    return pipeline(
-        "image-classification", model=model, device=device, pipeline_class=PromptCAMImageClassificationPipeline
-    )
 
 
 def open_readable(files: list[Path], readable: list[Path]) -> Iterator[Image.Image]:

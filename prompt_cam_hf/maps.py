@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: MIT
+"""Where does the prompt of a class look, and what does it find there?
+
+"attention" is the paper's map (Prompt-CAM, Chowdhury et al., CVPR 2025, section 3): it says where. "evidence" adds in
+which direction and how strongly what was found moves the class's score.
+"""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers.image_processing_utils import BaseImageProcessor
+
+from prompt_cam_hf.modeling import PromptCAMForImageClassification
+from prompt_cam_hf.modeling.backbone_prompt_cam import attention_weights, backbone_layers, finish_layer, patch_size
+from prompt_cam_hf.modeling.modeling_prompt_cam import LastLayerState, check_class_numbers
+
+MapKind = Literal["attention", "evidence"]
+MAP_KINDS = ("attention", "evidence")
+
+# A box in pixels of a picture, as Pillow's `crop` takes it: left, top, right, bottom; here with fractions.
+Box = tuple[float, float, float, float]
+
+
+# Gradients need tensors that were not made in inference mode, whatever the caller's mode is.
+@torch.inference_mode(False)
+def trait_maps(
+    model: PromptCAMForImageClassification,
+    pixel_values: torch.Tensor,
+    classes: torch.Tensor | None = None,
+    kind: MapKind = "attention",
+    interpolate_pos_encoding: bool = False,
+) -> torch.Tensor:
+    """Maps of classes on images, one for each head of the last layer.
+
+    Args:
+        model: The model, in evaluation mode. Its parameters' gradients are left as they are.
+        pixel_values: (batch, channels, height, width).
+        classes: (batch,) or (batch, k), the classes asked about. None: the predicted class.
+        kind: "attention" or "evidence"; see `maps_from_state`.
+        interpolate_pos_encoding: As in the model's `forward`.
+
+    Returns:
+        (batch, k, heads, rows, cols), float32; k is 1 where `classes` has no such axis.
+
+    Raises:
+        ValueError: `kind` is unknown, or `classes` does not fit.
+    """
+    check_kind(kind)
+    with torch.no_grad():
+        state = model.last_layer_state(pixel_values, interpolate_pos_encoding)
+        if classes is None:
+            classes = model.last_layer_logits(state).argmax(dim=-1)
+        elif classes.ndim not in (1, 2) or len(classes) != len(pixel_values):
+            raise ValueError(
+                f"classes has the shape {tuple(classes.shape)}; it must be (batch,) or (batch, k), with "
+                f"batch={len(pixel_values)}."
+            )
+        check_class_numbers(classes, model.config.num_labels, "classes")
+    classes = classes.to(state.projections.keys.device).view(len(pixel_values), -1)
+    return maps_from_state(model, state, classes, kind)
+
+
+def maps_from_state(
+    model: PromptCAMForImageClassification, state: LastLayerState, classes: torch.Tensor, kind: MapKind = "attention"
+) -> torch.Tensor:
+    """Maps from one run of the network, (batch, k, heads, rows, cols), float32.
+
+    "attention": the softmax weights a[h, t] of the class's prompt in head h on patch t. All tokens together get 1, so
+    a map sums to less; the rest is on prompts and prefix tokens.
+
+    "evidence": how much each of these glances raises (above 0) or lowers (below 0) the class's score s, in logits. In
+    the last layer, the class's row takes in the tokens t only as the attention's output
+
+        o = b + sum over h, t of a[h, t] W_h v[h, t]
+
+    with the values v (their bias included), W_h the head's slice of the output projection and b its bias. All that
+    follows (layer scale, residual connection, second norm, MLP, final norm, classifier) is a function s(o). With
+    g = ds/do where the network really is, the evidence of a glance is
+
+        e[h, t] = a[h, t] (W_h v[h, t]) . g
+
+    Let a[h, t] grow by a small share r of itself: s changes by r e[h, t]. So e is what the score would lose, to first
+    order, were the glance taken out and nothing put in its place; e adds up over heads, patches and other tokens, and
+    with b . g to what the score changes when all of o grows by that share. As W_h is linear, a[h, t] v[h, t] times the
+    gradient with respect to the head's context (before the projection) is the same number; it is taken by autograd.
+
+    Args:
+        model: The model, in evaluation mode.
+        state: From `model.last_layer_state`, without gradient.
+        classes: (batch, k), the classes asked about.
+        kind: See above.
+
+    Raises:
+        ValueError: `kind` is unknown.
+    """
+    check_kind(kind)
+    if kind == "attention":
+        with torch.no_grad():
+            return model.trait_maps(state, classes)
+    rows, cols = state.grid
+    return token_evidence(model, state, classes)[..., -rows * cols :].unflatten(-1, (rows, cols))
+
+
+def token_evidence(
+    model: PromptCAMForImageClassification, state: LastLayerState, classes: torch.Tensor
+) -> torch.Tensor:
+    """The evidence e of `maps_from_state` for every token, (batch, k, heads, tokens), float32.
+
+    Tokens stand in the order class prompts, prefix tokens, patches.
+
+    Args:
+        model: The model, in evaluation mode.
+        state: From `model.last_layer_state`, without gradient.
+        classes: (batch, k), the classes asked about.
+    """
+    with torch.no_grad():
+        weights = attention_weights(model.class_queries(state, classes), state.projections.keys)
+        values = state.projections.values
+        contexts = (weights.to(values.dtype) @ values).transpose(1, 2)
+        prompts = state.class_prompts.expand(len(classes), -1, -1)
+        prompts = prompts.gather(1, classes.to(prompts.device)[..., None].expand(-1, -1, prompts.shape[-1]))
+    with torch.enable_grad():
+        contexts.requires_grad_(True)
+        scores = model.score(finish_layer(backbone_layers(model.backbone)[-1], prompts, contexts))
+        # A row's score depends on its own context alone, so one backward pass serves all images and classes.
+        (gradient,) = torch.autograd.grad(scores.sum(), contexts)
+    with torch.no_grad():
+        # (batch, heads, k, tokens): each value on the gradient at its head's context.
+        worth = gradient.transpose(1, 2).float() @ values.float().transpose(-1, -2)
+        return (weights * worth).transpose(1, 2)
+
+
+def check_kind(kind: str) -> None:
+    """Refuse an unknown kind of map.
+
+    Raises:
+        ValueError: it is unknown.
+    """
+    if kind not in MAP_KINDS:
+        raise ValueError(f'kind={kind!r} is not known; use "attention" or "evidence".')
+
+
+def map_box(model: PromptCAMForImageClassification, image_processor: BaseImageProcessor, image: Image.Image) -> Box:
+    """The part of a picture that its maps lie on: not all of it, where the image processor crops.
+
+    Most processors squash the whole picture. CLIP's resizes the shorter side and cuts out the middle; the rest was
+    never seen. Pixels at the right and bottom that fill no patch were not seen either.
+
+    Args:
+        model: The model.
+        image_processor: The model's.
+        image: The original picture, upright.
+
+    Returns:
+        left, top, right, bottom in pixels of the picture, with fractions.
+
+    Raises:
+        ValueError: the image processor resizes in a way that is not known.
+    """
+    settings = image_processor.to_dict()
+    width, height = float(image.width), float(image.height)
+    if settings.get("do_resize"):
+        size = settings["size"]
+        if "shortest_edge" in size:
+            scale = size["shortest_edge"] / min(width, height)
+            resized = (width * scale, height * scale)
+        elif not {"height", "width"} <= set(size):
+            raise ValueError(f"The image processor resizes to {size}; maps can be laid back from a height and width.")
+        else:
+            resized = (size["width"], size["height"])
+    else:
+        resized = (width, height)
+    seen = resized
+    if settings.get("do_center_crop"):
+        seen = (settings["crop_size"]["width"], settings["crop_size"]["height"])
+    patch_height, patch_width = patch_size(model.config.backbone_config)
+    # In pixels of the resized picture, then in those of the original.
+    left, top = ((whole - part) / 2 for whole, part in zip(resized, seen, strict=True))
+    right, bottom = left + seen[0] // patch_width * patch_width, top + seen[1] // patch_height * patch_height
+    across, down = width / resized[0], height / resized[1]
+    return (left * across, top * down, right * across, bottom * down)
+
+
+def resize_map(trait_map: np.ndarray, size: tuple[int, int], box: Box | None = None) -> np.ndarray:
+    """Lay a map on a picture: (rows, cols) to (height, width), float32, bicubic.
+
+    Args:
+        trait_map: (rows, cols).
+        size: Width and height of the picture in pixels, as Pillow's `image.size`.
+        box: The part of the picture that the map covers, from `map_box`; all of it by default. The rest is 0.
+    """
+    left, top, right, bottom = (0, 0, *size) if box is None else (round(side) for side in box)
+    trait_map = np.asarray(trait_map, dtype=np.float32)
+    rows, cols = trait_map.shape
+    # Border patches are repeated outwards: at an edge, Pillow would make them overshoot.
+    resized = Image.fromarray(np.pad(trait_map, 2, mode="edge")).resize(
+        (max(right - left, 1), max(bottom - top, 1)), Image.Resampling.BICUBIC, box=(2, 2, cols + 2, rows + 2)
+    )
+    laid = Image.new("F", size)
+    laid.paste(resized, (left, top))
+    # Bicubic resampling overshoots; no pixel gets more than the strongest patch.
+    return np.clip(np.array(laid), min(trait_map.min(), 0), max(trait_map.max(), 0))
+
+
+def strong_region(
+    trait_map: np.ndarray, size: tuple[int, int], box: Box | None = None, level: float = 0.25
+) -> np.ndarray:
+    """The pixels where a map has at least a share of its highest value, bool, (height, width).
+
+    Args:
+        trait_map: (rows, cols); of evidence, what raises the score counts.
+        size: Width and height of the picture in pixels.
+        box: As in `resize_map`.
+        level: The share, above 0 and below 1. Attention is often so sharp that half of its peak is one patch of a
+            trait that covers several.
+
+    Raises:
+        ValueError: the map is above 0 nowhere, or `level` is out of range.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level={level}; it is a share of the map's highest value, above 0 and below 1.")
+    if not np.max(trait_map) > 0:
+        raise ValueError("The map is above 0 nowhere, so it has no strong region.")
+    laid = resize_map(trait_map, size, box)
+    return laid >= laid.max() * level
+
+
+__all__ = [
+    "MAP_KINDS",
+    "check_kind",
+    "map_box",
+    "maps_from_state",
+    "resize_map",
+    "strong_region",
+    "token_evidence",
+    "trait_maps",
+]
