@@ -3,7 +3,11 @@ PYTHON ?= python3
 NEWEST := .venv
 OLDEST := .venv-oldest
 
-.PHONY: test test-newest test-oldest lint format bench clean
+.PHONY: demo test test-newest test-oldest lint format bench clean
+
+# Trains on drawn birds, offline, and shows what the trait maps are worth: docs/demo.md.
+demo: $(NEWEST)/installed
+	$(NEWEST)/bin/prompt-cam demo
 
 test: test-newest test-oldest
 
@@ -25,6 +29,8 @@ format: $(NEWEST)/installed
 
 bench: $(NEWEST)/installed
 	$(NEWEST)/bin/python benchmarks/bench_model.py
+	$(NEWEST)/bin/python benchmarks/bench_ranking.py
+	$(NEWEST)/bin/python benchmarks/bench_faithfulness.py
 
 clean:
 	rm -rf $(NEWEST) $(OLDEST) build dist *.egg-info

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: MIT
+"""`prompt-cam atlas`: where do the prompts of all classes look, over a whole data set?"""
+
+from enum import Enum
+from typing import Annotated
+
+import typer
+
+from prompt_cam_hf.atlas import atlas as make_atlas
+from prompt_cam_hf.cli.common import (
+    DeviceOption,
+    ModelArgument,
+    OverwriteOption,
+    load_pipeline,
+    one_sentence_errors,
+)
+from prompt_cam_hf.cli.explain import Method, MethodOption, OutOption
+
+
+class SplitName(str, Enum):
+    """Parts of a data set."""
+
+    train = "train"
+    validation = "validation"
+    test = "test"
+
+
+def atlas(
+    model: ModelArgument,
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of class folders, folder of pictures, CSV or Parquet file, or a data set's id on the Hub."
+        ),
+    ],
+    out: OutOption,
+    split: Annotated[
+        SplitName | None, typer.Option(help="By default the last of train, validation and test that there is.")
+    ] = None,
+    top_heads: Annotated[int, typer.Option(min=1, help="So many heads of a picture count as its top ones.")] = 3,
+    examples: Annotated[int, typer.Option(min=0, help="Pictures to show of each class.")] = 3,
+    method: MethodOption = Method.greedy,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that go through the network at once.")] = 8,
+    image_column: Annotated[str, typer.Option(help="Column of pictures or paths, in tables and data sets.")] = "image",
+    label_column: Annotated[str, typer.Option(help="Column of class names, in tables and data sets.")] = "label",
+    overwrite: OverwriteOption = False,
+    device: DeviceOption = None,
+) -> None:
+    """Sum up over many pictures which heads each class rests on, where they look, and what is confused.
+
+    Writes images.parquet, classes.parquet and index.html, one page that works offline, to --out. When it was
+    interrupted, the same command goes on. Pictures that cannot be read are listed and left out, and the exit status is
+    then 1.
+    """
+    with one_sentence_errors():
+        result = make_atlas(
+            load_pipeline(model, device),
+            data,
+            out,
+            split=None if split is None else split.value,
+            top_heads=top_heads,
+            num_examples=examples,
+            method=method.value,
+            batch_size=batch_size,
+            overwrite=overwrite,
+            image_column=image_column,
+            label_column=label_column,
+        )
+    summary = result.summary
+    rate = f", {summary.accuracy:.1%} recognised" if summary.accuracy is not None else ""
+    print(f"{summary.total - summary.num_unreadable} pictures of {len(summary.classes)} classes{rate}: {result.page}")
+    if summary.num_unreadable:
+        raise typer.Exit(1)
+
+
+__all__ = ["SplitName", "atlas"]
