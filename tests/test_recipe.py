@@ -45,8 +45,17 @@ def minimal(**values) -> Recipe:
     return Recipe(**{"backbone": "some/backbone", "data": "photos", "output_dir": "out", **values})
 
 
-def test_official_recipes_are_all_there():
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*OFFICIAL, "own_photos"}
+OURS = {
+    *(f"dino_{name}" for name in ("flowers", "food101", "insects2", "moths", "fungi", "fish_vista", "rare_species")),
+    "dino_medicinal_leaf",
+    "own_photos",
+    "birds",
+    "birds_deep",
+}
+
+
+def test_recipes_are_all_there():
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*OFFICIAL, *OURS}
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
