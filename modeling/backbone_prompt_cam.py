@@ -195,6 +195,11 @@ def _rotate(states: torch.Tensor, rotary: RotaryPositions | None) -> torch.Tenso
     return torch.cat((states[..., :start, :], rotated, states[..., end:, :]), dim=-2)
 
 
+def first_norm(layer: nn.Module) -> nn.Module:
+    """The norm before a layer's attention."""
+    return _get(layer, _NORM_1)
+
+
 def project(
     layer: nn.Module,
     num_heads: int,
@@ -226,7 +231,7 @@ def project(
         keys, values = heads(_get(attention, _KEY), normed), heads(_get(attention, _VALUE), normed)
         return _rotate(keys, rotary), values
 
-    norm = _get(layer, _NORM_1)
+    norm = first_norm(layer)
     normed = norm(queries)
     query_states = _rotate(heads(_get(attention, _QUERY), normed), query_rotary)
     keys, values = keys_and_values(normed, query_rotary)
@@ -376,6 +381,7 @@ __all__ = [
     "final_norm",
     "fingerprint_backbone",
     "finish_layer",
+    "first_norm",
     "grid_size",
     "image_size",
     "patch_size",

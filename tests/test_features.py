@@ -77,7 +77,7 @@ def test_same_training_as_without(recipe, tmp_path, settings):
 
 def test_views_are_used_in_turn(model, pictures, tmp_path):
     images = pictures(seed=7)
-    cached = cache_features(model, images, tmp_path, patch_grid=GRID, num_views=3)
+    cached = cache_features(model, images, tmp_path, num_views=3)
     for epoch in range(7):
         cached.set_epoch(epoch)
         images.set_epoch(epoch % 3)
@@ -108,7 +108,7 @@ def test_whatever_changes_the_features_makes_a_new_file(model, pictures, backbon
     cache, seen = tmp_path / "cache", set()
 
     def is_new(*arguments, **options) -> bool:
-        path = Path(cache_features(*arguments, cache_dir=cache, patch_grid=GRID, **options).path)
+        path = Path(cache_features(*arguments, cache_dir=cache, **options).path)
         new = path.name not in seen
         seen.add(path.name)
         return new
@@ -146,11 +146,11 @@ def test_an_edited_picture_makes_a_new_file(model, photos, pictures, tmp_path):
     path = folder / "test" / "001.red" / "0.png"
     Image.new("RGB", (40, 40), "red").save(path, format="bmp")
     before = path.stat()
-    first = cache_features(model, pictures(folder), tmp_path / "cache", patch_grid=GRID)
+    first = cache_features(model, pictures(folder), tmp_path / "cache")
     Image.new("RGB", (40, 40), "blue").save(path, format="bmp")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
-    second = cache_features(model, pictures(folder), tmp_path / "cache", patch_grid=GRID)
+    second = cache_features(model, pictures(folder), tmp_path / "cache")
     assert first.path != second.path
     assert not torch.equal(first[0]["prefix_hidden_states"], second[0]["prefix_hidden_states"])
 
@@ -167,10 +167,10 @@ def test_an_interrupted_file_is_not_used(model, pictures, tmp_path, monkeypatch)
 
     monkeypatch.setattr(PromptCAMForImageClassification, "encode_prefix", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        cache_features(model, pictures(), tmp_path, patch_grid=GRID, batch_size=4)
+        cache_features(model, pictures(), tmp_path, batch_size=4)
     assert [Path(name).suffix for name in files(tmp_path)] == [".partial"]
     monkeypatch.setattr(PromptCAMForImageClassification, "encode_prefix", original)
-    cached = cache_features(model, pictures(), tmp_path, patch_grid=GRID, batch_size=4)
+    cached = cache_features(model, pictures(), tmp_path, batch_size=4)
     assert [Path(name).suffix for name in files(tmp_path)] == [".npy"]
     for index, item in enumerate(pictures()):
         expected = model.encode_prefix(item["pixel_values"][None])[0]
@@ -178,7 +178,7 @@ def test_an_interrupted_file_is_not_used(model, pictures, tmp_path, monkeypatch)
 
 
 def test_features_stay_on_disk(model, pictures, tmp_path):
-    cached = cache_features(model, pictures(), tmp_path, patch_grid=GRID)
+    cached = cache_features(model, pictures(), tmp_path)
     cached[0]
     assert isinstance(cached._features, np.memmap)
     assert len(pickle.dumps(cached)) < Path(cached.path).stat().st_size / 10
@@ -188,7 +188,7 @@ def test_features_stay_on_disk(model, pictures, tmp_path):
 
 
 def test_workers_see_the_epoch(model, pictures, tmp_path):
-    cached = cache_features(model, pictures(seed=7), tmp_path, patch_grid=GRID, num_views=2)
+    cached = cache_features(model, pictures(seed=7), tmp_path, num_views=2)
     loader = torch.utils.data.DataLoader(cached, batch_size=15, num_workers=1, persistent_workers=True)
     for epoch in range(3):
         cached.set_epoch(epoch)
@@ -201,7 +201,7 @@ def test_a_full_disk_is_noticed_before(model, pictures, tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr(features_module.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(OSError, match=r"need 0\.0 GB in .*, where 0\.0 GB are free; lower cache_views \(now 1\)"):
-        cache_features(model, pictures(), tmp_path, patch_grid=GRID)
+        cache_features(model, pictures(), tmp_path)
 
 
 def test_refused_where_prompts_enter_the_first_layer(recipe, tmp_path):
@@ -223,7 +223,7 @@ def test_a_step_costs_the_remaining_layers(model, pictures):
         return counter.get_total_flops()
 
     whole = cost(lambda: model(pixels, labels=labels).loss.backward())
-    rest = cost(lambda: model(prefix_hidden_states=prefix, patch_grid=GRID, labels=labels).loss.backward())
+    rest = cost(lambda: model(prefix_hidden_states=prefix, labels=labels).loss.backward())
     assert whole - rest == cost(lambda: model.encode_prefix(pixels))
     assert rest < whole
 
@@ -237,7 +237,7 @@ def test_grid_of_a_backbone_made_for_another_size(pictures, tmp_path):
         backbone, id2label={0: "red", 1: "green", 2: "blue"}, num_agnostic_prompts=0
     )
     images = pictures()
-    cached = cache_features(model, images, tmp_path, patch_grid=GRID)
+    cached = cache_features(model, images, tmp_path)
     batch = FeatureCollator(GRID)([cached[index] for index in range(3)])
     expected = model(torch.stack([images[index]["pixel_values"] for index in range(3)]), labels=batch["labels"])
     torch.testing.assert_close(model(**batch).loss, expected.loss)

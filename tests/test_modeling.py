@@ -7,12 +7,18 @@ import threading
 
 import pytest
 import torch
-from conftest import FAMILIES, ID2LABEL, NUM_CLASSES, random_images, tiny_model
+from conftest import FAMILIES, ID2LABEL, NUM_CLASSES, random_images, tiny_backbone_config, tiny_model
 from straightforward import run_straightforwardly
 from transformers import AutoModelForImageClassification, ViTForImageClassification, ViTModel
 
 from prompt_cam_hf import PromptCAMConfig, PromptCAMForImageClassification
-from prompt_cam_hf.modeling.backbone_prompt_cam import backbone_layers, embed, rotary_positions, run_layer
+from prompt_cam_hf.modeling.backbone_prompt_cam import (
+    backbone_layers,
+    build_backbone,
+    embed,
+    rotary_positions,
+    run_layer,
+)
 
 VARIANTS = {
     "deep": {},
@@ -407,8 +413,6 @@ def test_models_do_not_share_a_config(caplog):
 
 
 def test_from_backbone_takes_a_loaded_model_and_leaves_it_alone():
-    from conftest import tiny_backbone_config
-
     classifier = ViTForImageClassification(tiny_backbone_config()).train()
     before = {name: tensor.clone() for name, tensor in classifier.state_dict().items()}
     model = PromptCAMForImageClassification.from_backbone(classifier, id2label=ID2LABEL)
@@ -417,6 +421,14 @@ def test_from_backbone_takes_a_loaded_model_and_leaves_it_alone():
     assert all(parameter.requires_grad for parameter in classifier.parameters())
     assert classifier.training
     torch.testing.assert_close(model.backbone.embeddings(random_images()), classifier.vit.embeddings(random_images()))
+
+
+def test_from_backbone_takes_a_loaded_backbone_of_any_family(family):
+    backbone = build_backbone(tiny_backbone_config(family)).eval()
+    model = PromptCAMForImageClassification.from_backbone(backbone, id2label=ID2LABEL)
+    images = random_images()
+    expected = backbone(images).last_hidden_state
+    torch.testing.assert_close(model.backbone(images).last_hidden_state, expected)
 
 
 def test_from_backbone_refuses_what_it_does_not_know():

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import PIL
@@ -24,9 +24,13 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
+from prompt_cam_hf.baselines import LinearProbe, VPTForImageClassification
 from prompt_cam_hf.images import ImageDataset, TrainingAugmentation
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.training.trainer import on_main_process
+
+# What has an `encode_prefix`, and a config that says what that depends on.
+PrefixModel: TypeAlias = PromptCAMForImageClassification | VPTForImageClassification | LinearProbe
 
 DEFAULT_CACHE_DIR = Path(HF_HOME) / "prompt_cam_features"
 
@@ -34,12 +38,12 @@ DEFAULT_CACHE_DIR = Path(HF_HOME) / "prompt_cam_features"
 class FeatureDataset(Dataset):
     """Labelled pictures as the model knows them after its fixed first layers.
 
-    Item `i` is `{"prefix_hidden_states": float32 of (tokens, hidden_size), "labels": int}`. Nothing is held in memory
-    but the labels.
+    Item `i` is `{"prefix_hidden_states": float32 of (tokens, hidden_size), "labels": int}`, of a linear probe float32
+    of (features,). Nothing is held in memory but the labels.
     """
 
     def __init__(self, path: str | os.PathLike, labels: list[int]):
-        """Read the file written by `cache_features`, an array (views, pictures, tokens, hidden_size)."""
+        """Read the file written by `cache_features`, an array (views, pictures, ...)."""
         self.path = path
         self.labels = labels
         # Shared with data loader workers that outlive an epoch.
@@ -85,11 +89,10 @@ class FeatureCollator:
 
 
 def cache_features(
-    model: PromptCAMForImageClassification,
+    model: PrefixModel,
     dataset: ImageDataset,
     cache_dir: str | os.PathLike = DEFAULT_CACHE_DIR,
     *,
-    patch_grid: tuple[int, int],
     num_views: int = 1,
     autocast_dtype: torch.dtype | None = None,
     batch_size: int = 32,
@@ -105,7 +108,6 @@ def cache_features(
         model: On the device to compute on.
         dataset: The pictures; an augmented view `v` is what the data set gives in epoch `v`.
         cache_dir: The folder for the files; it is made.
-        patch_grid: Rows and columns of patches that the data set's pictures have.
         num_views: Views of each picture, 1 where nothing is drawn at random.
         autocast_dtype: Mixed precision to compute in, as in training.
         batch_size: Pictures a step and process.
@@ -127,8 +129,8 @@ def cache_features(
     # Another run that computes the same file is waited for.
     with WeakFileLock(f"{path}.lock") if process.is_main_process else contextlib.nullcontext():
         if not on_main_process(path.exists):
-            tokens = model.config.num_prefix_tokens + patch_grid[0] * patch_grid[1]
-            shape = (num_views, len(dataset), tokens, model.config.backbone_config.hidden_size)
+            example = model.encode_prefix(dataset[0]["pixel_values"][None].to(model.device))
+            shape = (num_views, len(dataset), *example.shape[1:])
             partial = path.with_suffix(".partial")
             if process.is_main_process:
                 partial.unlink(missing_ok=True)
@@ -146,14 +148,14 @@ def cache_features(
 
 
 def _compute(
-    model: PromptCAMForImageClassification,
+    model: PrefixModel,
     dataset: ImageDataset,
     features: np.ndarray,
     autocast_dtype: torch.dtype | None,
     batch_size: int,
     num_workers: int,
 ) -> None:
-    """Fill this process's part of `features`, (views, pictures, tokens, hidden_size)."""
+    """Fill this process's part of `features`, (views, pictures, ...)."""
     process = PartialState()
     num_views, num_images = features.shape[:2]
     first, end = (num_images * (process.process_index + i) // process.num_processes for i in (0, 1))
@@ -185,7 +187,7 @@ def _check_disk(folder: Path, shape: tuple[int, ...]) -> None:
 
 
 def _fingerprint(
-    model: PromptCAMForImageClassification,
+    model: PrefixModel,
     dataset: ImageDataset,
     num_views: int,
     autocast_dtype: torch.dtype | None,

@@ -36,6 +36,11 @@ class Recipe:
     """
 
     # Model
+    method: Literal["prompt_cam", "linear_probe", "vpt"] = _key(
+        "prompt_cam, or a baseline: vpt has the same prompts and reads CLS (Deep or Shallow, see class_prompt_layer), "
+        "linear_probe has none and leaves the settings of prompts aside.",
+        default="prompt_cam",
+    )
     backbone: str = _key("Vision transformer to build on: a Hub id, or a folder in transformers' format.")
     backbone_revision: str | None = _key("Branch, tag or commit of the backbone on the Hub.", default=None)
     class_prompt_layer: int = _key("Layer that class prompts enter: -1 the last (Deep), 0 the first.", default=-1)
@@ -135,6 +140,15 @@ class Recipe:
                 f"warmup_epochs ({self.warmup_epochs}) must be below num_train_epochs ({self.num_train_epochs}); a "
                 "short run needs a short warm-up."
             )
+        if self.method == "vpt" and self.class_prompt_layer not in (-1, 0):
+            raise ValueError(
+                f"class_prompt_layer must be -1 (Deep) or 0 (Shallow) with method vpt, got {self.class_prompt_layer}; "
+                "where its prompts enter is first_prompt_layer."
+            )
+        if self.method == "linear_probe" and self.gradient_checkpointing:
+            raise ValueError("gradient_checkpointing saves nothing with method linear_probe: no layer has a gradient.")
+        if self.method != "prompt_cam" and not self.include_backbone:
+            raise ValueError(f"include_backbone: false is for prompts; method {self.method} saves whole models only.")
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 exclude each other; choose one.")
         known = {argument.name for argument in dataclasses.fields(TrainingArguments)}

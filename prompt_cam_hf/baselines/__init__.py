@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: MIT
+"""What is Prompt-CAM compared with? Other classifiers on the same backbone, and other maps on any of them.
+
+Importing the package registers VPT with transformers' Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModelForImageClassification
+
+from .attention import attention_rollout, raw_attention
+from .cams import CAM_METHODS, cam_maps
+from .linear_probe import LinearProbe, build_linear_probe
+from .vpt import VPTConfig, VPTForImageClassification
+
+AutoConfig.register(VPTConfig.model_type, VPTConfig, exist_ok=True)
+AutoModelForImageClassification.register(VPTConfig, VPTForImageClassification, exist_ok=True)
+
+__all__ = [
+    "CAM_METHODS",
+    "LinearProbe",
+    "VPTConfig",
+    "VPTForImageClassification",
+    "attention_rollout",
+    "build_linear_probe",
+    "cam_maps",
+    "raw_attention",
+]

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: MIT
+"""Where does the token look that the score is read from, in the last layer and through all layers?
+
+That token is CLS; in SigLIP, which has none, all patches on average; in a Prompt-CAM the prompt of each class. So
+these maps are the same for all classes, but for a Prompt-CAM's.
+
+Fused attention returns no weights, so the layers run from their own pieces, whichever attention the model is set to.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from prompt_cam_hf.modeling.backbone_prompt_cam import backbone_layers, embed, grid_size, rotary_positions, run_layer
+
+from .backbone import backbone_of, num_prefix_tokens
+from .vpt import VPTConfig
+
+
+@torch.no_grad()
+def raw_attention(
+    model: PreTrainedModel, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False
+) -> torch.Tensor:
+    """The last layer's attention to the patches, head by head.
+
+    Args:
+        model: A linear probe, a VPT or a Prompt-CAM, in evaluation mode.
+        pixel_values: (batch, channels, height, width).
+        interpolate_pos_encoding: As in the model's `forward`.
+
+    Returns:
+        (batch, 1, heads, rows, cols); of a Prompt-CAM (batch, num_labels, heads, rows, cols), its trait maps. Softmax
+        weights in float32, not renormalised over the patches.
+    """
+    (weights,) = deque(_layer_attentions(model, pixel_values, interpolate_pos_encoding), maxlen=1)
+    grid = grid_size(backbone_of(model).config, *pixel_values.shape[-2:])
+    patches = weights[..., -grid[0] * grid[1] :].unflatten(-1, grid)
+    return _scored_rows(model, patches.transpose(1, 2), grid)
+
+
+@torch.no_grad()
+def attention_rollout(
+    model: PreTrainedModel, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False
+) -> torch.Tensor:
+    """How much of each patch attention has carried to the token that the score is read from.
+
+    Abnar & Zuidema (*Quantifying Attention Flow in Transformers*, ACL 2020, section 3): the product over all layers of
+    0.5 A + 0.5 I, where A is the attention averaged over heads and I stands for the residual connection. The rows of A
+    sum to 1, and so do those of the sum. Prompts join on the way and bring nothing of any patch.
+
+    Args:
+        model: A linear probe, a VPT or a Prompt-CAM, in evaluation mode.
+        pixel_values: (batch, channels, height, width).
+        interpolate_pos_encoding: As in the model's `forward`.
+
+    Returns:
+        (batch, 1, rows, cols), of a Prompt-CAM (batch, num_labels, rows, cols); float32. What a map lacks of a sum of
+        1 came from prefix tokens and prompts.
+    """
+    config = backbone_of(model).config
+    grid = grid_size(config, *pixel_values.shape[-2:])
+    # (batch, tokens, patches), what each token is made of: a patch of itself, a prefix token of no patch.
+    made_of = torch.eye(grid[0] * grid[1], device=pixel_values.device).expand(len(pixel_values), -1, -1)
+    made_of = nn.functional.pad(made_of, (0, 0, num_prefix_tokens(config), 0))
+    for index, weights in enumerate(_layer_attentions(model, pixel_values, interpolate_pos_encoding)):
+        attention = weights.mean(dim=1)
+        num_queries, num_tokens = attention.shape[1:]
+        # Prompts stand in front.
+        made_of = nn.functional.pad(made_of.to(attention.device), (0, 0, num_tokens - made_of.shape[1], 0))
+        # The queries of a Prompt-CAM's last layer are its class prompts; of any other layer, the last tokens.
+        is_of_prompts = model.config.model_type == "prompt_cam" and index == config.num_hidden_layers - 1
+        residual = made_of[:, :num_queries] if is_of_prompts else made_of[:, -num_queries:]
+        made_of = 0.5 * attention @ made_of + 0.5 * residual
+    return _scored_rows(model, made_of, grid).unflatten(-1, grid)
+
+
+def _layer_attentions(
+    model: PreTrainedModel, pixel_values: torch.Tensor, interpolate_pos_encoding: bool
+) -> Iterator[torch.Tensor]:
+    """Attention of each layer, (batch, heads, queries, tokens), float32; prompts stand first."""
+    if model.config.model_type in ("prompt_cam", VPTConfig.model_type):
+        options = {"output_attentions": True, "interpolate_pos_encoding": interpolate_pos_encoding}
+        yield from model(pixel_values, **options).attentions
+        return
+    backbone = backbone_of(model)
+    config = backbone.config
+    hidden = embed(backbone, pixel_values.to(backbone.dtype), interpolate_pos_encoding)
+    grid = grid_size(config, *pixel_values.shape[-2:])
+    rotary = rotary_positions(backbone, hidden, grid, num_prefix_tokens(config))
+    for layer in backbone_layers(backbone):
+        hidden, weights = run_layer(layer, config, hidden, query_rotary=rotary, output_attentions=True)
+        yield weights
+
+
+def _scored_rows(model: PreTrainedModel, rows: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Of the last layer's queries, (batch, queries, ...), the one that is scored, (batch, 1 or num_labels, ...)."""
+    if model.config.model_type == "prompt_cam":
+        return rows
+    num_patches, num_prefix = grid[0] * grid[1], num_prefix_tokens(backbone_of(model).config)
+    if not num_prefix:
+        return rows[:, -num_patches:].mean(dim=1, keepdim=True)
+    return rows[:, -num_prefix - num_patches :][:, :1]
+
+
+__all__ = ["attention_rollout", "raw_attention"]

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: MIT
+"""Which patches speak for a class, asked after training? The usual answers, for any model on a supported backbone.
+
+The target activation A is that of the recipe that pytorch-grad-cam gives for vision transformers: the output of the
+last layer's first norm, at the patches. G is the gradient of the class's score with respect to it; i runs over
+patches, k over channels.
+
+- grad_cam: Selvaraju et al. (ICCV 2017, equations 1 and 2), relu(sum_k w_k A_ik), w_k the mean of G_ik over patches.
+- hires_cam: Draelos & Carin (2020, arXiv 2011.08891), relu(sum_k G_ik A_ik): gradient times activation.
+- layer_cam: Jiang et al. (IEEE TIP 2021), relu(sum_k relu(G_ik) A_ik).
+- eigen_cam: Muhammad & Yeasin (IJCNN 2020), relu of the projection of A, centred over the patches, on its first right
+  singular vector. Singular vectors have no sign: here the patch that lies farthest out is positive. No class, no
+  gradient.
+- rollout, raw_attention: see `attention_rollout` and `raw_attention`; the latter averaged over heads.
+
+Finer-CAM (Zhang et al., CVPR 2025, arXiv 2501.11309) is any of the first three, with another score: the class's less
+alpha times the mean of the `similar_classes` whose scores on the image lie closest to it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from prompt_cam_hf.modeling.backbone_prompt_cam import backbone_layers, first_norm, grid_size
+from prompt_cam_hf.modeling.modeling_prompt_cam import check_class_numbers
+
+from .attention import attention_rollout, raw_attention
+from .backbone import backbone_of
+
+CamMethod = Literal["grad_cam", "hires_cam", "layer_cam", "eigen_cam", "rollout", "raw_attention"]
+CAM_METHODS: tuple[str, ...] = get_args(CamMethod)
+_GRADIENT_METHODS = ("grad_cam", "hires_cam", "layer_cam")
+# These adapt to any size by themselves, and take no such argument.
+_ALWAYS_INTERPOLATE = ("dinov2", "dinov2_with_registers")
+
+
+# Gradients need tensors that were not made in inference mode, whatever the caller's mode is.
+@torch.inference_mode(False)
+def cam_maps(
+    model: PreTrainedModel,
+    pixel_values: torch.Tensor,
+    method: CamMethod = "grad_cam",
+    classes: torch.Tensor | None = None,
+    *,
+    similar_classes: int = 0,
+    alpha: float = 1.0,
+    signed: bool = False,
+    interpolate_pos_encoding: bool = False,
+) -> torch.Tensor:
+    """Maps of classes on images, on the patch grid.
+
+    The network runs once (for the attention maps twice), without a graph up to the last layer; each class of an image
+    takes one backward pass through the last layer, for all images together. Nothing of the model changes: gradients,
+    `requires_grad`, hooks and modes stay as they are. Modules in training mode run in evaluation mode meanwhile.
+
+    Args:
+        model: A linear probe (any image classification model of transformers on a supported backbone), a VPT, or a
+            Prompt-CAM. There the patches are what its class prompts attend to, so gradients reach them as keys and
+            values, and the attention maps are those of the class's prompt.
+        pixel_values: (batch, channels, height, width).
+        method: See above. "eigen_cam", "rollout" and "raw_attention" give all classes the same map, but for the latter
+            two of a Prompt-CAM.
+        classes: (batch,) or (batch, k), the classes asked about. None: the predicted class.
+        similar_classes: Finer-CAM's number of classes to contrast with, 3 in its authors' code; 0: none.
+        alpha: Finer-CAM's weight of that contrast.
+        signed: Leave out the last relu: what speaks against the class, or lies on Eigen-CAM's other side, is below 0.
+        interpolate_pos_encoding: As in the model's `forward`.
+
+    Returns:
+        (batch, rows, cols), or (batch, k, rows, cols) where `classes` has that axis; float32, not scaled.
+
+    Raises:
+        ValueError: `method` is unknown, `classes` does not fit, there are not so many similar classes, or the method
+            has no gradient to contrast.
+    """
+    if method not in CAM_METHODS:
+        raise ValueError(f"method={method!r} is not known; use one of {', '.join(CAM_METHODS)}.")
+    if similar_classes and method not in _GRADIENT_METHODS:
+        raise ValueError(
+            f"Finer-CAM contrasts gradients, and {method!r} has none; use similar_classes with one of "
+            f"{', '.join(_GRADIENT_METHODS)}."
+        )
+    if not 0 <= similar_classes < model.config.num_labels:
+        raise ValueError(
+            f"similar_classes={similar_classes} must be from 0 to {model.config.num_labels - 1}, the number of other "
+            "classes."
+        )
+    with _evaluation_mode(model):
+        activation, logits = _run(model, pixel_values, interpolate_pos_encoding)
+        asked = _check_classes(classes, logits)
+        if method in _GRADIENT_METHODS:
+            gradients = _gradients(_scores(logits, asked, similar_classes, alpha), activation)
+            maps = torch.stack([_weigh(method, activation, gradient) for gradient in gradients], dim=1)
+        elif method == "eigen_cam":
+            maps = _project_on_first_component(activation)[:, None]
+        else:
+            attention = attention_rollout if method == "rollout" else _mean_raw_attention
+            maps = attention(model, pixel_values, interpolate_pos_encoding).flatten(2)
+            if model.config.model_type == "prompt_cam":
+                maps = maps[torch.arange(len(asked))[:, None], asked.to(maps.device)]
+    grid = grid_size(backbone_of(model).config, *pixel_values.shape[-2:])
+    maps = maps.expand(-1, asked.shape[1], -1).unflatten(-1, grid)
+    maps = maps if signed else maps.relu()
+    return maps if classes is not None and classes.ndim == 2 else maps[:, 0]
+
+
+@contextmanager
+def _evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode, and afterwards for each module the mode that it had."""
+    in_training = [module for module in model.modules() if module.training]
+    # Not by eval(), which is free to do more: a Prompt-CAM's freezes its backbone.
+    for module in in_training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in in_training:
+            module.training = True
+
+
+def _run(
+    model: PreTrainedModel, pixel_values: torch.Tensor, interpolate_pos_encoding: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The target activation (batch, patches, channels), and the scores (batch, num_labels) as a function of it."""
+    backbone = backbone_of(model)
+    rows, cols = grid_size(backbone.config, *pixel_values.shape[-2:])
+    # Where prompts do not travel with the tokens, the norm is called for each. Queries come first: in a Prompt-CAM the
+    # class prompts, in a VPT the tokens.
+    target_call = 1 if model.config.model_type == "prompt_cam" else 0
+    outputs: list[torch.Tensor] = []
+    targets: list[torch.Tensor] = []
+
+    def replace(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+        outputs.append(output)
+        if len(outputs) != target_call + 1:
+            return None
+        # All that comes before needs no graph: it starts here.
+        torch.set_grad_enabled(True)
+        others, patches = output.detach().split((output.shape[1] - rows * cols, rows * cols), dim=1)
+        targets.append(patches.requires_grad_())
+        return torch.cat((others, targets[0]), dim=1)
+
+    hook = first_norm(backbone_layers(backbone)[-1]).register_forward_hook(replace)
+    try:
+        options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
+        if backbone.config.model_type in _ALWAYS_INTERPOLATE and not hasattr(model, "backbone"):
+            options = {}
+        with torch.no_grad():
+            logits = model(pixel_values, **options).logits
+    finally:
+        hook.remove()
+    return targets[0], logits
+
+
+def _scores(logits: torch.Tensor, classes: torch.Tensor, similar_classes: int, alpha: float) -> torch.Tensor:
+    """The scores (batch, k) to explain."""
+    scores = logits.float().gather(1, classes)
+    if not similar_classes:
+        return scores
+    distances = (logits.detach()[:, None] - scores.detach()[..., None]).abs()
+    distances = distances.scatter(-1, classes[..., None], torch.inf)
+    similar = distances.topk(similar_classes, dim=-1, largest=False).indices
+    return scores - alpha * logits.float()[:, None].expand(distances.shape).gather(-1, similar).mean(dim=-1)
+
+
+def _gradients(scores: torch.Tensor, activation: torch.Tensor) -> Iterator[torch.Tensor]:
+    """For each column of the scores (batch, k), its gradient (batch, patches, channels)."""
+    for column in scores.unbind(dim=1):
+        # An image's score depends on its own activation alone, so their sum has the gradients of all.
+        (gradient,) = torch.autograd.grad(column.sum(), activation, retain_graph=True)
+        yield gradient.float()
+
+
+def _weigh(method: str, activation: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """A signed map (batch, patches) from activation and gradient, both (batch, patches, channels)."""
+    activation = activation.detach().float()
+    if method == "grad_cam":
+        gradient = gradient.mean(dim=1, keepdim=True)
+    elif method == "layer_cam":
+        gradient = gradient.relu()
+    return (gradient * activation).sum(dim=-1)
+
+
+def _project_on_first_component(activation: torch.Tensor) -> torch.Tensor:
+    """Eigen-CAM's signed map (batch, patches)."""
+    activation = activation.detach().float()
+    centred = activation - activation.mean(dim=1, keepdim=True)
+    component = torch.linalg.svd(centred, full_matrices=False).Vh[:, 0]
+    projection = (centred @ component[..., None])[..., 0]
+    farthest = projection.gather(1, projection.abs().argmax(dim=1, keepdim=True))
+    return projection * farthest.sign()
+
+
+def _mean_raw_attention(
+    model: PreTrainedModel, pixel_values: torch.Tensor, interpolate_pos_encoding: bool
+) -> torch.Tensor:
+    return raw_attention(model, pixel_values, interpolate_pos_encoding).mean(dim=2)
+
+
+def _check_classes(classes: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
+    """The classes as (batch, k)."""
+    if classes is None:
+        return logits.argmax(dim=-1, keepdim=True)
+    if classes.ndim not in (1, 2) or len(classes) != len(logits):
+        raise ValueError(
+            f"classes has the shape {tuple(classes.shape)}; it must be (batch,) or (batch, k), with "
+            f"batch={len(logits)}."
+        )
+    check_class_numbers(classes, logits.shape[1], "classes")
+    return classes.to(logits.device).view(len(logits), -1)
+
+
+__all__ = ["CAM_METHODS", "cam_maps"]
