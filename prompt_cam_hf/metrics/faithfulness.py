@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: MIT
+"""Does the score rest on the pixels that a map points at? Insertion and deletion, with the protocol by name.
+
+Petsiuk et al. (RISE, BMVC 2018). Insertion shows a blurred picture's pixels sharp again, the map's
+strongest first: the score should rise early, so a large area under its curve is good. Deletion takes the pixels away:
+a small area is good. Numbers of different protocols do not compare, so every result carries its preset's name.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_filter1d
+from torch import nn
+
+from prompt_cam_hf.metrics.scoring import (
+    Classifier,
+    area_under_curve,
+    asked_classes,
+    check_one_map_an_image,
+    pixel_ranks,
+    probabilities_after_replacing,
+)
+
+# RISE blurs with a kernel of 11 pixels and a standard deviation of 5, whatever the picture's size.
+_BLUR_PIXELS, _BLUR_SIGMA = 11, 5
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A protocol of insertion and deletion.
+
+    Attributes:
+        step: How many pixels change between two evaluations. "row": as many as one row of the picture has, so 224 at
+            224 pixels, and as many steps as the picture has rows. "patch": as many as one cell of the map covers,
+            which is a patch for maps on the patch grid, and as many steps as the map has cells.
+        deleted: What a deleted pixel becomes. "zeros": zero in pixel_values, the mean colour of the processor's
+            normalisation. "black": black in the picture.
+    """
+
+    step: Literal["row", "patch"]
+    deleted: Literal["zeros", "black"]
+
+
+PRESETS = MappingProxyType(
+    {
+        "rise": Preset(step="row", deleted="zeros"),
+        "rise-black": Preset(step="row", deleted="black"),
+        "fast": Preset(step="patch", deleted="zeros"),
+    }
+)
+
+
+class FaithfulnessCurve(NamedTuple):
+    """What insertion or deletion found, for each image of a batch.
+
+    All tensors are on the CPU.
+
+    Attributes:
+        metric: "insertion" or "deletion".
+        preset: The name of the protocol.
+        classes: (batch,), the class whose probability was followed.
+        curve: (batch, num_steps + 1), float32: its softmax probability after 0, 1, ... num_steps steps.
+        auc: (batch,), the area under the curve, 0 to 1.
+        num_steps: Steps from none to all of the pixels; the last one may be shorter.
+    """
+
+    metric: Literal["insertion", "deletion"]
+    preset: str
+    classes: torch.Tensor
+    curve: torch.Tensor
+    auc: torch.Tensor
+    num_steps: int
+
+
+def insertion(
+    model: Classifier,
+    pixel_values: torch.Tensor,
+    maps: torch.Tensor,
+    classes: torch.Tensor | None = None,
+    preset: str = "rise",
+    batch_size: int = 32,
+) -> FaithfulnessCurve:
+    """Follow the probability of a class while a blurred picture gets its pixels back, the map's strongest first.
+
+    The blur is that of RISE's published code: pixel_values with zeros beyond the border, under a Gaussian kernel of 11
+    pixels and standard deviation 5. Pixels are ordered by `prompt_cam_hf.metrics.scoring.pixel_ranks`, which says what
+    becomes of other grids and of equal pixels.
+
+    Args:
+        model: The classifier, in evaluation mode.
+        pixel_values: (batch, channels, height, width), from the image processor.
+        maps: (batch, rows, cols), one map an image; higher is stronger.
+        classes: (batch,), such as the true classes. None: the predicted class of the whole picture.
+        preset: A key of `PRESETS`.
+        batch_size: So many pictures go through the model at once.
+
+    Raises:
+        ValueError: the preset is unknown, or classes or maps do not fit the images.
+    """
+    settings = _preset(preset)
+    blurred = blur(pixel_values)
+    curve = _follow(model, pixel_values, blurred, pixel_values, maps, classes, settings, batch_size)
+    return FaithfulnessCurve("insertion", preset, *curve)
+
+
+def deletion(
+    model: Classifier,
+    pixel_values: torch.Tensor,
+    maps: torch.Tensor,
+    classes: torch.Tensor | None = None,
+    preset: str = "rise",
+    batch_size: int = 32,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+) -> FaithfulnessCurve:
+    """Follow the probability of a class while a picture loses its pixels, the map's strongest first.
+
+    Args:
+        model: As in `insertion`, and so the next arguments.
+        pixel_values: See there.
+        maps: See there.
+        classes: See there.
+        preset: See there.
+        batch_size: See there.
+        image_mean: Of each channel, as in the image processor. Needed for deletion to black.
+        image_std: Likewise.
+
+    Raises:
+        ValueError: as in `insertion`, or the preset deletes to black and mean or standard deviation are missing.
+    """
+    settings = _preset(preset)
+    if settings.deleted == "black":
+        blank = black(pixel_values, image_mean, image_std)
+    else:
+        blank = torch.zeros_like(pixel_values)
+    curve = _follow(model, pixel_values, pixel_values, blank, maps, classes, settings, batch_size)
+    return FaithfulnessCurve("deletion", preset, *curve)
+
+
+def blur(pixel_values: torch.Tensor) -> torch.Tensor:
+    """The picture from which insertion starts, of the same shape."""
+    impulse = np.zeros(_BLUR_PIXELS)
+    impulse[_BLUR_PIXELS // 2] = 1
+    # RISE blurs an impulse in an 11 x 11 box, reflected at its border: not quite a Gaussian that is cut off.
+    kernel = torch.from_numpy(gaussian_filter1d(impulse, _BLUR_SIGMA)).to(pixel_values.device, torch.float32)
+    channels = pixel_values.shape[1]
+    columns = kernel.view(1, 1, -1, 1).expand(channels, -1, -1, -1)
+    padding = _BLUR_PIXELS // 2
+    blurred = nn.functional.conv2d(pixel_values.float(), columns, padding=(padding, 0), groups=channels)
+    blurred = nn.functional.conv2d(blurred, columns.mT, padding=(0, padding), groups=channels)
+    return blurred.to(pixel_values.dtype)
+
+
+def black(
+    pixel_values: torch.Tensor, image_mean: Sequence[float] | None, image_std: Sequence[float] | None
+) -> torch.Tensor:
+    """Black pictures as an image processor would normalise them, of the shape of `pixel_values`.
+
+    Raises:
+        ValueError: mean and standard deviation are not one number a channel.
+    """
+    channels = pixel_values.shape[1]
+    if image_mean is None or image_std is None or not len(image_mean) == len(image_std) == channels:
+        raise ValueError(
+            f"image_mean is {image_mean} and image_std {image_std}; black in pixel_values needs both, as the image "
+            f"processor has them: {channels} numbers, one a channel."
+        )
+    mean, std = (pixel_values.new_tensor(list(values)).view(1, -1, 1, 1) for values in (image_mean, image_std))
+    return (-mean / std).expand_as(pixel_values)
+
+
+def _preset(name: str) -> Preset:
+    if name not in PRESETS:
+        raise ValueError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
+    return PRESETS[name]
+
+
+def _follow(
+    model: Classifier,
+    clean: torch.Tensor,
+    first: torch.Tensor,
+    last: torch.Tensor,
+    maps: torch.Tensor,
+    classes: torch.Tensor | None,
+    preset: Preset,
+    batch_size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """Classes, curve, area and number of steps from the picture `first` to the picture `last`."""
+    check_one_map_an_image(maps, clean)
+    height, width = clean.shape[-2:]
+    ranks = pixel_ranks(maps, (height, width))
+    classes = asked_classes(model, clean, classes)
+    step = width if preset.step == "row" else math.ceil(height * width / math.prod(maps.shape[-2:]))
+    num_steps = math.ceil(height * width / step)
+    counts = torch.arange(num_steps + 1) * step
+    curve = probabilities_after_replacing(model, first, last, ranks, counts, classes, batch_size)
+    return classes.cpu(), curve, area_under_curve(curve), num_steps
+
+
+__all__ = ["PRESETS", "FaithfulnessCurve", "Preset", "black", "blur", "deletion", "insertion"]

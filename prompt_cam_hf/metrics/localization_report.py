@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: MIT
+"""Do maps point at the right place, over a data set? All metrics of localisation as one `evaluate` metric.
+
+Works without a network, as a class or as a script, as `prompt_cam_hf.metrics.classification` does.
+"""
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+
+from prompt_cam_hf.metrics.localization import (
+    PATCH_SHARE,
+    chance_level,
+    patch_mask,
+    pointing_game,
+    region_iou,
+    relevance_mass_accuracy,
+    relevance_rank_accuracy,
+    top_k_intersection,
+)
+
+_DESCRIPTION = "Localisation of maps against masks: five metrics, and what chance would reach."
+
+_INPUTS_DESCRIPTION = """
+Args:
+    predictions: (n, rows, cols), one map an image; higher is stronger. Grids may differ.
+    references: (n, height, width), boolean masks, of pixels or of the map's patches. Sizes may differ.
+    k: of top_k_intersection.
+    share: from this share of its pixels a patch is on the mask.
+
+Returns:
+    pointing_game, relevance_mass_accuracy, relevance_rank_accuracy, top_k_intersection, region_iou: means over the
+        images, 0 to 1; see prompt_cam_hf.metrics.localization.
+    chance: the share of patches on the masks, which maps that know nothing reach (not region_iou).
+    num_images: n less the images whose mask is empty; these count nowhere.
+"""
+
+
+class LocalizationReport(evaluate.Metric):
+    """Mean localisation of maps (n, rows, cols) against boolean masks (n, height, width); see `inputs`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS_DESCRIPTION,
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Sequence(datasets.Sequence(datasets.Value("float32"))),
+                    "references": datasets.Sequence(datasets.Sequence(datasets.Value("bool"))),
+                }
+            ),
+        )
+
+    def _compute(self, predictions: Any, references: Any, k: int = 3, share: float = PATCH_SHARE) -> dict[str, float]:
+        found = []
+        for one_map, one_mask in zip(predictions, references, strict=True):
+            values, mask = np.stack(list(one_map)), np.stack(list(one_mask)).astype(bool)
+            patches = patch_mask(mask, values.shape, share)
+            if not patches.any():
+                continue
+            found.append(
+                {
+                    "pointing_game": pointing_game(values, patches),
+                    "relevance_mass_accuracy": relevance_mass_accuracy(values, patches),
+                    "relevance_rank_accuracy": relevance_rank_accuracy(values, patches),
+                    "top_k_intersection": top_k_intersection(values, patches, k),
+                    "region_iou": region_iou(values, patches),
+                    "chance": chance_level(patches),
+                }
+            )
+        if not found:
+            raise ValueError("No mask has a patch, so there is nothing to be found; check the masks.")
+        means = {name: float(np.nanmean([scores[name] for scores in found])) for name in found[0]}
+        return {**means, "num_images": len(found)}
+
+
+__all__ = ["LocalizationReport"]
