@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig, Pipeline, PreTrainedConfig, PreTrainedModel, pipeline
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from prompt_cam_hf.modeling import PromptCAMForImageClassification, PromptCAMImageClassificationPipeline
+from prompt_cam_hf.modeling.hub_prompt_cam import explained_load_errors
 
 
 class Classifier(NamedTuple):
@@ -34,10 +36,15 @@ def load_pipeline(model: str | os.PathLike, device: str | None = None) -> Prompt
         ValueError: it is no Prompt-CAM.
         OSError: it cannot be found.
     """
-    check_prompt_cam(AutoConfig.from_pretrained(model), model)
+    name = os.fspath(model)
+    # Loaded here, for transformers' pipeline() would answer any failure with a traceback in a message.
+    with explained_load_errors(name):
+        check_prompt_cam(AutoConfig.from_pretrained(name), name)
+        image_processor = AutoImageProcessor.from_pretrained(name)
     return pipeline(
         "image-classification",
-        model=os.fspath(model),
+        model=PromptCAMForImageClassification.from_pretrained(name),
+        image_processor=image_processor,
         device=device,
         pipeline_class=PromptCAMImageClassificationPipeline,
     )

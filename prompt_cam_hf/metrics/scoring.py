@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prompt_cam_hf.modeling.modeling_prompt_cam import check_class_numbers
+from prompt_cam_hf.modeling.outputs_prompt_cam import check_class_numbers
 
 # (batch, channels, height, width) -> logits (batch, num_labels), or an output that has them as `logits`.
 Classifier = Callable[[torch.Tensor], Any]

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: MIT
+"""How is an evaluation shown? As JSON, as curves, and as one page with the best and the worst pictures."""
+
+import base64
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from PIL import Image
+
+from prompt_cam_hf.evaluation.measure import FAITHFULNESS, LOCALISATION, SPECIFICITY
+from prompt_cam_hf.evaluation.subjects import Subject, explainer
+from prompt_cam_hf.figures import overlay
+from prompt_cam_hf.html import EmbeddedPicture, embed_thumbnail, render_page
+from prompt_cam_hf.images import open_image
+from prompt_cam_hf.version import __version__
+
+if TYPE_CHECKING:
+    from prompt_cam_hf.atlas.pictures import Pictures
+    from prompt_cam_hf.evaluation.build import Evaluation
+    from prompt_cam_hf.evaluation.summary import Mean
+
+EVALUATION, MEASUREMENTS, CURVES, PAGE = "evaluation.json", "measurements.parquet", "curves.svg", "index.html"
+# By what pictures are called best and worst, where it was measured.
+_GAP = "insertion less deletion"
+_NUM_EXAMPLES = 4
+_THUMBNAIL_SIDE, _THUMBNAIL_BYTES = 200, 12_000
+# Distinct in black and white, too.
+_LINE_STYLES = ("-", "--", "-.", ":")
+
+
+class Table(NamedTuple):
+    """Rows of a report, each a model or a map of one; a metric a column."""
+
+    title: str
+    row_heading: str
+    columns: list[str]
+    rows: list[tuple[str, list["Mean | None"]]]
+
+
+def to_json(found: "Evaluation", names: Sequence[str]) -> str:
+    """All means as JSON: `metrics` of the first model and its first map, which a model card shows; `all` of all."""
+    first_map = next((mean.map for mean in found.means if mean.model == names[0] and mean.map), "")
+    main = [mean for mean in found.means if mean.model == names[0] and mean.map in ("", first_map)]
+    content = {
+        "model": names[0],
+        "map": first_map,
+        "protocol": f"map {first_map or 'none'}, 95 % bootstrap intervals of the mean over pictures",
+        "data": found.origin,
+        "num_images": found.num_images,
+        "num_unreadable": found.num_unreadable,
+        "metrics": {mean.metric: _numbers(mean, found) for mean in main},
+        "all": [
+            {"model": mean.model, "map": mean.map, "metric": mean.metric, **_numbers(mean, found)}
+            for mean in found.means
+        ],
+        "curves": [
+            {"model": model, "map": map_name, "metric": metric, "curve": [round(float(point), 5) for point in curve]}
+            for (model, map_name, metric), curve in found.curves.items()
+        ],
+    }
+    return json.dumps(content, indent=1, ensure_ascii=False)
+
+
+def _numbers(mean: "Mean", found: "Evaluation") -> dict[str, Any]:
+    """JSON knows no NaN."""
+    numbers = {name: getattr(mean, name) for name in ("value", "low", "high")}
+    known = {name: None if np.isnan(number) else number for name, number in numbers.items()}
+    return {**known, "num_images": mean.num_images, "protocol": found.protocol.of(mean.metric, found.ground_truth)}
+
+
+def tables(means: Iterable["Mean"]) -> list[Table]:
+    """The paper's Table 1 (accuracy of models) and Table 2 (faithfulness of maps), and one for each other group."""
+    means = list(means)
+    of_models = [mean for mean in means if not mean.map]
+    of_maps = [mean for mean in means if mean.map]
+    groups = {
+        "Faithfulness": (*FAITHFULNESS, "road"),
+        "Localisation": LOCALISATION,
+        "Specificity": SPECIFICITY,
+    }
+    found = [_table("Accuracy", "model", of_models)]
+    for title, metrics in groups.items():
+        found.append(_table(title, "model and map", [mean for mean in of_maps if mean.metric in metrics]))
+    known = {metric for metrics in groups.values() for metric in metrics}
+    title = "Sanity: rank correlation of a map with itself, -1 to 1"
+    found.append(_table(title, "model and map", [mean for mean in of_maps if mean.metric not in known]))
+    return [table for table in found if table.rows]
+
+
+def _table(title: str, row_heading: str, means: Sequence["Mean"]) -> Table:
+    # The first stage of randomisation has another name in another kind of model.
+    columns = list(dict.fromkeys(_column(mean.metric) for mean in means))
+    by_row: dict[str, dict[str, Mean]] = {}
+    for mean in means:
+        by_row.setdefault(f"{mean.model}: {mean.map}" if mean.map else mean.model, {})[_column(mean.metric)] = mean
+    return Table(
+        title, row_heading, columns, [(name, [row.get(column) for column in columns]) for name, row in by_row.items()]
+    )
+
+
+def _column(metric: str) -> str:
+    is_last_stage = metric == "left after randomising everything"
+    if metric.startswith("left after randomising") and not is_last_stage:
+        return "left after randomising the prompts or classifier"
+    return metric
+
+
+def draw_curves(found: "Evaluation") -> bytes:
+    """The mean curves of insertion and deletion, side by side, as SVG."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    keys = list(dict.fromkeys((model, map_name) for model, map_name, _ in found.curves))
+    for axis, metric in zip(axes, ("insertion", "deletion"), strict=True):
+        for place, (model, map_name) in enumerate(keys):
+            curve = found.curves[model, map_name, metric]
+            style = _LINE_STYLES[place // 10 % len(_LINE_STYLES)]
+            axis.plot(np.linspace(0, 1, len(curve)), curve, style, label=f"{model}: {map_name}", linewidth=1.4)
+        axis.set_title(metric, fontsize=10)
+        axis.set_xlabel("part of the pixels that is " + ("shown" if metric == "insertion" else "taken away"))
+        axis.set_xlim(0, 1)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("mean probability of the class")
+    axes[0].set_ylim(0, None)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    buffer = io.BytesIO()
+    # Names inside are random otherwise.
+    with rc_context({"svg.hashsalt": "prompt_cam_hf"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
+def render_report(
+    found: "Evaluation", measurements: Iterable[pa.Table], subjects: Sequence[Subject], pictures: "Pictures"
+) -> str:
+    """The page as HTML. The pictures that it shows are opened and run through the network again."""
+    subject = subjects[0]
+    judged_by, good, bad = _best_and_worst(measurements, subject)
+    # As `Protocol` says, other metrics ask for the true class.
+    of_prediction = judged_by == _GAP and found.protocol.classes == "predicted"
+    curves = None
+    if found.curves:
+        curves = "data:image/svg+xml;base64," + base64.b64encode(draw_curves(found)).decode()
+    return render_page(
+        "evaluation.html.j2",
+        found=found,
+        names=[subject.name for subject in subjects],
+        tables=tables(found.means),
+        protocol_of=lambda metric: found.protocol.of(metric, found.ground_truth),
+        curves=curves,
+        judged_by=judged_by,
+        map_name=subject.maps[0] if subject.maps else "",
+        best=[_draw(subject, pictures, index, score, of_prediction) for index, score in good],
+        worst=[_draw(subject, pictures, index, score, of_prediction) for index, score in bad],
+        version=__version__,
+    )
+
+
+# (index of a picture, what its map scores)
+_Judged = list[tuple[int, float]]
+
+
+def _best_and_worst(measurements: Iterable[pa.Table], subject: Subject) -> tuple[str, _Judged, _Judged]:
+    """What the first map of a model is judged by, its best pictures, best first, and its worst, worst first."""
+    if not subject.maps:
+        return "", [], []
+    scores: dict[str, dict[int, float]] = {}
+    for table in measurements:
+        for row in table.select(["index", "model", "map", "metric", "value"]).to_pylist():
+            if (row["model"], row["map"]) == (subject.name, subject.maps[0]) and not math.isnan(row["value"]):
+                scores.setdefault(row["metric"], {})[row["index"]] = row["value"]
+    if "insertion" in scores:
+        scores[_GAP] = {index: value - scores["deletion"][index] for index, value in scores["insertion"].items()}
+    for name in (_GAP, "pointing game", "distance to runner-up"):
+        if name in scores:
+            judged = sorted(scores[name].items(), key=lambda pair: (-pair[1], pair[0]))
+            half = min(_NUM_EXAMPLES, len(judged) // 2)
+            return name, judged[:half], judged[::-1][:half]
+    return "", [], []
+
+
+class Shown(NamedTuple):
+    """A picture beside its map."""
+
+    name: str
+    caption: str
+    picture: EmbeddedPicture
+    overlay: EmbeddedPicture
+
+
+def _draw(subject: Subject, pictures: "Pictures", index: int, score: float, of_prediction: bool) -> Shown:
+    """Draw a picture as the model sees it, squashed or cropped: all of that has a map."""
+    image = open_image(pictures.source(index))
+    values = subject.image_processor(image, return_tensors="pt")["pixel_values"].to(subject.model.device)
+    seen = subject.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
+    picture = Image.fromarray(np.clip(np.rint(seen), 0, 255).astype(np.uint8).transpose(1, 2, 0))
+    with torch.no_grad():
+        predicted = int(subject.model(values).logits[0].argmax())
+    label = pictures.labels[index]
+    asked = predicted if of_prediction or label is None else label
+    one_map = explainer(subject.maps[0])(subject.model, values, torch.tensor([asked], device=values.device))[0]
+    drawn = overlay(picture, one_map.relu().detach().cpu().numpy(), float(one_map.max()))
+    names = subject.model.config.id2label
+    caption = f"map of {names[asked]}, taken for {names[predicted]}"
+    if label is not None and label != predicted:
+        caption += f", labelled {names[label]}"
+    return Shown(
+        pictures.name(index),
+        f"{caption}: {score:.2f}",
+        embed_thumbnail(picture, _THUMBNAIL_SIDE, _THUMBNAIL_BYTES),
+        embed_thumbnail(Image.fromarray(drawn), _THUMBNAIL_SIDE, _THUMBNAIL_BYTES),
+    )
+
+
+__all__ = [
+    "CURVES",
+    "EVALUATION",
+    "MEASUREMENTS",
+    "PAGE",
+    "Table",
+    "draw_curves",
+    "render_report",
+    "tables",
+    "to_json",
+]
