@@ -138,7 +138,7 @@ def fingerprint_backbone(backbone: PreTrainedModel) -> str:
     """
     # A model remembers how it was loaded and would revert just that, so the names are asked of a blank one.
     with torch.device("meta"):
-        blank = build_backbone(copy.deepcopy(backbone.config))
+        blank = build_backbone(vision_config(backbone.config))
     state_dict = backbone.state_dict()
     weights = {name: state_dict[name] for name in blank.state_dict()}
     digest = hashlib.sha256()

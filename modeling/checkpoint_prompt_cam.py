@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from .backbone_prompt_cam import backbone_class, fingerprint_backbone, vision_config
-from .configuration_prompt_cam import PromptCAMConfig, check_backbone_family
+from .configuration_prompt_cam import SUPPORTED_BACKBONES, PromptCAMConfig, check_backbone_family
+from .hub_prompt_cam import explained_load_errors
 from .pipeline_prompt_cam import PromptCAMImageClassificationPipeline
 
 # For `pipeline("image-classification", model=FOLDER, trust_remote_code=True)`. Importing the class here is also what
@@ -35,12 +36,30 @@ def load_backbone(backbone: str | os.PathLike | PreTrainedModel, **hub: Any) -> 
         OSError: nothing is found there.
     """
     if isinstance(backbone, PreTrainedModel):
-        model = getattr(backbone, "vision_model", backbone.base_model)
+        # DINOv3's own base model is only its inner encoder.
+        is_bare = backbone.config.model_type in SUPPORTED_BACKBONES and (
+            type(backbone).__name__ == backbone_class(backbone.config)[0].__name__
+        )
+        model = backbone if is_bare else getattr(backbone, "vision_model", backbone.base_model)
         check_backbone_family(model.config.model_type)
         return model
-    config = vision_config(AutoConfig.from_pretrained(backbone, **hub))
-    model_class, options = backbone_class(config)
-    return model_class.from_pretrained(backbone, config=config, **options, **hub)
+    with explained_load_errors(backbone, hub.get("revision")):
+        config = vision_config(_load_config(backbone, **hub))
+        model_class, options = backbone_class(config)
+        return model_class.from_pretrained(backbone, config=config, **options, **hub)
+
+
+def _load_config(backbone: str | os.PathLike, **hub: Any) -> PreTrainedConfig:
+    """The backbone's configuration. Permission to run a checkpoint's code is none to run its backbone's."""
+    try:
+        return AutoConfig.from_pretrained(backbone, trust_remote_code=False, **hub)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{backbone} needs code of its own, which is never run for a backbone; Prompt-CAM supports "
+            f"{', '.join(sorted(SUPPORTED_BACKBONES))}."
+        ) from error
 
 
 def backbone_name(backbone: str | os.PathLike | PreTrainedModel) -> str | None:
@@ -59,15 +78,30 @@ def adopt_backbone(model: PreTrainedModel, source: PreTrainedModel) -> None:
         raise ValueError(
             f"{type(source).__name__} lacks {len(missing)} weights of the backbone, such as {missing[0]}."
         )
-    model.config.backbone_fingerprint = fingerprint_backbone(model.backbone)
+    # The model's own copy may be rounded already, and float16 rounds differently.
+    model.config.backbone_fingerprint = fingerprint_backbone(source)
 
 
 def check_same_prompts(config: PromptCAMConfig, saved: PromptCAMConfig, path: str | os.PathLike) -> None:
     """Refuse a configuration that asks for other prompts than a checkpoint was trained with.
 
     Raises:
-        ValueError: the number of classes or the place of the prompts differs.
+        ValueError: the number of classes, the place of the prompts, or the names of several prompt sets differ.
     """
+    asked_sets, saved_sets = config.prompt_sets or [{}], saved.prompt_sets or [{}]
+    # The weights of a set are found by its place in the list, those of the one in use apart; one alone has any name.
+    if max(len(asked_sets), len(saved_sets)) > 1:
+        asked_names, saved_names = _tell_sets(asked_sets), _tell_sets(saved_sets)
+        if asked_names != saved_names:
+            raise ValueError(
+                f"{path} has {saved_names} and cannot be loaded with {asked_names}; load it as it is, "
+                "and change its sets with set_prompts, add_prompts and load_prompts."
+            )
+        for asked_set, saved_set in zip(asked_sets, saved_sets, strict=True):
+            name, fields = _split_set(asked_set)
+            if fields:
+                one, other = config.of_new_prompts(name, fields), saved.of_new_prompts(name, _split_set(saved_set)[1])
+                check_same_prompts(one, other, f"The prompt set {name!r} of {path}")
     for field in ("num_labels", "class_layer", "first_prompt_layer", "agnostic_prompts_per_layer"):
         asked, trained = getattr(config, field), getattr(saved, field)
         if asked != trained:
@@ -75,6 +109,16 @@ def check_same_prompts(config: PromptCAMConfig, saved: PromptCAMConfig, path: st
                 f"{path} was trained with {field}={trained} and cannot be loaded with {field}={asked}: prompts cannot "
                 "be resized or moved. Classes can be renamed; other classes need new prompts, see from_backbone."
             )
+
+
+def _split_set(prompt_set: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The name of a prompt set and its settings; the one in use has them in the configuration itself."""
+    return prompt_set.get("name", ""), {field: value for field, value in prompt_set.items() if field != "name"}
+
+
+def _tell_sets(sets: list[dict[str, Any]]) -> str:
+    told = [f"{name!r}" + ("" if fields else " (in use)") for name, fields in map(_split_set, sets)]
+    return f"the prompt sets {', '.join(told)}" if len(sets) > 1 else "a single prompt set"
 
 
 def prompts_state_dict(model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
@@ -124,7 +168,8 @@ def complete_state_dict(
         OSError: the weights or the backbone cannot be found.
         ValueError: the backbone has other weights than the prompts were trained with.
     """
-    weights = cached_file(path, f"model.{variant}.safetensors" if variant else "model.safetensors", **hub)
+    with explained_load_errors(path, hub.get("revision")):
+        weights = cached_file(path, f"model.{variant}.safetensors" if variant else "model.safetensors", **hub)
     if backbone is None:
         backbone = config.backbone_name_or_path
         common = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}

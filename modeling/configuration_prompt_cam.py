@@ -22,6 +22,20 @@ SUPPORTED_BACKBONES: dict[str, tuple[str, int]] = {
     "siglip_vision_model": ("SiglipVisionModel", 0),
 }
 
+# What each prompt set has for itself, where several share a backbone.
+PROMPT_FIELDS = (
+    "id2label",
+    "class_prompt_layer",
+    "num_agnostic_prompts",
+    "first_prompt_layer",
+    "prompt_dropout",
+    "drop_path_rate",
+)
+
+SEVERAL_SETS_NEED_A_FROZEN_BACKBONE = (
+    "Several prompt sets share a backbone, so it must stay as it is: freeze_backbone=False allows one set."
+)
+
 # Keywords that transformers itself hands to every config, or sets on it (Trainer: use_cache), without declaring them.
 _TRANSFORMERS_KEYWORDS = {
     "_commit_hash",
@@ -74,6 +88,8 @@ class PromptCAMConfig(PreTrainedConfig):
         prompt_dropout: Probability of dropping a prompt's element in training, one mask for the whole batch.
         drop_path_rate: Stochastic depth of the last layer; the first has none and it grows linearly between.
         freeze_backbone: Train prompts and classifier only.
+        prompt_sets: Several prompt sets on one backbone: the `name` of each, with its settings. The one in use has a
+            name only, as its settings are this configuration's own. `None`: there is one set, without a name.
 
     Raises:
         ValueError: a field is out of range, unknown, or contradicts another one.
@@ -95,6 +111,7 @@ class PromptCAMConfig(PreTrainedConfig):
     prompt_dropout: float = 0.0
     drop_path_rate: float = 0.0
     freeze_backbone: bool = True
+    prompt_sets: list[dict] | None = None
 
     # Read by Trainer: what evaluation should not gather over the data set.
     keys_to_ignore_at_inference = ["trait_maps", "trait_classes", "hidden_states", "attentions"]  # noqa: RUF012
@@ -121,6 +138,7 @@ class PromptCAMConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._check_labels()
         self._check_prompts()
+        self._check_prompt_sets()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "PromptCAMConfig":
@@ -166,6 +184,52 @@ class PromptCAMConfig(PreTrainedConfig):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 0 and below 1.")
 
+    def _check_prompt_sets(self) -> None:
+        if self.prompt_sets is None:
+            return
+        sets = [dict(fields) for fields in self.prompt_sets]
+        names = [fields.pop("name", None) for fields in sets]
+        for name in names:
+            if not isinstance(name, str) or names.count(name) > 1:
+                raise ValueError(f"prompt_sets must give every set a name of its own; there is {names}.")
+        in_use = [name for name, fields in zip(names, sets, strict=True) if not fields]
+        if len(in_use) != 1:
+            raise ValueError(
+                "prompt_sets must leave out the settings of exactly one set, the one in use; it does for "
+                f"{', '.join(map(repr, in_use)) or 'none'}."
+            )
+        if len(names) > 1 and not self.freeze_backbone:
+            raise ValueError(SEVERAL_SETS_NEED_A_FROZEN_BACKBONE)
+        for name, fields in zip(names, sets, strict=True):
+            if fields:
+                fields |= self.of_new_prompts(name, fields).prompt_fields()
+        self.prompt_sets = [{"name": name, **fields} for name, fields in zip(names, sets, strict=True)]
+
+    def prompt_fields(self) -> dict[str, Any]:
+        """The settings of the prompt set in use, `PROMPT_FIELDS`."""
+        return {field: getattr(self, field) for field in PROMPT_FIELDS}
+
+    def of_new_prompts(self, name: str, fields: dict[str, Any]) -> "PromptCAMConfig":
+        """The configuration of a prompt set alone, on the same backbone.
+
+        Args:
+            name: Of the set, for messages.
+            fields: Of `PROMPT_FIELDS`.
+
+        Raises:
+            ValueError: a field is unknown, or wrong.
+        """
+        unknown = sorted(set(fields) - set(PROMPT_FIELDS))
+        if unknown:
+            raise ValueError(
+                f"Prompt set {name!r}: a set has no {unknown[0]!r} of its own; it has {', '.join(PROMPT_FIELDS)}."
+            )
+        shared = {field: getattr(self, field) for field in _SHARED_FIELDS}
+        try:
+            return type(self)(**shared, **fields)
+        except ValueError as error:
+            raise ValueError(f"Prompt set {name!r}: {error}") from error
+
     @property
     def class_layer(self) -> int:
         """The layer that class prompts enter, counted from 0 at the front."""
@@ -194,6 +258,7 @@ class PromptCAMConfig(PreTrainedConfig):
 
 
 _FIELDS = ["id2label", "num_labels", *PromptCAMConfig.__annotations__]
+_SHARED_FIELDS = ("backbone_config", "backbone_name_or_path", "backbone_revision", "backbone_fingerprint")
 
 
 def _own_backbone_config(backbone_config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
@@ -201,15 +266,29 @@ def _own_backbone_config(backbone_config: dict | PreTrainedConfig | None) -> Pre
     if backbone_config is None:
         raise ValueError("PromptCAMConfig needs backbone_config, the configuration of the vision transformer.")
     if isinstance(backbone_config, dict):
-        fields = {key: value for key, value in backbone_config.items() if key not in ("auto_map", "trust_remote_code")}
+        fields = _without_permissions(backbone_config)
         model_type = fields.pop("model_type", None)
         check_backbone_family(model_type)
         return AutoConfig.for_model(model_type, **fields)
     check_backbone_family(backbone_config.model_type)
     own = copy.deepcopy(backbone_config)
-    for key in ("auto_map", "trust_remote_code"):
-        own.__dict__.pop(key, None)
+    own.__dict__ = _without_permissions(own.__dict__)
     return own
 
 
-__all__ = ["SUPPORTED_BACKBONES", "PromptCAMConfig", "check_backbone_family"]
+def _without_permissions(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields without those that name code or allow to run it, at any depth."""
+    return {
+        key: _without_permissions(value) if isinstance(value, dict) else value
+        for key, value in fields.items()
+        if key not in ("auto_map", "trust_remote_code")
+    }
+
+
+__all__ = [
+    "PROMPT_FIELDS",
+    "SEVERAL_SETS_NEED_A_FROZEN_BACKBONE",
+    "SUPPORTED_BACKBONES",
+    "PromptCAMConfig",
+    "check_backbone_family",
+]

@@ -7,20 +7,18 @@ outputs at the positions of agnostic prompts are thrown away, so they never need
 """
 
 import copy
-import math
 import os
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import torch
+from huggingface_hub import CommitInfo, ModelCard
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-from transformers import initialization as init
-from transformers.modeling_outputs import ImageClassifierOutput
+from transformers import BaseImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .backbone_prompt_cam import (
-    Projections,
     RotaryPositions,
     attend,
     attention_weights,
@@ -31,7 +29,6 @@ from .backbone_prompt_cam import (
     finish_layer,
     grid_size,
     image_size,
-    patch_size,
     project,
     rotary_positions,
     run_layer,
@@ -47,44 +44,28 @@ from .checkpoint_prompt_cam import (
     prompts_state_dict,
 )
 from .configuration_prompt_cam import PromptCAMConfig
+from .hub_prompt_cam import (
+    card_of,
+    explained_load_errors,
+    image_processor_of,
+    save_repository,
+    upload_repository,
+)
+from .outputs_prompt_cam import (
+    LastLayerState,
+    PromptCAMOutput,
+    find_trait_classes,
+    patch_attention,
+)
+from .prompt_sets_prompt_cam import (
+    PromptSetsMixin,
+    StoredPrompts,
+    add_prompt_parts,
+    build_stored_prompts,
+    init_prompt_parts,
+)
 
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-
-@dataclass
-class PromptCAMOutput(ImageClassifierOutput):
-    """What a Prompt-CAM returns.
-
-    Attributes:
-        loss: Cross-entropy, a scalar; where labels were given.
-        logits: (batch, num_labels), the class scores before the softmax.
-        trait_maps: (batch, classes, heads, rows, cols), float32: the last layer's softmax attention from each class
-            prompt to each patch. A map sums to less than 1; the rest fell on prompts and CLS.
-        trait_classes: (batch, classes), the class that each map belongs to.
-        attentions: One tensor a layer, (batch, heads, queries, tokens), float32. Tokens stand in the order prompts,
-            CLS and other prefix tokens, patches. Queries are the same without the agnostic prompts; in the last layer
-            they are the class prompts alone.
-        hidden_states: The embeddings (or the given prefix_hidden_states), then each layer's output, (batch, tokens,
-            hidden_size); the last one is (batch, num_labels, hidden_size), before the final norm.
-    """
-
-    trait_maps: torch.FloatTensor | None = None
-    trait_classes: torch.LongTensor | None = None
-
-
-class LastLayerState(NamedTuple):
-    """Where the last layer starts: all that scores, trait maps and the ranking of heads are made from.
-
-    Attributes:
-        class_prompts: (batch or 1, num_labels, hidden_size), the layer's input at the class prompts.
-        projections: Queries of the class prompts; keys and values of class prompts, prefix tokens and patches, in this
-            order.
-        grid: Rows and columns of patches.
-    """
-
-    class_prompts: torch.Tensor
-    projections: Projections
-    grid: tuple[int, int]
 
 
 class PromptCAMPreTrainedModel(PreTrainedModel):
@@ -103,19 +84,12 @@ class PromptCAMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The official initialisation: prompts uniform in a range set by the patch size, a small classifier."""
-        if isinstance(module, PromptCAMForImageClassification):
-            backbone = module.config.backbone_config
-            fan_in = backbone.num_channels * math.prod(patch_size(backbone))
-            bound = math.sqrt(6 / (fan_in + backbone.hidden_size))
-            init.uniform_(module.class_prompts, -bound, bound)
-            if module.agnostic_prompts is not None:
-                init.uniform_(module.agnostic_prompts, -bound, bound)
-            init.trunc_normal_(module.classifier.weight, std=0.02)
-            init.zeros_(module.classifier.bias)
+        """The prompts' own initialisation; transformers' would pass them over."""
+        if isinstance(module, (PromptCAMForImageClassification, StoredPrompts)) and module.class_prompts is not None:
+            init_prompt_parts(module, self.config)
 
 
-class PromptCAMForImageClassification(PromptCAMPreTrainedModel):
+class PromptCAMForImageClassification(PromptSetsMixin, PromptCAMPreTrainedModel):
     """A frozen vision transformer with one prompt a class: scores, and maps of the traits that make the class.
 
     Start from a pre-trained backbone with `from_backbone`, load a trained model with `from_pretrained`.
@@ -128,14 +102,8 @@ class PromptCAMForImageClassification(PromptCAMPreTrainedModel):
         config = copy.deepcopy(config)
         super().__init__(config)
         self.backbone = build_backbone(config.backbone_config)
-        hidden_size = config.backbone_config.hidden_size
-        self.class_prompts = nn.Parameter(torch.empty(config.num_labels, hidden_size))
-        self.agnostic_prompts = None
-        if config.num_agnostic_layers:
-            shape = (config.num_agnostic_layers, config.agnostic_prompts_per_layer, hidden_size)
-            self.agnostic_prompts = nn.Parameter(torch.empty(shape))
-        # One vector for all classes (paper, section 3): evidence can only come from where a class prompt looks.
-        self.classifier = nn.Linear(hidden_size, 1)
+        add_prompt_parts(self, config)
+        self.stored_prompts = build_stored_prompts(config)
         self.gradient_checkpointing = False
         if config.freeze_backbone:
             self.backbone.requires_grad_(False)
@@ -205,22 +173,29 @@ class PromptCAMForImageClassification(PromptCAMPreTrainedModel):
         if path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         hub = {key: kwargs[key] for key in _HUB_KEYWORDS if key in kwargs}
-        if not isinstance(config, PreTrainedConfig):
-            config, kwargs = cls.config_class.from_pretrained(config or path, return_unused_kwargs=True, **kwargs)
-            kwargs |= hub
-        saved = cls.config_class.from_pretrained(path, **hub)
-        check_same_prompts(config, saved, path)
-        if saved.backbone_in_checkpoint:
-            return super().from_pretrained(path, *model_args, config=config, **kwargs)
+        with explained_load_errors(path, kwargs.get("revision")):
+            if not isinstance(config, PreTrainedConfig):
+                config, kwargs = cls.config_class.from_pretrained(config or path, return_unused_kwargs=True, **kwargs)
+                kwargs |= hub
+            saved = cls.config_class.from_pretrained(path, **hub)
+            check_same_prompts(config, saved, path)
+            if saved.backbone_in_checkpoint:
+                return super().from_pretrained(path, *model_args, config=config, **kwargs)
         state_dict = complete_state_dict(path, config, backbone, variant=kwargs.pop("variant", None), **hub)
         config.backbone_in_checkpoint = True
         kwargs = {key: value for key, value in kwargs.items() if key not in hub}
-        model = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
+        loaded = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info adds a report
         model.name_or_path = model.config.name_or_path = str(path)
-        return model
+        return loaded
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike, *args: Any, include_backbone: bool = True, **kwargs: Any
+        self,
+        save_directory: str | os.PathLike,
+        *args: Any,
+        include_backbone: bool = True,
+        prompts: str | None = None,
+        **kwargs: Any,
     ) -> None:
         """Save as transformers does, with the model's code, so that the folder loads where only transformers is.
 
@@ -229,11 +204,16 @@ class PromptCAMForImageClassification(PromptCAMPreTrainedModel):
             *args: Passed on.
             include_backbone: False leaves the frozen backbone out. The folder then names it, with a fingerprint of its
                 weights, and `from_pretrained` fetches it.
+            prompts: Save one prompt set apart, as an ordinary model with that set alone. None: save all sets.
             **kwargs: Passed on.
 
         Raises:
-            ValueError: the backbone is left out, but it has no name or is not the one that has that name.
+            ValueError: the backbone is left out, but it has no name or is not the one that has that name; or there is
+                no such prompt set.
         """
+        if prompts is not None:
+            with self.only_prompts(prompts):
+                return self.save_pretrained(save_directory, *args, include_backbone=include_backbone, **kwargs)
         if not include_backbone:
             kwargs["state_dict"] = prompts_state_dict(self, kwargs.get("state_dict"))
         # These two describe the saved folder, not the model in memory.
@@ -245,16 +225,56 @@ class PromptCAMForImageClassification(PromptCAMPreTrainedModel):
             self.config.backbone_in_checkpoint = True
             del self.config.custom_pipelines
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        image_processor: BaseImageProcessor | None = None,
+        model_card: ModelCard | None = None,
+        include_backbone: bool = True,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload Prompt-CAM",
+    ) -> CommitInfo:
+        """Publish the model with its code, image processor and card, in one commit.
+
+        Args:
+            repo_id: The repository, as owner/name; it is made if need be.
+            image_processor: None: that of the folder or repository that the model was loaded from.
+            model_card: Has a licence. None: that of the folder or repository that the model was loaded from.
+            include_backbone: As in `save_pretrained`.
+            private: True: make a new repository private, and refuse one that is public.
+            token: None: the machine's login.
+            revision: The branch; it is made if need be. None: main.
+            commit_message: First line of the commit.
+
+        Raises:
+            ValueError: image processor, card, licence or class names are missing, or the Hub refuses the files.
+            PermissionError: there is no token, or it has not the right to write there.
+            OSError: the Hub cannot be reached, or failed; there is no commit then.
+        """
+        with TemporaryDirectory() as folder:
+            image_processor = image_processor or image_processor_of(self)
+            save_repository(Path(folder), self, image_processor, model_card or card_of(self), include_backbone)
+            return upload_repository(
+                Path(folder), repo_id, private=private, token=token, revision=revision, commit_message=commit_message
+            )
+
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's patch embedding."""
         return self.backbone.get_input_embeddings()
 
     def train(self, mode: bool = True) -> "PromptCAMForImageClassification":
-        """Set the mode of prompts and classifier; a frozen backbone always stays frozen and in evaluation mode."""
+        """Set the mode of prompts and classifier; a frozen backbone always stays frozen and in evaluation mode.
+
+        Of several prompt sets, the one in use is trained.
+        """
         super().train(mode)
         if self.config.freeze_backbone:
             # Loading a checkpoint puts new, trainable parameters in place of the frozen ones, then calls eval().
             self.backbone.requires_grad_(False).eval()
+            self.stored_prompts.requires_grad_(False)
         return self
 
     @can_return_tuple
@@ -307,10 +327,10 @@ class PromptCAMForImageClassification(PromptCAMPreTrainedModel):
             hidden_states.append(outputs)
         trait_maps = None
         if output_attentions:
-            trait_classes = self._check_trait_classes("all", logits)
-            trait_maps = _patches_of(weights, grid)
+            trait_classes = find_trait_classes("all", logits)
+            trait_maps = patch_attention(weights, grid)
         elif output_trait_maps or trait_classes is not None:
-            trait_classes = self._check_trait_classes(trait_classes, logits)
+            trait_classes = find_trait_classes(trait_classes, logits)
             trait_maps = self.trait_maps(state, trait_classes)
         return PromptCAMOutput(
             loss=None if labels is None else nn.functional.cross_entropy(logits.float(), labels.to(logits.device)),
@@ -346,10 +366,7 @@ class PromptCAMForImageClassification(PromptCAMPreTrainedModel):
                 )
             )
         tokens = self._embed(pixel_values, interpolate_pos_encoding)
-        rotary = self._rotary(tokens, self._grid_of(pixel_values))
-        for index in range(self.config.fixed_prefix_layers):
-            tokens, _ = self._run_layer(index, tokens, None, rotary, False)
-        return tokens
+        return self._run_first_layers(tokens, self._grid_of(pixel_values), self.config.fixed_prefix_layers)
 
     def last_layer_state(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> LastLayerState:
         """Run the network up to the last layer's attention; what follows is cheap and can be asked many questions.
@@ -368,7 +385,7 @@ class PromptCAMForImageClassification(PromptCAMPreTrainedModel):
     def trait_maps(self, state: LastLayerState, classes: torch.LongTensor) -> torch.Tensor:
         """Attention of the prompts of `classes` (batch, k) to the patches, (batch, k, heads, rows, cols), float32."""
         weights = attention_weights(self.class_queries(state, classes), state.projections.keys)
-        return _patches_of(weights, state.grid)
+        return patch_attention(weights, state.grid)
 
     def class_queries(self, state: LastLayerState, classes: torch.LongTensor) -> torch.Tensor:
         """The last layer's queries of the prompts of `classes` (batch, k), (batch, heads, k, head size)."""
@@ -406,6 +423,13 @@ class PromptCAMForImageClassification(PromptCAMPreTrainedModel):
             )
         return tokens.to(self.class_prompts.dtype), grid
 
+    def _run_first_layers(self, tokens: torch.Tensor, grid: tuple[int, int], count: int) -> torch.Tensor:
+        """Hidden states (batch, tokens, hidden_size) after the first layers, none of which class prompts enter."""
+        rotary = self._rotary(tokens, grid)
+        for index in range(count):
+            tokens, _ = self._run_layer(index, tokens, self._agnostic_memory(index, tokens.device), rotary, False)
+        return tokens
+
     def _run_inner_layers(
         self,
         tokens: torch.Tensor,
@@ -426,9 +450,8 @@ class PromptCAMForImageClassification(PromptCAMPreTrainedModel):
                 prompts = self._drop_prompts(self.class_prompts).to(hidden.device, hidden.dtype)
                 hidden = torch.cat((prompts.expand(hidden.shape[0], -1, -1), hidden), dim=1)
                 rotary = rotary and rotary._replace(first_patch=rotary.first_patch + num_labels)
-            elif config.fixed_prefix_layers <= index < config.class_layer:
-                prompts = self.agnostic_prompts[index - config.fixed_prefix_layers]
-                memory = self._drop_prompts(prompts).to(hidden.device).unsqueeze(0)
+            else:
+                memory = self._agnostic_memory(index, hidden.device)
             hidden, weights = self._run_layer(index, hidden, memory, rotary, attentions is not None)
             if hidden_states is not None:
                 hidden_states.append(hidden)
@@ -465,6 +488,15 @@ class PromptCAMForImageClassification(PromptCAMPreTrainedModel):
             return self._gradient_checkpointing_func(run_layer, *arguments)
         return run_layer(*arguments)
 
+    def _agnostic_prompts_of(self, index: int) -> torch.Tensor | None:
+        """The agnostic prompts (prompts, hidden_size) that enter a layer."""
+        first = self.config.fixed_prefix_layers
+        return self.agnostic_prompts[index - first] if first <= index < self.config.class_layer else None
+
+    def _agnostic_memory(self, index: int, device: torch.device) -> torch.Tensor | None:
+        prompts = self._agnostic_prompts_of(index)
+        return None if prompts is None else self._drop_prompts(prompts).to(device).unsqueeze(0)
+
     def _drop_prompts(self, prompts: torch.Tensor) -> torch.Tensor:
         """Prompt dropout: prompts have no batch axis yet, so one mask serves the whole batch."""
         return nn.functional.dropout(prompts, self.config.prompt_dropout, self.training)
@@ -475,44 +507,10 @@ class PromptCAMForImageClassification(PromptCAMPreTrainedModel):
             return 0.0
         return self.config.drop_path_rate * index / max(self._num_layers - 1, 1)
 
-    def _check_trait_classes(
-        self, classes: torch.LongTensor | Literal["all"] | None, logits: torch.Tensor
-    ) -> torch.LongTensor:
-        batch, num_labels = logits.shape
-        if classes is None:
-            return logits.argmax(dim=-1, keepdim=True)
-        if isinstance(classes, str):
-            if classes != "all":
-                raise ValueError(f'trait_classes={classes!r} is not known; give "all", None or a tensor of classes.')
-            return torch.arange(num_labels, device=logits.device).expand(batch, -1)
-        classes = torch.as_tensor(classes, device=logits.device)
-        if classes.ndim not in (1, 2) or (classes.ndim == 2 and classes.shape[0] != batch):
-            raise ValueError(
-                f"trait_classes has shape {tuple(classes.shape)}; it must be (k,) or (batch, k), with batch={batch}."
-            )
-        check_class_numbers(classes, num_labels, "trait_classes")
-        return classes.expand(batch, -1)
-
-
-def check_class_numbers(classes: torch.Tensor, num_labels: int, name: str) -> None:
-    """Refuse what are no class numbers; `name` is the argument's.
-
-    Raises:
-        ValueError: a value is no whole number, or there is no such class.
-    """
-    if classes.is_floating_point() or ((classes < 0) | (classes >= num_labels)).any():
-        raise ValueError(f"{name} must be whole numbers from 0 to {num_labels - 1}.")
-
-
-def _patches_of(weights: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """The patches among attention weights (batch, heads, classes, tokens), (batch, classes, heads, rows, cols)."""
-    return weights[..., -grid[0] * grid[1] :].unflatten(-1, grid).transpose(1, 2)
-
 
 __all__ = [
     "LastLayerState",
     "PromptCAMForImageClassification",
     "PromptCAMOutput",
     "PromptCAMPreTrainedModel",
-    "check_class_numbers",
 ]

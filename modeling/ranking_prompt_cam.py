@@ -12,7 +12,8 @@ import torch
 from .backbone_prompt_cam import attention_weights, backbone_layers, finish_layer
 
 if TYPE_CHECKING:
-    from .modeling_prompt_cam import LastLayerState, PromptCAMForImageClassification
+    from .modeling_prompt_cam import PromptCAMForImageClassification
+    from .outputs_prompt_cam import LastLayerState
 
 
 def check_blur(blur: str) -> None:

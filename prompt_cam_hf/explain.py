@@ -20,7 +20,7 @@ from prompt_cam_hf.images import ImageSource, find_images, image_name, open_imag
 from prompt_cam_hf.loading import Classifier, ClassifierLike, as_classifier
 from prompt_cam_hf.maps import Box, MapKind, check_kind, map_box, maps_from_state
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
-from prompt_cam_hf.modeling.modeling_prompt_cam import LastLayerState
+from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState
 from prompt_cam_hf.results import Result, format_table
 from prompt_cam_hf.traits import HeadRanking, rank_heads_from_state
 
@@ -303,13 +303,13 @@ def explain_each(
             pixel_values = torch.cat([processed[index] for index in members]).to(model.device)
             with torch.no_grad():
                 state = model.last_layer_state(pixel_values, interpolate_pos_encoding)
-            answers = _read_state(model, state, numbers, kind, method, blur)
+            answers = read_state(model, state, numbers, kind, method, blur)
             for index, (scores, traits) in zip(members, answers, strict=True):
                 box = map_box(model, classifier.image_processor, pictures[index])
                 yield Explanation(pictures[index], image_name(sources[index]), box, kind, method, scores, traits)
 
 
-def _read_state(
+def read_state(
     model: PromptCAMForImageClassification,
     state: LastLayerState,
     numbers: list[int] | None,
@@ -317,7 +317,16 @@ def _read_state(
     method: RankingMethod,
     blur: Literal["tokens", "patches"],
 ) -> Iterator[tuple[tuple[ClassScore, ...], tuple[ClassTraits, ...]]]:
-    """The scores of all classes and the traits of those asked about, for each image of a batch."""
+    """The scores of all classes and the traits of those asked about, for each image of a batch.
+
+    Args:
+        model: The model, with the prompt set in use that the state is of.
+        state: From its `last_layer_state` or `last_layer_states`.
+        numbers: The classes asked about; None: each image's predicted class.
+        kind: As in `explain`.
+        method: As in `explain`.
+        blur: As in `explain`.
+    """
     with torch.no_grad():
         logits = model.last_layer_logits(state)
     asked = logits.argmax(dim=-1, keepdim=True)
@@ -362,4 +371,4 @@ def _ranking_fields(ranking: HeadRanking, image: int, row: int) -> dict[str, Any
     }
 
 
-__all__ = ["ClassScore", "ClassTraits", "Explanation", "explain", "explain_each"]
+__all__ = ["ClassScore", "ClassTraits", "Explanation", "RankingMethod", "explain", "explain_each", "read_state"]

@@ -14,7 +14,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.modeling.backbone_prompt_cam import attention_weights, backbone_layers, finish_layer, patch_size
-from prompt_cam_hf.modeling.modeling_prompt_cam import LastLayerState, check_class_numbers
+from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState, check_class_numbers
 
 MapKind = Literal["attention", "evidence"]
 MAP_KINDS = ("attention", "evidence")

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
-from prompt_cam_hf.modeling.modeling_prompt_cam import LastLayerState, check_class_numbers
+from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState, check_class_numbers
 from prompt_cam_hf.modeling.ranking_prompt_cam import BlurredScores, check_blur, rank_heads_greedily
 
 # Beyond this, enumerating all sets of heads is no longer cheap.

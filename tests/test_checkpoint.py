@@ -148,6 +148,20 @@ def test_prompts_only_in_half_precision_names_the_same_backbone(model, tmp_path)
     assert PromptCAMForImageClassification.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_prompts_on_a_rounded_backbone_go_with_the_backbone_as_it_was(family, tmp_path, dtype):
+    torch.manual_seed(7)
+    build_backbone(tiny_backbone_config(family)).save_pretrained(tmp_path / "backbone")
+    half = PromptCAMForImageClassification.from_backbone(tmp_path / "backbone", id2label=ID2LABEL, dtype=dtype)
+    whole = PromptCAMForImageClassification.from_backbone(tmp_path / "backbone", id2label=ID2LABEL)
+    assert half.dtype == dtype and half.config.backbone_fingerprint == fingerprint_backbone(whole.backbone)
+    half.save_pretrained(tmp_path / "prompts", include_backbone=False)
+    loaded = PromptCAMForImageClassification.from_pretrained(tmp_path / "prompts", dtype=torch.float32)
+    assert torch.equal(loaded.class_prompts, half.class_prompts.float())
+    for name, tensor in loaded.backbone.state_dict().items():
+        assert torch.equal(tensor, whole.backbone.state_dict()[name])
+
+
 def test_another_backbone_is_refused(model, backbone_folder, tmp_path):
     model.save_pretrained(tmp_path / "prompts", include_backbone=False)
     shutil.move(backbone_folder, tmp_path / "moved")
@@ -298,10 +312,12 @@ def test_a_plain_trainer_trains_and_saves_it(model, tmp_path):
 
 
 def test_permission_to_run_code_never_comes_from_a_config(tmp_path):
-    nested = tiny_backbone_config().to_dict() | {"auto_map": {"AutoModel": "evil.Model"}, "trust_remote_code": True}
-    config = PromptCAMConfig(backbone_config=nested, id2label=ID2LABEL)
-    for key in ("auto_map", "trust_remote_code"):
-        assert key not in json.dumps(config.to_dict())
+    permission = {"auto_map": {"AutoModel": "evil.Model"}, "trust_remote_code": True}
+    nested = tiny_backbone_config().to_dict() | permission | {"more": {"deeper": dict(permission)}}
+    for backbone_config in (nested, tiny_backbone_config(**permission, more={"deeper": dict(permission)})):
+        config = PromptCAMConfig(backbone_config=backbone_config, id2label=ID2LABEL)
+        for key in permission:
+            assert key not in json.dumps(config.to_dict())
 
 
 def test_a_saved_folder_names_its_code_and_a_model_in_memory_does_not(tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from huggingface_hub.utils import filter_repo_objects
+from hub_server import connect, serve
 from PIL import Image
 from small_runs import (  # noqa: F401 - fixtures are found by being here
     COLOURS,
@@ -28,7 +28,6 @@ from small_runs import (  # noqa: F401 - fixtures are found by being here
 from transformers import AutoModelForImageClassification, ViTConfig, ViTModel
 from transformers.trainer_utils import set_seed
 
-import prompt_cam_hf.training.train as train_module
 from prompt_cam_hf import PromptCAMForImageClassification
 from prompt_cam_hf.training.recipe import Recipe, load_recipe, training_arguments
 from prompt_cam_hf.training.train import main, train
@@ -314,24 +313,36 @@ def test_skipped_pictures_are_listed(recipe, photos, tmp_path):
     assert "broken.png" in (result.output_dir / "skipped_images.csv").read_text()
 
 
-def test_upload(recipe, monkeypatch):
-    calls, uploaded = [], set()
-    monkeypatch.setattr(train_module.HfApi, "whoami", lambda self: calls.append("whoami"))
-    monkeypatch.setattr(train_module.HfApi, "create_repo", lambda self, name, **options: calls.append((name, options)))
-
-    def upload_folder(self, repo_id, folder_path, ignore_patterns):
-        paths = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
-        uploaded.update(filter_repo_objects(paths, ignore_patterns=ignore_patterns))
-        calls.append(repo_id)
-
-    monkeypatch.setattr(train_module.HfApi, "upload_folder", upload_folder)
-    train(recipe(num_train_epochs=2, hub_model_id="me/sparrows"))
-    assert calls == ["whoami", ("me/sparrows", {"private": True, "exist_ok": True}), "me/sparrows"]
-    assert {name for name in uploaded if not name.endswith(".py")} == {
-        "config.json", "model.safetensors", "preprocessor_config.json", "results.json", "confusion_test.csv",
-        "confusion_validation.csv",
-    }  # fmt: skip
-    assert {"modeling_prompt_cam.py", "pipeline_prompt_cam.py"} < uploaded
+def test_upload(recipe, tmp_path):
+    upload = {"num_train_epochs": 2, "hub_model_id": "org/sparrows", "hub_license": "mit"}
+    with serve() as hub, connect(hub, tmp_path / "home") as patch:
+        result = train(recipe(**upload))
+        (commit,) = hub.commits("org/sparrows")
+        assert hub.repositories["org/sparrows"].private
+        assert {name for name in commit.changed if not name.endswith(".py")} == {
+            "README.md", "config.json", "model.safetensors", "preprocessor_config.json",
+        }  # fmt: skip
+        assert {"modeling_prompt_cam.py", "pipeline_prompt_cam.py"} < commit.changed
+        assert f"| {result.metrics['test']['top1']:.1%} |" in commit.files["README.md"].decode()
+        hub.fail("PUT /lfs-storage", 500, times=100)
+        with pytest.raises(OSError, match=r"saved in .*again, but not uploaded: .*broke off.*prompt-cam publish"):
+            train(recipe(**upload, output_dir=str(tmp_path / "again"), seed=1))
+        assert (tmp_path / "again" / "results.json").is_file() and len(hub.commits("org/sparrows")) == 1
+        # Refused before the first step:
+        for changes, message in [
+            ({"hub_license": "My own"}, "not the identifier"),
+            ({"hub_model_id": "x"}, "owner/x"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                train(recipe(**upload | changes, output_dir=str(tmp_path / "new")))
+        patch.delenv("HF_TOKEN")
+        with pytest.raises(PermissionError, match="There is no Hub token"):
+            train(recipe(**upload, output_dir=str(tmp_path / "new")))
+        assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="hub_license must say under which licence"):
+        recipe(hub_model_id="org/sparrows")
+    with pytest.raises(ValueError, match="hub_model_id is for Prompt-CAMs"):
+        recipe(**upload, method="vpt")
 
 
 def test_image_size_must_suit_the_backbone(recipe):

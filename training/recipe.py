@@ -105,7 +105,8 @@ class Recipe:
     cache_dir: str | None = _key("Folder of the cached features; empty: with the Hugging Face caches.", default=None)
     include_backbone: bool = _key("Save the backbone with the model, so that it stands alone.", default=True)
     hub_model_id: str | None = _key("Upload the finished model to this Hub repository.", default=None)
-    hub_private_repo: bool = _key("Make that repository private, if it is new.", default=True)
+    hub_private_repo: bool = _key("Make that repository private; one that is public already is refused.", default=True)
+    hub_license: str | None = _key("Licence of the uploaded model, such as mit; hub_model_id needs it.", default=None)
     trainer: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "Further settings of transformers' TrainingArguments; --trainer.KEY on the command line."},
@@ -149,6 +150,15 @@ class Recipe:
             raise ValueError("gradient_checkpointing saves nothing with method linear_probe: no layer has a gradient.")
         if self.method != "prompt_cam" and not self.include_backbone:
             raise ValueError(f"include_backbone: false is for prompts; method {self.method} saves whole models only.")
+        if self.hub_model_id and not self.hub_license:
+            raise ValueError(
+                "hub_license must say under which licence the model is uploaded to hub_model_id, by its identifier on "
+                "the Hub, such as mit or cc-by-4.0."
+            )
+        if self.hub_model_id and self.method != "prompt_cam":
+            raise ValueError(
+                f"hub_model_id is for Prompt-CAMs; method {self.method} saves a model to upload yourself."
+            )
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 exclude each other; choose one.")
         known = {argument.name for argument in dataclasses.fields(TrainingArguments)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How does a recipe become a trained Prompt-CAM?
+"""How does a recipe become a trained Prompt-CAM, or a baseline on the same backbone?
 
     accelerate launch training/train.py RECIPE.yaml [--key value ...]
     accelerate launch -m prompt_cam_hf.training.train RECIPE.yaml [--key value ...]
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +22,22 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCardData
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import Dataset
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import IntervalStrategy
 
 from prompt_cam_hf import PromptCAMForImageClassification
+from prompt_cam_hf.baselines import LinearProbe, VPTForImageClassification, build_linear_probe
 from prompt_cam_hf.data import ImageData, load_image_data
+from prompt_cam_hf.hub import publish
 from prompt_cam_hf.images import ImageDataset, TrainingAugmentation, build_image_processor
 from prompt_cam_hf.metrics.classification import ClassificationReport, build_compute_metrics
-from prompt_cam_hf.modeling.backbone_prompt_cam import image_size
+from prompt_cam_hf.modeling.backbone_prompt_cam import embed, grid_size, image_size
+from prompt_cam_hf.modeling.hub_prompt_cam import check_license, check_repo_id, explained_upload_errors, find_token
 from prompt_cam_hf.training.features import DEFAULT_CACHE_DIR, FeatureCollator, FeatureDataset, cache_features
 from prompt_cam_hf.training.recipe import Recipe, load_recipe, parse_recipe, training_arguments
 from prompt_cam_hf.training.trainer import (
@@ -52,15 +56,13 @@ _CHANGEABLE_KEYS = {
     "cache_dir",
     "dataloader_num_workers",
     "eval_batch_size",
+    "hub_license",
     "hub_model_id",
     "hub_private_repo",
     "include_backbone",
     "output_dir",
     "resume_from_checkpoint",
 }
-
-# Of use to go on with the run only; and the recipe names folders of this machine.
-_NOT_UPLOADED = ["checkpoint-*", "trainer_state.json", RECIPE_FILE, "skipped_images.csv"]
 
 _METRICS = {"top1": "top-1", "top5": "top-5", "macro_accuracy": "macro accuracy"}
 
@@ -78,7 +80,7 @@ class TrainResult:
             0 to 1.
     """
 
-    model: PromptCAMForImageClassification
+    model: PreTrainedModel
     image_processor: BaseImageProcessor
     output_dir: Path
     best_epoch: int
@@ -108,6 +110,7 @@ class Run:
         best_epoch = self._restore_best_epoch(folder)
         reports = {name: _report(trainer, dataset) for name, dataset in self._evaluated_splits().items()}
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+        model = model.model if isinstance(model, LinearProbe) else model
         result = TrainResult(model, self.image_processor, folder, best_epoch, self._metrics(reports))
         if trainer.args.should_save:
             self._save(result, reports)
@@ -148,7 +151,8 @@ class Run:
 
     def _save(self, result: TrainResult, reports: dict[str, dict[str, Any]]) -> None:
         folder = result.output_dir
-        result.model.save_pretrained(folder, include_backbone=self.recipe.include_backbone)
+        options: dict[str, Any] = {} if self.recipe.include_backbone else {"include_backbone": False}
+        result.model.save_pretrained(folder, **options)
         result.image_processor.save_pretrained(folder)
         self.trainer.save_state()
         for name, report in reports.items():
@@ -164,10 +168,11 @@ class Run:
                 if (split := getattr(self.data, name)) is not None
             },
             **result.metrics,
+            "versions": {name: version(name) for name in ("prompt_cam_hf", "transformers", "torch")},
         }
         _write_whole(folder / RESULTS_FILE, json.dumps(facts, indent=2) + "\n")
         if self.recipe.hub_model_id:
-            _upload(folder, self.recipe.hub_model_id, self.recipe.hub_private_repo)
+            _upload(folder, self.recipe)
 
 
 def train(recipe: Recipe, data: ImageData | None = None) -> TrainResult:
@@ -186,23 +191,14 @@ def prepare(recipe: Recipe, data: ImageData | None = None) -> Run:
     arguments = training_arguments(recipe)
     checkpoint = on_main_process(partial(_find_checkpoint, recipe))
     if recipe.hub_model_id and arguments.should_save:
-        HfApi().whoami()  # better refused now than after the last epoch
-    data = data or on_main_process(partial(_load_data, recipe))
+        _check_upload(recipe)
+    data = data or on_main_process(partial(load_data, recipe))
     # The order of these two makes the prompts the same in every process and every time.
     set_seed(recipe.seed)
-    model = PromptCAMForImageClassification.from_backbone(
-        recipe.backbone,
-        id2label=data.id2label,
-        revision=recipe.backbone_revision,
-        class_prompt_layer=recipe.class_prompt_layer,
-        num_agnostic_prompts=recipe.num_agnostic_prompts,
-        first_prompt_layer=recipe.first_prompt_layer,
-        prompt_dropout=recipe.prompt_dropout,
-        drop_path_rate=recipe.drop_path_rate,
-    ).to(arguments.device)
+    model = _build_model(recipe, data.id2label).to(arguments.device)
     image_processor = build_image_processor(recipe.image_size, recipe.image_mean, recipe.image_std)
-    patch_grid = _find_patch_grid(model, recipe)
-    train_dataset, eval_dataset = _training_data(recipe, data, image_processor, model, patch_grid, arguments)
+    patch_grid = _find_patch_grid(model.backbone, recipe)
+    train_dataset, eval_dataset = _training_data(recipe, data, image_processor, model, arguments)
     arguments.warmup_steps = recipe.warmup_epochs * -(-len(data.train) // recipe.train_batch_size)
     if eval_dataset is None:
         arguments.eval_strategy = IntervalStrategy.NO
@@ -216,6 +212,26 @@ def prepare(recipe: Recipe, data: ImageData | None = None) -> Run:
         compute_metrics=build_compute_metrics(),
     )
     return Run(recipe, data, image_processor, trainer, checkpoint)
+
+
+def _build_model(
+    recipe: Recipe, id2label: dict[int, str]
+) -> PromptCAMForImageClassification | VPTForImageClassification | LinearProbe:
+    """The method's model with new, untrained parameters on the pre-trained backbone."""
+    common: dict[str, Any] = {"id2label": id2label, "revision": recipe.backbone_revision}
+    if recipe.method == "linear_probe":
+        return LinearProbe(build_linear_probe(recipe.backbone, **common))
+    common |= {name: getattr(recipe, name) for name in ("first_prompt_layer", "prompt_dropout", "drop_path_rate")}
+    if recipe.method == "vpt":
+        num_prompts = len(id2label) if recipe.num_agnostic_prompts is None else recipe.num_agnostic_prompts
+        deep = recipe.class_prompt_layer == -1
+        return VPTForImageClassification.from_backbone(recipe.backbone, num_prompts=num_prompts, deep=deep, **common)
+    return PromptCAMForImageClassification.from_backbone(
+        recipe.backbone,
+        class_prompt_layer=recipe.class_prompt_layer,
+        num_agnostic_prompts=recipe.num_agnostic_prompts,
+        **common,
+    )
 
 
 def _find_checkpoint(recipe: Recipe) -> Path | None:
@@ -234,7 +250,7 @@ def _find_checkpoint(recipe: Recipe) -> Path | None:
                 f"The output folder {folder} is not empty; choose another output_dir, or go on with the run that is "
                 "in it: --resume_from_checkpoint."
             )
-        _check_same_recipe(recipe, folder)
+        check_same_recipe(recipe, folder)
         checkpoint = next(reversed(complete_checkpoints(folder)), None)
     if isinstance(resume, str) and resume != "auto":
         checkpoint = next((path for path in complete_checkpoints(folder) if path.samefile(resume)), None)
@@ -243,7 +259,13 @@ def _find_checkpoint(recipe: Recipe) -> Path | None:
     return checkpoint
 
 
-def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
+def check_same_recipe(recipe: Recipe, folder: Path) -> None:
+    """Refuse to go on with a run in a folder with another recipe than it was started with.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        ValueError: a key differs that changes what is computed.
+    """
     if not (folder / RECIPE_FILE).is_file():
         raise FileNotFoundError(f"The output folder {folder} holds no run to resume: {RECIPE_FILE} is missing.")
     before = load_recipe(folder / RECIPE_FILE)
@@ -256,7 +278,8 @@ def _check_same_recipe(recipe: Recipe, folder: Path) -> None:
             )
 
 
-def _load_data(recipe: Recipe) -> ImageData:
+def load_data(recipe: Recipe) -> ImageData:
+    """The pictures that a recipe names; errors as in `load_image_data`."""
     return load_image_data(
         recipe.data,
         name=recipe.data_name,
@@ -269,13 +292,14 @@ def _load_data(recipe: Recipe) -> ImageData:
     )
 
 
-def _find_patch_grid(model: PromptCAMForImageClassification, recipe: Recipe) -> tuple[int, int]:
+def _find_patch_grid(backbone: PreTrainedModel, recipe: Recipe) -> tuple[int, int]:
     size = recipe.image_size
     try:
         with torch.no_grad():
-            return model.last_layer_state(torch.zeros(1, 3, size, size, device=model.device)).grid
+            embed(backbone, torch.zeros(1, 3, size, size, device=backbone.device), interpolate_pos_encoding=False)
+        return grid_size(backbone.config, size, size)
     except ValueError as error:
-        rows, columns = image_size(model.config.backbone_config)
+        rows, columns = image_size(backbone.config)
         raise ValueError(
             f"image_size is {size}, but the backbone {recipe.backbone} takes pictures of {rows}x{columns} pixels."
         ) from error
@@ -285,8 +309,7 @@ def _training_data(
     recipe: Recipe,
     data: ImageData,
     image_processor: BaseImageProcessor,
-    model: PromptCAMForImageClassification,
-    patch_grid: tuple[int, int],
+    model: PromptCAMForImageClassification | VPTForImageClassification | LinearProbe,
     arguments: TrainingArguments,
 ) -> tuple[Dataset, Dataset | None]:
     """Training and validation pictures, or what the fixed first layers make of them."""
@@ -299,7 +322,6 @@ def _training_data(
         cache_features,
         model,
         cache_dir=recipe.cache_dir or DEFAULT_CACHE_DIR,
-        patch_grid=patch_grid,
         autocast_dtype=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
         batch_size=recipe.eval_batch_size,
         num_workers=recipe.dataloader_num_workers,
@@ -325,9 +347,24 @@ def _write_confusion(path: Path, confusion: np.ndarray, id2label: dict[int, str]
         writer.writerows([name, *counts.tolist()] for name, counts in zip(names, confusion, strict=True))
 
 
-def _upload(folder: Path, repo_id: str, private: bool) -> None:
-    HfApi().create_repo(repo_id, private=private, exist_ok=True)
-    HfApi().upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=_NOT_UPLOADED)
+def _check_upload(recipe: Recipe) -> None:
+    """What the Hub would refuse is better refused now than after the last epoch."""
+    repo_id = str(recipe.hub_model_id)
+    check_repo_id(repo_id)
+    check_license(ModelCardData(license=recipe.hub_license))
+    with explained_upload_errors(repo_id):
+        HfApi(token=find_token(None)).whoami()
+
+
+def _upload(folder: Path, recipe: Recipe) -> None:
+    repo_id = str(recipe.hub_model_id)
+    try:
+        publish(folder, repo_id, private=recipe.hub_private_repo, license=recipe.hub_license)
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"The model is trained and saved in {folder}, but not uploaded: {error} Then: prompt-cam publish {folder} "
+            f"{repo_id} --license {recipe.hub_license}"
+        ) from error
 
 
 def _print_results(result: TrainResult, recipe: Recipe, data: ImageData) -> None:
@@ -350,7 +387,8 @@ def _write_whole(path: Path, text: str) -> None:
     partial_path.replace(path)
 
 
-def _refuse(error: Exception) -> None:
+def refuse(error: Exception) -> None:
+    """End the program with one sentence, which the first process alone prints."""
     sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
 
 
@@ -359,16 +397,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         recipe = parse_recipe(sys.argv[1:] if arguments is None else arguments)
     except (OSError, TypeError, ValueError) as error:
-        _refuse(error)
+        refuse(error)
     try:
         run = prepare(recipe)
     except (OSError, ValueError) as error:
-        _refuse(error)
+        refuse(error)
     run.train()
     PartialState().destroy_process_group()
 
 
-__all__ = ["Run", "TrainResult", "main", "prepare", "train"]
+__all__ = [
+    "RECIPE_FILE",
+    "RESULTS_FILE",
+    "Run",
+    "TrainResult",
+    "check_same_recipe",
+    "load_data",
+    "main",
+    "prepare",
+    "refuse",
+    "train",
+]
 
 if __name__ == "__main__":
     main()

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prompt_cam_hf.modeling.backbone_prompt_cam import backbone_layers, first_norm, grid_size
-from prompt_cam_hf.modeling.modeling_prompt_cam import check_class_numbers
+from prompt_cam_hf.modeling.outputs_prompt_cam import check_class_numbers
 
 from .attention import attention_rollout, raw_attention
 from .backbone import backbone_of

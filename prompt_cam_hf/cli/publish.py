@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: MIT
+"""`prompt-cam publish`: how do others get the model?"""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from prompt_cam_hf.cli.common import one_sentence_errors, say
+from prompt_cam_hf.hub import Publication
+from prompt_cam_hf.hub import publish as publish_folder
+
+
+def publish(
+    folder: Annotated[Path, typer.Argument(help="Folder of a trained Prompt-CAM.")],
+    repo: Annotated[str, typer.Argument(help="The Hub repository, as owner/name; it is made if need be.")],
+    license: Annotated[str | None, typer.Option(help="Licence of the model, such as mit or cc-by-4.0.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Name of what the model was trained on.")] = None,
+    dataset_url: Annotated[str | None, typer.Option(help="Address of that data set.")] = None,
+    dataset_license: Annotated[str | None, typer.Option(help="Licence of that data set.")] = None,
+    evaluation: Annotated[Path | None, typer.Option(help="Folder that `prompt-cam evaluate` wrote.")] = None,
+    gallery: Annotated[list[Path] | None, typer.Option(help="Photo to show with its trait maps; repeatable.")] = None,
+    gallery_license: Annotated[str | None, typer.Option(help="Licence that allows to show these photos.")] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    prompts_only: Annotated[
+        bool, typer.Option("--prompts-only", help="Leave out the backbone, if it is on the Hub.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to upload to; main by default.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be uploaded, and upload nothing.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="With --dry-run: leave it in this new folder.")] = None,
+) -> None:
+    """Upload a trained model to the Hub, with its code, image processor and card, in one commit.
+
+    The card is README.md in the folder, if there is one. Otherwise it is written from what training and evaluation
+    recorded there, and from these options. Log in with `hf auth login` first, or set HF_TOKEN.
+    """
+    facts: dict[str, Any] = {
+        "license": license,
+        "dataset_name": dataset,
+        "dataset_url": dataset_url,
+        "dataset_license": dataset_license,
+        "gallery_license": gallery_license,
+        "evaluation_folder": evaluation,
+    }
+    with one_sentence_errors():
+        publication = publish_folder(
+            folder,
+            repo,
+            private=private,
+            prompts_only=prompts_only,
+            revision=revision,
+            dry_run=dry_run,
+            out=out,
+            gallery=gallery or [],
+            **{name: value for name, value in facts.items() if value is not None},
+        )
+    _print_files(publication)
+    if publication.commit_url:
+        print(publication.commit_url)
+    else:
+        kind = "private" if private else "public"
+        say(
+            f"Nothing was uploaded. It would be one commit to {publication.url}, branch {publication.revision}; the "
+            f"repository is {kind}, if it is new."
+        )
+        if out:
+            say(f"All of it is in {out}.")
+
+
+def _print_files(publication: Publication) -> None:
+    table = Table("file", caption="The backbone is fetched from where it is." if publication.prompts_only else None)
+    table.add_column("size", justify="right")
+    for name, size in publication.files.items():
+        table.add_row(name, _format_size(size))
+    table.add_section()
+    table.add_row(f"{len(publication.files)} files", _format_size(sum(publication.files.values())))
+    Console().print(table, markup=False)
+
+
+def _format_size(size: int) -> str:
+    return f"{size:,} B" if size < 10_000 else f"{size / 1e3:,.0f} kB" if size < 1e6 else f"{size / 1e6:,.1f} MB"
+
+
+__all__ = ["publish"]

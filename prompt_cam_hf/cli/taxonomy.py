@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: MIT
+"""`prompt-cam taxonomy`: which path through the tree does a picture take?"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from prompt_cam_hf.cli.common import (
+    DeviceOption,
+    ImagesArgument,
+    ModelArgument,
+    OverwriteOption,
+    load_pipeline,
+    one_sentence_errors,
+    open_readable,
+)
+from prompt_cam_hf.cli.explain import (
+    HeadsOption,
+    Kind,
+    KindOption,
+    OutlineOption,
+    OutOption,
+    Scale,
+    ScaleOption,
+    output_paths,
+    save_result,
+)
+from prompt_cam_hf.figures import check_head_count
+from prompt_cam_hf.images import find_images
+from prompt_cam_hf.taxonomy import explain_path, find_taxonomy, read_taxonomy
+
+
+def taxonomy(
+    model: ModelArgument,
+    images: ImagesArgument,
+    out: OutOption,
+    tree: Annotated[
+        Path | None, typer.Option(help="CSV file of the tree, in place of the one that was saved with the model.")
+    ] = None,
+    heads: HeadsOption = None,
+    kind: KindOption = Kind.attention,
+    scale: ScaleOption = Scale.figure,
+    outline: OutlineOption = False,
+    overwrite: OverwriteOption = False,
+    device: DeviceOption = None,
+) -> None:
+    """Follow pictures through a tree: what each level says, and where its most important heads look.
+
+    For each picture, NAME.path.png, .json and .csv are written to --out, in folders like those of the pictures.
+    Pictures that cannot be read are named on standard error and left out, and the exit status is then 1.
+    """
+    with one_sentence_errors():
+        outputs = output_paths(find_images(images), out, "path", overwrite)
+        classifier = load_pipeline(model, device)
+        levels = read_taxonomy(tree or find_taxonomy(model))
+        check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
+        readable: list[Path] = []
+        for image in open_readable(list(outputs), readable):
+            path = explain_path(classifier, image, levels, kind=kind.value)
+            path = replace(path, source=str(readable[-1]))
+            save_result(path, outputs[readable[-1]], heads=heads, scale=scale.value, outline=outline)
+            print(path)
+    if len(readable) < len(outputs):
+        raise typer.Exit(1)
+
+
+__all__ = ["taxonomy"]
