@@ -4,9 +4,11 @@
 import ast
 import configparser
 import importlib
+import inspect
 import pkgutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -14,20 +16,33 @@ import pytest
 import prompt_cam_hf
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = {"modeling": 0, "prompt_cam_hf": 1, "training": 2}
+# Who stands higher may import who stands lower, and not the other way. The command line lies in prompt_cam_hf/, but
+# stands on top of all: a command may start a training run, and nothing may import a command.
+RANKS = {"modeling": 0, "prompt_cam_hf": 1, "training": 2, "cli": 3}
+FOLDERS = ("modeling", "prompt_cam_hf", "training")
 # What transformers itself cannot do without.
 MODELING_MAY_IMPORT = {"torch", "transformers", "huggingface_hub", "safetensors"} | set(sys.stdlib_module_names)
 
 
 def imports(path: Path) -> list[tuple[int, str]]:
-    """(number of leading dots, module) of every import in a file."""
+    """(number of leading dots, module or name in a module) of every import in a file."""
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found += [(0, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             found.append((node.level, node.module or ""))
+            if not node.level:
+                found += [(0, f"{node.module}.{alias.name}") for alias in node.names]
     return found
+
+
+def rank(parts: Sequence[str]) -> int:
+    """How high a module stands, from its place in the repository or from the parts of its name in an import."""
+    if tuple(parts) == ("prompt_cam_hf", "__main__"):  # the command, started as a module
+        return RANKS["cli"]
+    inside = len(parts) > 1 and parts[0] == "prompt_cam_hf" and parts[1] in RANKS
+    return RANKS[parts[1] if inside else parts[0]]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "modeling").glob("*.py")), ids=lambda path: path.name)
@@ -46,15 +61,14 @@ def test_modeling_travels_alone(path):
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_imports_go_one_way(path):
-    """modeling <- prompt_cam_hf <- training, and never a second copy of modeling through the repository root."""
-    own_rank = FOLDERS[path.relative_to(ROOT).parts[0]]
+    """modeling <- prompt_cam_hf <- training <- cli, and never a second copy of modeling from the repository root."""
+    own_parts = path.relative_to(ROOT).with_suffix("").parts
     for level, module in imports(path):
-        parts = module.split(".")
-        if level or parts[0] not in FOLDERS:
+        parts = (*own_parts[:-level], *module.split(".")) if level else tuple(module.split("."))
+        if parts[0] not in FOLDERS:
             continue
-        assert parts[0] == "prompt_cam_hf", f"import {module} would make a second set of classes"
-        folder = parts[1] if len(parts) > 1 and parts[1] in FOLDERS else "prompt_cam_hf"
-        assert FOLDERS[folder] <= own_rank, f"{path.name} imports {module}"
+        assert level or parts[0] == "prompt_cam_hf", f"import {module} would make a second set of classes"
+        assert rank(parts) <= rank(own_parts), f"{path.name} imports {module}"
 
 
 def test_every_public_name_is_documented():
@@ -69,7 +83,7 @@ def test_every_public_name_is_documented():
         assert module.__doc__, name
         for public in getattr(module, "__all__", []):
             thing = getattr(module, public)
-            if callable(thing):
+            if inspect.isclass(thing) or inspect.isroutine(thing):
                 assert thing.__doc__, f"{name}.{public}"
 
 

@@ -87,7 +87,7 @@ class PretrainArguments:
 
     output_dir: str
     num_birds: int = field(default=36_000, metadata={"help": "Different birds drawn, once, before training."})
-    num_steps: int = field(default=5_500, metadata={"help": "Optimiser steps."})
+    num_steps: int = field(default=4_500, metadata={"help": "Optimiser steps."})
     batch_size: int = field(default=64, metadata={"help": "Birds a step."})
     learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak of a cosine schedule."})
     weight_decay: float = field(default=0.05, metadata={"help": "Of AdamW."})

@@ -3,7 +3,7 @@
 
 import typer
 
-from prompt_cam_hf.cli import predict
+from prompt_cam_hf.cli import atlas, compare, demo, evaluate, explain, predict, prepare, publish, taxonomy
 
 app = typer.Typer(help="Prompt-CAM: classify pictures, and see which traits decide.", no_args_is_help=True)
 
@@ -14,5 +14,13 @@ def _main() -> None:
 
 
 app.command()(predict.predict)
+app.command()(explain.explain)
+app.command()(compare.compare)
+app.command()(atlas.atlas)
+app.command()(taxonomy.taxonomy)
+app.command()(evaluate.evaluate)
+app.command()(demo.demo)
+app.command()(prepare.prepare)
+app.command()(publish.publish)
 
 __all__ = ["app"]

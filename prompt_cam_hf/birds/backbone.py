@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: MIT
+"""Where is the tiny backbone that comes with the package?
+
+A vision transformer of 1.3 million parameters, pre-trained on drawn birds of no class by `training/pretrain_birds.py`.
+Its model card, tiny_vit/README.md, says how.
+"""
+
+from pathlib import Path
+
+# For `ViTModel.from_pretrained` and `PromptCAMForImageClassification.from_backbone`; with its image processor.
+BACKBONE = Path(__file__).with_name("tiny_vit")
+# Of its model.safetensors.
+BACKBONE_SHA256 = "3ae2ef604936419bd91f8c7e7040e731b3f0f317ea7d0406d11476c8753ccd89"
+
+__all__ = ["BACKBONE", "BACKBONE_SHA256"]
