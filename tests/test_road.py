@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: MIT
 """Holes are filled as a dense linear system, set up by hand, says; curves are the model's answers to the result."""
 
+from pathlib import Path
+
+import evaluate
 import numpy as np
 import pytest
 import torch
 from conftest import random_images, tiny_model
 
+from prompt_cam_hf.metrics import road_report
 from prompt_cam_hf.metrics.road import PERCENTILES, impute, road
+from prompt_cam_hf.metrics.road_report import RoadReport
 
 
 def random_maps(batch: int) -> torch.Tensor:
@@ -118,3 +123,20 @@ def test_refuses_to_remove_all_or_nothing(percentiles):
 def test_refuses_maps_that_do_not_fit():
     with pytest.raises(ValueError, match="There are 3 maps for 2 images"):
         road(tiny_model(), random_images(), random_maps(3))
+
+
+def test_as_a_metric_of_evaluate(monkeypatch, tmp_path):
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("the network was asked"))
+    model, images, maps, classes = tiny_model(), random_images(3), random_maps(3), torch.tensor([0, 4, 2])
+    loaded = evaluate.load(str(Path(road_report.__file__)), cache_dir=str(tmp_path))
+    alone = [road(model, images[[i]], maps[[i]], classes[[i]], (20, 70), seed=5) for i in range(3)]
+    for metric in (RoadReport(keep_in_memory=True), loaded):
+        report = metric.compute(
+            predictions=maps, references=classes, pixel_values=images, model=model, percentiles=(20, 70), seed=5
+        )
+        assert report["num_images"] == 3
+        np.testing.assert_allclose(report["road_per_image"], [one.combined.item() for one in alone], atol=1e-6)
+        assert report["road"] == pytest.approx(np.mean([one.combined.item() for one in alone]), abs=1e-6)
+        for name in ("morf", "lerf"):
+            curves = [getattr(one, name)[0].numpy() for one in alone]
+            np.testing.assert_allclose(report[f"{name}_curve"], np.mean(curves, axis=0), atol=1e-6)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: MIT
+"""Do a model's maps find what its scores rest on, over a data set? ROAD as one `evaluate` metric.
+
+Works without a network, as a class or as a script, as `prompt_cam_hf.metrics.classification` does. For long runs call
+`prompt_cam_hf.metrics.road.road` batch by batch: this metric keeps all pictures until it computes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+
+from prompt_cam_hf.metrics.road import PERCENTILES, road
+from prompt_cam_hf.metrics.scoring import Classifier
+
+_DESCRIPTION = "ROAD (Rong et al., ICML 2022): pixels are removed in a map's order, and filled in from around them."
+
+_INPUTS_DESCRIPTION = """
+Args:
+    predictions: (n, rows, cols), one map an image, all of one grid; higher is stronger.
+    references: (n,), the class asked about in each image: the true one or the predicted one.
+    pixel_values: (n, channels, height, width), from the image processor.
+    model: The classifier, in evaluation mode; pictures go to its device.
+    percentiles: Which parts of the pixels to remove, in per cent.
+    seed: Of the noise on what fills the holes.
+    batch_size: So many pictures go through the model at once.
+
+Returns:
+    num_images: n.
+    road: the mean of the combined score, -0.5 to 0.5; high is good.
+    morf_curve, lerf_curve: (percentiles,) mean probabilities without the most, and without the least relevant pixels.
+    road_per_image: (n,) combined scores.
+"""
+
+
+class RoadReport(evaluate.Metric):
+    """Mean ROAD of maps (n, rows, cols) for classes (n,) of a model's images; see `inputs`."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description=_INPUTS_DESCRIPTION,
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Sequence(datasets.Sequence(datasets.Value("float32"))),
+                    "references": datasets.Value("int64"),
+                    "pixel_values": datasets.Sequence(datasets.Sequence(datasets.Sequence(datasets.Value("float32")))),
+                }
+            ),
+        )
+
+    def _compute(
+        self,
+        predictions: Any,
+        references: Any,
+        pixel_values: Any,
+        model: Classifier,
+        percentiles: Sequence[float] = PERCENTILES,
+        seed: int = 0,
+        batch_size: int = 32,
+    ) -> dict[str, Any]:
+        device = getattr(model, "device", torch.device("cpu"))
+        images, maps = (torch.as_tensor(np.asarray(values), device=device) for values in (pixel_values, predictions))
+        classes = torch.as_tensor(np.asarray(references))
+        found = road(model, images, maps, classes, percentiles, seed=seed, batch_size=batch_size)
+        return {
+            "num_images": len(images),
+            "road": found.combined.mean().item(),
+            "morf_curve": found.morf.mean(dim=0).numpy(),
+            "lerf_curve": found.lerf.mean(dim=0).numpy(),
+            "road_per_image": found.combined.numpy(),
+        }
+
+
+__all__ = ["RoadReport"]
