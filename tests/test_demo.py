@@ -240,15 +240,21 @@ def test_removal_the_long_way(model, test_birds, reading):
     assert found == measure_removal(model, processor, chosen, part)
 
 
-def test_models_of_other_classes_and_perfect_readings_are_refused(test_birds, reading):
+def test_other_classes_perfect_readings_and_hopeless_ones(model, test_birds, reading):
     with pytest.raises(ValueError, match="not the 18 drawn birds"):
         read_birds(tiny_model(), build_image_processor(32), test_birds)
     perfect = BirdReading(
         reading.predictions, reading.logits, reading.head_order, reading.trait_maps,
         np.ones_like(reading.trait_patches), reading.bird_patches,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="no failure to show"):
-        plot_failures(test_birds, perfect)
+    assert plot_failures(test_birds, perfect) is None
+    hopeless = BirdReading(
+        (reading.predictions + 1) % 18, reading.logits, reading.head_order, reading.trait_maps,
+        reading.trait_patches, reading.bird_patches,
+    )  # fmt: skip
+    for measure in (measure_localisation, lambda read: measure_removal(model, None, test_birds, read)):
+        with pytest.raises(ValueError, match="None of the 54 birds was read correctly"):
+            measure(hopeless)
 
 
 def invoke(*arguments):

@@ -39,7 +39,7 @@ class DemoReport:
 
     Attributes:
         folder: Holds all of it: the model, the report, the figures, and one test bird of each class as a file.
-        figures: The files of the figures.
+        figures: The files of the figures; that of the failures only where there are any.
         numbers: `accuracy` (with `chance`), what `measure_localisation` and `measure_removal` return under
             `localisation`, `accuracy_left` and `predictions_flipped`, what was trained and how long all took.
     """
@@ -98,8 +98,9 @@ def run_demo(
         "failures.png": plot_failures(test, reading),
         "counterfactuals.png": plot_counterfactuals(result.model, result.image_processor, test, reading),
     }
-    for name, figure in figures.items():
-        write_atomically(folder / name, _compact_png(figure))
+    drawn = {folder / name: figure for name, figure in figures.items() if figure is not None}
+    for path, figure in drawn.items():
+        write_atomically(path, _compact_png(figure))
     pictures = _save_pictures(test, folder / PICTURES_FOLDER)
     numbers = {
         "variant": "Deep" if deep else "class prompts at the last layer, no class-agnostic prompts, cached features",
@@ -115,7 +116,7 @@ def run_demo(
         "seconds": round(time.time() - start, 1),
     }
     write_atomically(folder / REPORT_FILE, (json.dumps(numbers, indent=2) + "\n").encode())
-    return DemoReport(folder, [folder / name for name in figures], numbers)
+    return DemoReport(folder, list(drawn), numbers)
 
 
 def _check_folder(folder: Path) -> None:

@@ -110,8 +110,12 @@ def measure_localisation(reading: BirdReading) -> dict[str, dict[str, float]]:
     Returns:
         By metric, the mean of: `first_head`, asked by the true class; `other_classes`, the same heads asked by all
         other classes (some share a trait with the true one); `bird_patches` and `any_patches`, chance levels.
+
+    Raises:
+        ValueError: no bird was classified correctly.
     """
-    rows = np.flatnonzero((reading.predictions == reading.labels) & reading.trait_patches.any(axis=(1, 2)))
+    correct = _correct_rows(reading)
+    rows = correct[reading.trait_patches[correct].any(axis=(1, 2))]
     maps, labels = reading.first_head_maps[rows], reading.labels[rows]
     traits, bird = reading.trait_patches[rows], reading.bird_patches[rows]
     is_true = np.arange(maps.shape[1]) == labels[:, None]
@@ -156,9 +160,12 @@ def measure_removal(
         `accuracy_left`, on the birds that were classified correctly: after blurring the first head's three
         `strongest_patches`, and three random `bird_patches`. `predictions_flipped`: after `all_traits` of the class
         got their natural tint; after `one_trait` did (each in its turn; the rest may fit two classes equally well);
-        and after one `other_part` did, a random one of those that are coloured.
+        and after one `other_part` did, a random one of those that are coloured (NaN where no bird has one).
+
+    Raises:
+        ValueError: no bird was classified correctly.
     """
-    correct = np.flatnonzero(reading.predictions == reading.labels).tolist()
+    correct = _correct_rows(reading).tolist()
     maps = reading.first_head_maps
     changed: list[tuple[str, int, Image.Image]] = []
     for row, bird in zip(tqdm(correct, desc="Taking traits away", unit="img"), birds.select(correct), strict=True):
@@ -176,8 +183,19 @@ def measure_removal(
     kept = {name: float(same[[other == name for other in names]].mean()) for name in dict.fromkeys(names)}
     return {
         "accuracy_left": {name: kept[name] for name in ("strongest_patches", "bird_patches")},
-        "predictions_flipped": {name: 1 - kept[name] for name in ("all_traits", "one_trait", "other_part")},
+        "predictions_flipped": {
+            name: 1 - kept.get(name, np.nan) for name in ("all_traits", "one_trait", "other_part")
+        },
     }
+
+
+def _correct_rows(reading: BirdReading) -> np.ndarray:
+    rows = np.flatnonzero(reading.predictions == reading.labels)
+    if not len(rows):
+        raise ValueError(
+            f"None of the {len(reading.labels)} birds was read correctly, so there is nothing to measure."
+        )
+    return rows
 
 
 def without_values(spec: BirdSpec, parts: Iterable[str]) -> BirdSpec:
