@@ -26,7 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prompt_cam_hf.modeling.backbone_prompt_cam import backbone_layers, first_norm, grid_size
-from prompt_cam_hf.modeling.outputs_prompt_cam import check_class_numbers
+from prompt_cam_hf.traits import check_classes
 
 from .attention import attention_rollout, raw_attention
 from .backbone import backbone_of
@@ -91,7 +91,7 @@ def cam_maps(
         )
     with _evaluation_mode(model):
         activation, logits = _run(model, pixel_values, interpolate_pos_encoding)
-        asked = _check_classes(classes, logits)
+        asked = check_classes(classes, logits)
         if method in _GRADIENT_METHODS:
             gradients = _gradients(_scores(logits, asked, similar_classes, alpha), activation)
             maps = torch.stack([_weigh(method, activation, gradient) for gradient in gradients], dim=1)
@@ -199,19 +199,6 @@ def _mean_raw_attention(
     model: PreTrainedModel, pixel_values: torch.Tensor, interpolate_pos_encoding: bool
 ) -> torch.Tensor:
     return raw_attention(model, pixel_values, interpolate_pos_encoding).mean(dim=2)
-
-
-def _check_classes(classes: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
-    """The classes as (batch, k)."""
-    if classes is None:
-        return logits.argmax(dim=-1, keepdim=True)
-    if classes.ndim not in (1, 2) or len(classes) != len(logits):
-        raise ValueError(
-            f"classes has the shape {tuple(classes.shape)}; it must be (batch,) or (batch, k), with "
-            f"batch={len(logits)}."
-        )
-    check_class_numbers(classes, logits.shape[1], "classes")
-    return classes.to(logits.device).view(len(logits), -1)
 
 
 __all__ = ["CAM_METHODS", "cam_maps"]
