@@ -14,14 +14,14 @@ from pathlib import Path
 
 import numpy as np
 
-from prompt_cam_hf.aggregate import AGGREGATIONS
 from prompt_cam_hf.birds import BIRD_CLASSES, birds_dataset
 from prompt_cam_hf.birds.backbone import BACKBONE
-from prompt_cam_hf.data import ImageData
+from prompt_cam_hf.data.ground_truth import bird_mask
+from prompt_cam_hf.data.splits import ImageData
 from prompt_cam_hf.evaluation import evaluate
 from prompt_cam_hf.evaluation.build import GroundTruth
 from prompt_cam_hf.evaluation.measure import Protocol
-from prompt_cam_hf.ground_truth import bird_mask
+from prompt_cam_hf.explanations.aggregate import AGGREGATIONS
 from prompt_cam_hf.training.demo import RECIPES
 from prompt_cam_hf.training.recipe import load_recipe
 from prompt_cam_hf.training.train import train

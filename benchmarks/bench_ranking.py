@@ -17,7 +17,7 @@ from straightforward import StraightforwardPromptCAM
 from transformers import AttentionInterface
 
 from prompt_cam_hf import PromptCAMForImageClassification
-from prompt_cam_hf.traits import rank_heads
+from prompt_cam_hf.explanations.ranking import rank_heads
 
 NUM_CLASSES = 200
 METHODS = ("greedy", "exact", "shapley")

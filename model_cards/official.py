@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
-from prompt_cam_hf.model_card import RECIPE_KEYS, PromptCAMModelCardData, render_card
-from prompt_cam_hf.prepare.facts import FACTS
+from prompt_cam_hf.data.prepare.facts import FACTS
+from prompt_cam_hf.hub.card import RECIPE_KEYS, PromptCAMModelCardData, render_card
 
 PAPER_URL = "https://arxiv.org/abs/2501.09333"
 # Of the authors' repository and of their weights on the Hub.

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from prompt_cam_hf import PromptCAMConfig, PromptCAMForImageClassification
-from prompt_cam_hf.images import build_image_processor
+from prompt_cam_hf.data.images import build_image_processor
 
 IMAGE_SIZE = 32
 NUM_CLASSES = 5

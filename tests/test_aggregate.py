@@ -5,9 +5,9 @@ import pytest
 import torch
 from conftest import random_images, tiny_model
 
-from prompt_cam_hf.aggregate import AGGREGATIONS, DEFAULT_AGGREGATION, aggregate_maps
-from prompt_cam_hf.maps import trait_maps
-from prompt_cam_hf.traits import rank_heads
+from prompt_cam_hf.explanations.aggregate import AGGREGATIONS, DEFAULT_AGGREGATION, aggregate_maps
+from prompt_cam_hf.explanations.maps import trait_maps
+from prompt_cam_hf.explanations.ranking import rank_heads
 
 SOME_FAMILIES = ("vit", "dinov2_with_registers", "siglip_vision_model")
 CLASSES = torch.tensor([[3, 0], [1, 4]])

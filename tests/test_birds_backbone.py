@@ -13,7 +13,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from prompt_cam_hf.birds import birds_dataset
 from prompt_cam_hf.birds.backbone import BACKBONE, BACKBONE_SHA256
-from prompt_cam_hf.images import build_image_processor
+from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.modeling.backbone_prompt_cam import fingerprint_backbone
 

@@ -3,7 +3,7 @@
 
 import pytest
 
-from prompt_cam_hf.class_names import find_class, find_classes
+from prompt_cam_hf.explanations.class_names import find_class, find_classes
 
 NAMES = {0: "Blue Jay", 1: "Green_Jay", 2: "Red-winged Blackbird", 3: "Jay", 4: "blue jay", 5: "Ōtus ÉLÉGANS"}
 

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 from prompt_cam_hf.baselines import build_linear_probe
 from prompt_cam_hf.birds import BIRD_CLASSES
 from prompt_cam_hf.cli import app
-from prompt_cam_hf.images import build_image_processor
+from prompt_cam_hf.data.images import build_image_processor
+from prompt_cam_hf.hub.card import read_card_data, render_card
 from prompt_cam_hf.metrics.localization import patch_mask
-from prompt_cam_hf.model_card import read_card_data, render_card
 from prompt_cam_hf.modeling.backbone_prompt_cam import build_backbone
 
 PICTURE_SIZE = (60, 40)

@@ -12,7 +12,7 @@ from transformers import ViTForImageClassification
 from typer.testing import CliRunner
 
 from prompt_cam_hf.cli import app
-from prompt_cam_hf.explain import explain
+from prompt_cam_hf.explanations.explain import explain
 
 
 @pytest.fixture

@@ -19,12 +19,12 @@ from prompt_cam_hf.birds import dataset as bird_drawing
 from prompt_cam_hf.birds.evaluation import BirdReading, measure_localisation, measure_removal, read_birds
 from prompt_cam_hf.birds.figures import plot_failures
 from prompt_cam_hf.cli import app
-from prompt_cam_hf.images import build_image_processor
+from prompt_cam_hf.data.images import build_image_processor
+from prompt_cam_hf.explanations.ranking import rank_heads
+from prompt_cam_hf.explanations.removal import remove_region
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
-from prompt_cam_hf.removal import remove_region
 from prompt_cam_hf.training import demo as demo_module
 from prompt_cam_hf.training.demo import DemoReport, run_demo
-from prompt_cam_hf.traits import rank_heads
 
 SMALL = {
     "birds_per_class": (10, 2, 3),

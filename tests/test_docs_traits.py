@@ -12,8 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from prompt_cam_hf.cli import app
-from prompt_cam_hf.explain import explain
-from prompt_cam_hf.images import build_image_processor
+from prompt_cam_hf.data.images import build_image_processor
+from prompt_cam_hf.explanations.explain import explain
 
 ROOT = Path(__file__).parents[1]
 PAGES = [

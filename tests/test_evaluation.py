@@ -24,14 +24,14 @@ from conftest import ID2LABEL, NUM_CLASSES, tiny_backbone_config, tiny_model
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
-from prompt_cam_hf.aggregate import DEFAULT_AGGREGATION, aggregate_maps
 from prompt_cam_hf.baselines import VPTConfig, VPTForImageClassification, build_linear_probe, cam_maps
+from prompt_cam_hf.data.images import build_image_processor, open_image
 from prompt_cam_hf.evaluation import build, evaluate
 from prompt_cam_hf.evaluation.build import GroundTruth
 from prompt_cam_hf.evaluation.measure import METRIC_GROUPS, ROW_SCHEMA, Protocol
 from prompt_cam_hf.evaluation.subjects import load_subject
 from prompt_cam_hf.evaluation.summary import Mean, summarize
-from prompt_cam_hf.images import build_image_processor, open_image
+from prompt_cam_hf.explanations.aggregate import DEFAULT_AGGREGATION, aggregate_maps
 from prompt_cam_hf.metrics import faithfulness, localization, sanity
 from prompt_cam_hf.metrics.road import road
 from prompt_cam_hf.metrics.specificity import class_specificity

@@ -15,13 +15,13 @@ from PIL import Image
 from transformers import ViTForImageClassification, pipeline
 
 from prompt_cam_hf import PromptCAMImageClassificationPipeline
-from prompt_cam_hf.compare import Comparison, compare
-from prompt_cam_hf.explain import explain
-from prompt_cam_hf.images import build_image_processor
+from prompt_cam_hf.data.images import build_image_processor
+from prompt_cam_hf.explanations.compare import Comparison, compare
+from prompt_cam_hf.explanations.explain import explain
+from prompt_cam_hf.explanations.maps import trait_maps
+from prompt_cam_hf.explanations.ranking import rank_heads
+from prompt_cam_hf.explanations.results import write_atomically
 from prompt_cam_hf.loading import Classifier, as_classifier
-from prompt_cam_hf.maps import trait_maps
-from prompt_cam_hf.results import write_atomically
-from prompt_cam_hf.traits import rank_heads
 
 HEADS = 4
 SIZES = [(50, 40), (30, 90), (32, 32)]

@@ -22,8 +22,9 @@ from transformers import Dinov2Config, Dinov2Model
 
 import prompt_cam_hf.training.features as features_module
 from prompt_cam_hf import PromptCAMForImageClassification
-from prompt_cam_hf.data import load_image_data
-from prompt_cam_hf.images import ImageDataset, TrainingAugmentation, build_image_processor
+from prompt_cam_hf.data.images import build_image_processor
+from prompt_cam_hf.data.splits import load_image_data
+from prompt_cam_hf.training.data import ImageDataset, TrainingAugmentation
 from prompt_cam_hf.training.features import FeatureCollator, cache_features
 from prompt_cam_hf.training.train import train
 

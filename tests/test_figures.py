@@ -9,13 +9,13 @@ from conftest import tiny_model
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
-from prompt_cam_hf.compare import Comparison, compare
-from prompt_cam_hf.explain import explain
-from prompt_cam_hf.figures import overlay, plot_trait_maps
-from prompt_cam_hf.images import build_image_processor
-from prompt_cam_hf.layout import text_width, wrap_text
+from prompt_cam_hf.data.images import build_image_processor
+from prompt_cam_hf.explanations.compare import Comparison, compare
+from prompt_cam_hf.explanations.explain import explain
+from prompt_cam_hf.explanations.figures import overlay, plot_trait_maps
+from prompt_cam_hf.explanations.removal import remove_trait
+from prompt_cam_hf.explanations.sheet import text_width, wrap_text
 from prompt_cam_hf.loading import Classifier
-from prompt_cam_hf.removal import remove_trait
 
 GREY = Image.new("RGB", (80, 40), (120, 120, 120))
 LONG = "Lampornis amethystinus margaritae (amethyst-throated mountain-gem, subspecies of the Sierra Madre del Sur)"

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from prompt_cam_hf.birds import BIRD_CLASSES, bird_spec, birds_dataset, draw_bird, other_birds_dataset
-from prompt_cam_hf.ground_truth import (
+from prompt_cam_hf.data.ground_truth import (
     bird_mask,
     box_mask,
     mask_as_seen,
@@ -17,7 +17,7 @@ from prompt_cam_hf.ground_truth import (
     read_cub,
     segmentation_mask,
 )
-from prompt_cam_hf.images import build_image_processor
+from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.metrics.localization import pointing_game
 
 FILES = {

@@ -19,15 +19,8 @@ from transformers.image_utils import load_image
 # Without torchvision, transformers 5.17 has a placeholder at `transformers.AutoImageProcessor`.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from prompt_cam_hf.images import (
-    ImageDataset,
-    SetEpochCallback,
-    TrainingAugmentation,
-    UnreadableImageError,
-    build_image_processor,
-    open_image,
-    unreadable_reason,
-)
+from prompt_cam_hf.data.images import UnreadableImageError, build_image_processor, open_image, unreadable_reason
+from prompt_cam_hf.training.data import ImageDataset, SetEpochCallback, TrainingAugmentation
 
 
 def photo(rows=48, cols=64, seed=0):

@@ -10,8 +10,8 @@ from straightforward import run_straightforwardly
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from prompt_cam_hf.images import build_image_processor
-from prompt_cam_hf.maps import map_box, resize_map, strong_region, token_evidence, trait_maps
+from prompt_cam_hf.data.images import build_image_processor
+from prompt_cam_hf.explanations.maps import map_box, resize_map, strong_region, token_evidence, trait_maps
 
 VARIANTS = {"deep": {}, "shallow": {"class_prompt_layer": 0}, "between": {"class_prompt_layer": 1}}
 PATCHES = 16

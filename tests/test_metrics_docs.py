@@ -7,7 +7,7 @@ from pathlib import Path
 from conftest import tiny_model
 from PIL import Image
 
-from prompt_cam_hf.images import build_image_processor
+from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.metrics.faithfulness import PRESETS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()

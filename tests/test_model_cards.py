@@ -13,8 +13,8 @@ from hub_server import metadata, metadata_errors
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
-from prompt_cam_hf.images import build_image_processor
-from prompt_cam_hf.model_card import (
+from prompt_cam_hf.data.images import build_image_processor
+from prompt_cam_hf.hub.card import (
     RECIPE_KEYS,
     GalleryPicture,
     PromptCAMModelCardData,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from prompt_cam_hf.convert import convert_official_checkpoint, convert_official_state_dict
-from prompt_cam_hf.images import build_image_processor
+from prompt_cam_hf.data.images import build_image_processor
+from prompt_cam_hf.hub.convert import convert_official_checkpoint, convert_official_state_dict
 from prompt_cam_hf.modeling.ranking_prompt_cam import BlurredScores, rank_heads_greedily
 
 FIXTURES = Path(__file__).parent / "parity"

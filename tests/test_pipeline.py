@@ -14,7 +14,7 @@ from straightforward import run_straightforwardly
 from transformers import ImageClassificationPipeline, ViTImageProcessor, pipeline
 
 from prompt_cam_hf import PromptCAMImageClassificationPipeline
-from prompt_cam_hf.images import build_image_processor
+from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.modeling.ranking_prompt_cam import rank_heads_greedily
 
 

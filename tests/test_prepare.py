@@ -21,11 +21,11 @@ from PIL import Image
 from scipy.io import savemat
 from typer.testing import CliRunner
 
-from prompt_cam_hf import prepare as prepare_module
 from prompt_cam_hf.cli import app
-from prompt_cam_hf.data import load_image_data
-from prompt_cam_hf.prepare import FACTS, DatasetFacts, image_folder, prepare
-from prompt_cam_hf.prepare.flowers import FLOWER_NAMES
+from prompt_cam_hf.data import prepare as prepare_module
+from prompt_cam_hf.data.prepare import FACTS, DatasetFacts, image_folder, prepare
+from prompt_cam_hf.data.prepare.flowers import FLOWER_NAMES
+from prompt_cam_hf.data.splits import load_image_data
 from prompt_cam_hf.training import recipe as recipe_module
 from prompt_cam_hf.training.recipe import load_recipe
 

@@ -14,8 +14,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from prompt_cam_hf.birds import COLOURS, PARTS, PATTERNS, TRAIT_PARTS, birds_dataset, other_birds_dataset
 from prompt_cam_hf.modeling.backbone_prompt_cam import fingerprint_backbone
-from prompt_cam_hf.training import pretrain_birds
-from prompt_cam_hf.training.pretrain_birds import AttributeReader, OtherBirds, PretrainArguments, pretrain
+from prompt_cam_hf.training.provenance import pretrain_birds
+from prompt_cam_hf.training.provenance.pretrain_birds import AttributeReader, OtherBirds, PretrainArguments, pretrain
 
 SIZE = 32
 

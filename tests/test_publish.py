@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from prompt_cam_hf import PromptCAMForImageClassification
 from prompt_cam_hf.cli import app
-from prompt_cam_hf.hub import publish
-from prompt_cam_hf.images import build_image_processor
+from prompt_cam_hf.data.images import build_image_processor
+from prompt_cam_hf.hub.publish import publish
 from prompt_cam_hf.modeling.hub_prompt_cam import save_repository
 
 CODE = {path.name for path in (Path(__file__).parents[1] / "modeling").glob("*_prompt_cam.py")}
@@ -308,7 +308,7 @@ def test_what_does_not_load_as_the_same_model_is_not_uploaded(hub, model_folder,
         weights["class_prompts"][2, 3] += 1e-3
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr("prompt_cam_hf.hub.save_repository", save_wrongly)
+    monkeypatch.setattr("prompt_cam_hf.hub.publish.save_repository", save_wrongly)
     with pytest.raises(ValueError, match="does not load as the same model; nothing was published"):
         publish(model_folder, REPO, license="mit")
     assert not hub.requests

@@ -13,7 +13,7 @@ from PIL import Image
 from test_parity import Official
 from transformers import ViTModel
 
-from prompt_cam_hf.images import build_image_processor
+from prompt_cam_hf.data.images import build_image_processor
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -10,12 +10,12 @@ import torch
 from conftest import tiny_model
 from PIL import Image, ImageFilter
 
-from prompt_cam_hf import removal
-from prompt_cam_hf.explain import explain
-from prompt_cam_hf.images import build_image_processor
+from prompt_cam_hf.data.images import build_image_processor
+from prompt_cam_hf.explanations import removal
+from prompt_cam_hf.explanations.explain import explain
+from prompt_cam_hf.explanations.maps import strong_region
+from prompt_cam_hf.explanations.removal import box_mask, remove_region, remove_trait
 from prompt_cam_hf.loading import Classifier
-from prompt_cam_hf.maps import strong_region
-from prompt_cam_hf.removal import box_mask, remove_region, remove_trait
 
 
 def noise(width=60, height=40):

@@ -7,7 +7,8 @@ import torch
 from conftest import FAMILIES, random_images, tiny_model
 from transformers import ViTConfig, ViTForImageClassification
 
-from prompt_cam_hf.maps import trait_maps
+from prompt_cam_hf.explanations.maps import trait_maps
+from prompt_cam_hf.explanations.ranking import rank_heads
 from prompt_cam_hf.metrics.sanity import (
     head_stability,
     map_stability,
@@ -17,7 +18,6 @@ from prompt_cam_hf.metrics.sanity import (
     rank_correlation,
 )
 from prompt_cam_hf.metrics.specificity import other_classes
-from prompt_cam_hf.traits import rank_heads
 
 STD = (0.5, 0.25, 0.2)
 

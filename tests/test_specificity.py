@@ -9,8 +9,8 @@ import torch
 from conftest import NUM_CLASSES, random_images, tiny_model
 
 from prompt_cam_hf.birds import bird_spec, counterfactual, draw_bird
-from prompt_cam_hf.images import build_image_processor
-from prompt_cam_hf.maps import trait_maps
+from prompt_cam_hf.data.images import build_image_processor
+from prompt_cam_hf.explanations.maps import trait_maps
 from prompt_cam_hf.metrics.specificity import class_specificity, counterfactual_change, other_classes
 
 

@@ -25,13 +25,14 @@ from typer.testing import CliRunner
 from prompt_cam_hf import PromptCAMForImageClassification, PromptCAMImageClassificationPipeline
 from prompt_cam_hf.birds import BIRD_CLASSES
 from prompt_cam_hf.cli.taxonomy import taxonomy as command
-from prompt_cam_hf.data import load_image_data
-from prompt_cam_hf.explain import explain
-from prompt_cam_hf.hub import publish
-from prompt_cam_hf.images import build_image_processor
+from prompt_cam_hf.data.images import build_image_processor
+from prompt_cam_hf.data.splits import load_image_data
+from prompt_cam_hf.data.taxonomy_tree import Taxonomy, read_taxonomy
+from prompt_cam_hf.explanations.explain import explain
+from prompt_cam_hf.explanations.taxonomy_path import TaxonomyPath, explain_path, find_taxonomy
+from prompt_cam_hf.hub.publish import publish
 from prompt_cam_hf.modeling.backbone_prompt_cam import backbone_layers
-from prompt_cam_hf.taxonomy import Taxonomy, TaxonomyPath, explain_path, find_taxonomy, read_taxonomy
-from prompt_cam_hf.training.taxonomy import evaluate_paths, main, relabel, train_taxonomy
+from prompt_cam_hf.training.train_taxonomy import evaluate_paths, main, relabel, train_taxonomy
 
 COLOURS = "colour,warmth,all\nred,warm,colours\nblue,cold,colours\ngreen,cold,colours\n"
 BIRDS = """species,genus,family

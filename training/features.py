@@ -25,8 +25,8 @@ from tqdm.auto import tqdm
 from transformers import default_data_collator
 
 from prompt_cam_hf.baselines import LinearProbe, VPTForImageClassification
-from prompt_cam_hf.images import ImageDataset, TrainingAugmentation
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
+from prompt_cam_hf.training.data import ImageDataset, TrainingAugmentation
 from prompt_cam_hf.training.trainer import on_main_process
 
 # What has an `encode_prefix`, and a config that says what that depends on.

@@ -32,12 +32,13 @@ from transformers.trainer_utils import IntervalStrategy
 
 from prompt_cam_hf import PromptCAMForImageClassification
 from prompt_cam_hf.baselines import LinearProbe, VPTForImageClassification, build_linear_probe
-from prompt_cam_hf.data import ImageData, load_image_data
-from prompt_cam_hf.hub import publish
-from prompt_cam_hf.images import ImageDataset, TrainingAugmentation, build_image_processor
+from prompt_cam_hf.data.images import build_image_processor
+from prompt_cam_hf.data.splits import ImageData, load_image_data
+from prompt_cam_hf.hub.publish import publish
 from prompt_cam_hf.metrics.classification import ClassificationReport, build_compute_metrics
 from prompt_cam_hf.modeling.backbone_prompt_cam import embed, grid_size, image_size
 from prompt_cam_hf.modeling.hub_prompt_cam import check_license, check_repo_id, explained_upload_errors, find_token
+from prompt_cam_hf.training.data import ImageDataset, TrainingAugmentation
 from prompt_cam_hf.training.features import DEFAULT_CACHE_DIR, FeatureCollator, FeatureDataset, cache_features
 from prompt_cam_hf.training.recipe import Recipe, load_recipe, parse_recipe, training_arguments
 from prompt_cam_hf.training.trainer import (

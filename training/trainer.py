@@ -32,7 +32,7 @@ from transformers import (
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.utils import SAFE_WEIGHTS_NAME
 
-from prompt_cam_hf.images import SetEpochCallback
+from prompt_cam_hf.training.data import SetEpochCallback
 
 # Written into a checkpoint as the last thing, and removed from it as the first.
 _COMPLETE = "complete"

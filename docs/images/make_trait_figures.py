@@ -12,11 +12,11 @@ from pathlib import Path
 from PIL import Image
 
 from prompt_cam_hf.birds import BIRD_CLASSES, bird_spec, draw_bird
-from prompt_cam_hf.compare import compare
-from prompt_cam_hf.explain import explain
+from prompt_cam_hf.explanations.compare import compare
+from prompt_cam_hf.explanations.explain import explain
+from prompt_cam_hf.explanations.removal import remove_trait
+from prompt_cam_hf.explanations.results import Result
 from prompt_cam_hf.loading import Classifier, as_classifier
-from prompt_cam_hf.removal import remove_trait
-from prompt_cam_hf.results import Result
 
 FOLDER = Path(__file__).parent
 SIZE = 480

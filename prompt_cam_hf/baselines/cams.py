@@ -25,8 +25,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from prompt_cam_hf.explanations.ranking import check_classes
 from prompt_cam_hf.modeling.backbone_prompt_cam import backbone_layers, first_norm, grid_size
-from prompt_cam_hf.traits import check_classes
 
 from .attention import attention_rollout, raw_attention
 from .backbone import backbone_of

@@ -16,6 +16,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
+from prompt_cam_hf.explanations.removal import remove_region
 from prompt_cam_hf.metrics.localization import (
     chance_level,
     patch_mask,
@@ -27,7 +28,6 @@ from prompt_cam_hf.metrics.localization import (
 )
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.modeling.ranking_prompt_cam import rank_heads_greedily
-from prompt_cam_hf.removal import remove_region
 
 from .classes import BIRD_CLASSES, TRAIT_PARTS, BirdSpec, counterfactual
 from .dataset import row_spec

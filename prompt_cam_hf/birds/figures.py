@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 
-from prompt_cam_hf.figures import overlay
+from prompt_cam_hf.explanations.figures import overlay
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 
 from .classes import BIRD_CLASSES, BirdSpec

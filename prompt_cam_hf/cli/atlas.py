@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from prompt_cam_hf.atlas import atlas as make_atlas
+from prompt_cam_hf.class_atlas import atlas as make_atlas
 from prompt_cam_hf.cli.common import (
     DeviceOption,
     ModelArgument,

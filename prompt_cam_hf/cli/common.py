@@ -10,7 +10,7 @@ import typer
 from PIL import Image
 from rich.console import Console
 
-from prompt_cam_hf.images import UnreadableImageError, open_image
+from prompt_cam_hf.data.images import UnreadableImageError, open_image
 from prompt_cam_hf.loading import load_pipeline
 
 # Results go to standard output, everything else here.

@@ -26,8 +26,8 @@ from prompt_cam_hf.cli.explain import (
     output_paths,
     save_result,
 )
-from prompt_cam_hf.compare import compare as compare_classes
-from prompt_cam_hf.figures import check_head_count
+from prompt_cam_hf.explanations.compare import compare as compare_classes
+from prompt_cam_hf.explanations.figures import check_head_count
 
 
 def compare(

@@ -16,15 +16,15 @@ from prompt_cam_hf.birds import birds_dataset
 from prompt_cam_hf.cli.atlas import SplitName
 from prompt_cam_hf.cli.common import DeviceOption, OverwriteOption, one_sentence_errors
 from prompt_cam_hf.cli.explain import OutOption
+from prompt_cam_hf.data.ground_truth import bird_mask, box_mask, point_mask, read_cub, segmentation_mask
 from prompt_cam_hf.evaluation import Evaluation
 from prompt_cam_hf.evaluation import evaluate as run_evaluation
 from prompt_cam_hf.evaluation.build import GroundTruth
 from prompt_cam_hf.evaluation.measure import METRIC_GROUPS, Protocol
 from prompt_cam_hf.evaluation.report import PAGE, tables
 from prompt_cam_hf.evaluation.subjects import MAPS
-from prompt_cam_hf.ground_truth import bird_mask, box_mask, point_mask, read_cub, segmentation_mask
+from prompt_cam_hf.explanations.results import format_table
 from prompt_cam_hf.metrics.faithfulness import PRESETS
-from prompt_cam_hf.results import format_table
 
 DRAWN_BIRDS = "drawn-birds"
 

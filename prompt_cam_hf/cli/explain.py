@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-from prompt_cam_hf.class_names import find_classes
 from prompt_cam_hf.cli.common import (
     DeviceOption,
     ImagesArgument,
@@ -21,11 +20,12 @@ from prompt_cam_hf.cli.common import (
     one_sentence_errors,
     open_readable,
 )
-from prompt_cam_hf.explain import explain_each
-from prompt_cam_hf.figures import check_head_count
-from prompt_cam_hf.images import find_images
+from prompt_cam_hf.data.images import find_images
+from prompt_cam_hf.explanations.class_names import find_classes
+from prompt_cam_hf.explanations.explain import explain_each
+from prompt_cam_hf.explanations.figures import check_head_count
+from prompt_cam_hf.explanations.results import Result
 from prompt_cam_hf.loading import as_classifier
-from prompt_cam_hf.results import Result
 
 # The figure, everything, and a table of heads.
 _SUFFIXES = (".png", ".json", ".csv")

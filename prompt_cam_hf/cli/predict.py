@@ -22,7 +22,7 @@ from prompt_cam_hf.cli.common import (
     one_sentence_errors,
     open_readable,
 )
-from prompt_cam_hf.images import find_images
+from prompt_cam_hf.data.images import find_images
 
 
 class OutputFormat(str, Enum):

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prompt_cam_hf.cli.common import one_sentence_errors, say
-from prompt_cam_hf.prepare import FACTS, Plan, make_plan, open_source, write_image_folder
+from prompt_cam_hf.data.prepare import FACTS, Plan, make_plan, open_source, write_image_folder
 
 
 def prepare(

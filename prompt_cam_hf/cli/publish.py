@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from prompt_cam_hf.cli.common import one_sentence_errors, say
-from prompt_cam_hf.hub import Publication
-from prompt_cam_hf.hub import publish as publish_folder
+from prompt_cam_hf.hub.publish import Publication
+from prompt_cam_hf.hub.publish import publish as publish_folder
 
 
 def publish(

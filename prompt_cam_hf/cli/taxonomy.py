@@ -27,9 +27,10 @@ from prompt_cam_hf.cli.explain import (
     output_paths,
     save_result,
 )
-from prompt_cam_hf.figures import check_head_count
-from prompt_cam_hf.images import find_images
-from prompt_cam_hf.taxonomy import explain_path, find_taxonomy, read_taxonomy
+from prompt_cam_hf.data.images import find_images
+from prompt_cam_hf.data.taxonomy_tree import read_taxonomy
+from prompt_cam_hf.explanations.figures import check_head_count
+from prompt_cam_hf.explanations.taxonomy_path import explain_path, find_taxonomy
 
 
 def taxonomy(

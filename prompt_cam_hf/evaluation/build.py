@@ -18,16 +18,16 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import Pipeline
 
-from prompt_cam_hf.atlas.pictures import Pictures, Split, read_pictures
+from prompt_cam_hf.data.ground_truth import mask_as_seen
+from prompt_cam_hf.data.images import UnreadableImageError, open_image
+from prompt_cam_hf.data.labelled_images import Pictures, Split, read_pictures
 from prompt_cam_hf.evaluation.measure import SANITY_IMAGES, Batch, Protocol, measure
 from prompt_cam_hf.evaluation.parts import PART_SIZE, Parts
 from prompt_cam_hf.evaluation.report import CURVES, EVALUATION, MEASUREMENTS, PAGE, draw_curves, render_report, to_json
 from prompt_cam_hf.evaluation.subjects import Subject, check_same_classes, load_subject
 from prompt_cam_hf.evaluation.summary import Key, Mean, summarize
-from prompt_cam_hf.ground_truth import mask_as_seen
-from prompt_cam_hf.images import UnreadableImageError, open_image
+from prompt_cam_hf.explanations.results import write_atomically
 from prompt_cam_hf.loading import weights_digest
-from prompt_cam_hf.results import write_atomically
 from prompt_cam_hf.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def evaluate(
 
     Args:
         model: A Prompt-CAM (or another classifier that `baselines` may name): a folder, a Hub id, or a pipeline.
-        data: As in `prompt_cam_hf.atlas.pictures.read_pictures`.
+        data: As in `prompt_cam_hf.data.labelled_images.read_pictures`.
         out: The folder for the results; it is made.
         baselines: Models to compare with, of the same classes: linear probes, VPTs, other Prompt-CAMs.
         maps: Names of `prompt_cam_hf.evaluation.subjects.MAPS` to measure on the model; by default its aggregated map.

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prompt_cam_hf.evaluation.measure import ROW_SCHEMA
-from prompt_cam_hf.results import write_atomically
+from prompt_cam_hf.explanations.results import write_atomically
 
 # Pictures in a part: what a process loses at most when it is killed.
 PART_SIZE = 16

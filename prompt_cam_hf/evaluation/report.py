@@ -15,15 +15,15 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
+from prompt_cam_hf.data.images import open_image
 from prompt_cam_hf.evaluation.measure import FAITHFULNESS, LOCALISATION, SPECIFICITY
 from prompt_cam_hf.evaluation.subjects import Subject, explainer
-from prompt_cam_hf.figures import overlay
+from prompt_cam_hf.explanations.figures import overlay
 from prompt_cam_hf.html import EmbeddedPicture, embed_thumbnail, render_page
-from prompt_cam_hf.images import open_image
 from prompt_cam_hf.version import __version__
 
 if TYPE_CHECKING:
-    from prompt_cam_hf.atlas.pictures import Pictures
+    from prompt_cam_hf.data.labelled_images import Pictures
     from prompt_cam_hf.evaluation.build import Evaluation
     from prompt_cam_hf.evaluation.summary import Mean
 

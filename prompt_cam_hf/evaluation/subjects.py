@@ -10,10 +10,10 @@ import torch
 from transformers import Pipeline, PreTrainedModel, pipeline
 from transformers.image_processing_utils import BaseImageProcessor
 
-from prompt_cam_hf.aggregate import AGGREGATIONS, DEFAULT_AGGREGATION, aggregate_maps
 from prompt_cam_hf.baselines import CAM_METHODS, cam_maps
+from prompt_cam_hf.explanations.aggregate import AGGREGATIONS, DEFAULT_AGGREGATION, aggregate_maps
+from prompt_cam_hf.explanations.ranking import check_ranking
 from prompt_cam_hf.metrics.scoring import Explainer
-from prompt_cam_hf.traits import check_ranking
 
 _FINER = "finer_"
 # The number of similar classes in the code of Finer-CAM's authors.

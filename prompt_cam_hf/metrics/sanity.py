@@ -14,10 +14,10 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
+from prompt_cam_hf.explanations.ranking import rank_heads
 from prompt_cam_hf.metrics.scoring import Classifier, Explainer, asked_classes, class_logits
 from prompt_cam_hf.metrics.specificity import other_classes
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
-from prompt_cam_hf.traits import rank_heads
 
 # Modules through which an image goes before the first layer; the second name is CLIP's own spelling.
 _BEFORE_THE_LAYERS = {"embeddings", "pre_layrnorm"}
@@ -218,7 +218,7 @@ def head_stability(
         classes: See there.
         noise_std: See there.
         seed: See there.
-        method: As in `prompt_cam_hf.traits.rank_heads`.
+        method: As in `prompt_cam_hf.explanations.ranking.rank_heads`.
 
     Raises:
         ValueError: as in `map_stability` and `rank_heads`.

@@ -140,7 +140,7 @@ def counterfactual_change(
 ) -> CounterfactualChange:
     """Compare pictures with the same pictures in which one trait was redrawn or taken away.
 
-    `prompt_cam_hf.birds.counterfactual` makes such pairs of drawn birds, `prompt_cam_hf.removal` of photos.
+    `prompt_cam_hf.birds.counterfactual` makes such pairs of drawn birds, `remove_trait` of photos.
 
     Args:
         model: The classifier, in evaluation mode.

@@ -1,0 +1,10 @@
+# SPDX-License-Identifier: MIT
+"""Where do the prompts of all classes look, over a whole data set? Tables, and one page to leaf through.
+
+`pictures` says which pictures and labels, `collect` what is recorded of each, `store` how it survives being killed,
+`summary` what it says about classes, `page` what is shown, and `build` puts them together.
+"""
+
+from prompt_cam_hf.class_atlas.build import Atlas, atlas
+
+__all__ = ["Atlas", "atlas"]

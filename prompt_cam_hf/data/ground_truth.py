@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: MIT
+"""Where are the parts of the animal, really? Readers of CUB's annotations and of the drawn birds' masks.
+
+Everything becomes boolean masks (height, width) of the original picture, which `mask_as_seen` sends the way that the
+picture goes into the model; `prompt_cam_hf.metrics.localization` takes them from there.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from transformers.image_processing_utils import BaseImageProcessor
+
+from prompt_cam_hf.birds import PARTS, unpack_masks
+from prompt_cam_hf.data.images import open_image
+
+# Of the side of a square as large as the bird's box: our choice, since CUB's points have no size.
+POINT_RADIUS = 0.1
+# The grey level of CUB's segmentations counts, in steps of 51, how many of five people marked a pixel.
+_MAJORITY = 3 * 51
+
+
+@dataclass(frozen=True)
+class CubAnnotation:
+    """What CUB-200-2011 says of one picture, in pixels of the original: x to the right, y down, from the top left.
+
+    Attributes:
+        image: The picture's path in CUB's folder `images`, such as "017.Cardinal/Cardinal_0001_17057.jpg".
+        box: left, top, right, bottom of the bird, with fractions.
+        parts: x and y of each visible part, by name, such as "left wing".
+        segmentation: The file of the bird's segmentation, where it was unpacked beside the rest.
+    """
+
+    image: str
+    box: tuple[float, float, float, float]
+    parts: Mapping[str, tuple[float, float]]
+    segmentation: Path | None
+
+
+def read_cub(folder: str | os.PathLike) -> dict[str, CubAnnotation]:
+    """Read the annotations of CUB-200-2011 (Wah et al., 2011).
+
+    The folder is the unpacked CUB_200_2011, with `images.txt`, `bounding_boxes.txt`, `parts/parts.txt` and
+    `parts/part_locs.txt`. Segmentations are a download of their own: they are found in `segmentations/`, in the folder
+    or beside it.
+
+    Returns:
+        One annotation a picture, by file name without folders, which is unique in CUB: pictures that were moved to
+        other folders find their annotation.
+
+    Raises:
+        FileNotFoundError: one of the four files is not there.
+        ValueError: a file is not in CUB's form, does not know a picture, or two pictures have one name.
+    """
+    root = Path(folder)
+    images = _read_table(root / "images.txt", {"image": str})
+    boxes = _read_table(root / "bounding_boxes.txt", dict.fromkeys(("x", "y", "width", "height"), float))
+    points_file = root / "parts" / "part_locs.txt"
+    points = _read_table(points_file, {"part": int, "x": float, "y": float, "visible": int})
+    part_names = _read_part_names(root / "parts" / "parts.txt")
+    if unknown := set(points["part"]) - set(part_names):
+        raise ValueError(f"{points_file} has the part {min(unknown)}, which parts.txt does not name.")
+    if missing := set(images.index) - set(boxes.index):
+        raise ValueError(f"{root / 'bounding_boxes.txt'} has no box for picture {min(missing)} of images.txt.")
+    seen = points[points["visible"] == 1]
+    parts: dict[int, dict[str, tuple[float, float]]] = {number: {} for number in images.index}
+    for number, part, x, y in zip(seen.index, seen["part"], seen["x"], seen["y"], strict=True):
+        parts.setdefault(number, {})[part_names[part]] = (x, y)
+    segmentations = next((path for path in (root, root.parent) if (path / "segmentations").is_dir()), None)
+    annotations: dict[str, CubAnnotation] = {}
+    for number, image in images["image"].items():
+        x, y, width, height = boxes.loc[number]
+        file = None if segmentations is None else segmentations / "segmentations" / Path(image).with_suffix(".png")
+        name = Path(image).name
+        if name in annotations:
+            raise ValueError(f"{root / 'images.txt'} has two pictures of the name {name}.")
+        annotations[name] = CubAnnotation(image, (x, y, x + width, y + height), parts[number], file)
+    return annotations
+
+
+def _read_table(path: Path, columns: dict[str, type]) -> pd.DataFrame:
+    """A file of numbered lines, words parted by spaces."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}; the folder must be CUB_200_2011 as it was unpacked.")
+    names = ["number", *columns]
+    try:
+        table = pd.read_csv(path, sep=" ", header=None, index_col=False, dtype=str, keep_default_na=False)
+        if len(table.columns) != len(names):
+            raise ValueError(f"{len(table.columns)} words a line")
+        return table.set_axis(names, axis=1).astype({"number": int, **columns}).set_index("number")
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not in CUB's form, {' '.join(names)} on each line without a heading: {error}."
+        ) from error
+
+
+def _read_part_names(path: Path) -> dict[int, str]:
+    """Part names by number; they have spaces in them, "left wing"."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}; the folder must be CUB_200_2011 as it was unpacked.")
+    lines = (line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip())
+    try:
+        return {int(number): name.strip() for number, name in lines}
+    except ValueError as error:
+        raise ValueError(f"{path} is not in CUB's form, number and name on each line: {error}.") from error
+
+
+def segmentation_mask(annotation: CubAnnotation) -> np.ndarray:
+    """The pixels that at least three of five people marked as the bird, boolean, (height, width).
+
+    Raises:
+        FileNotFoundError: the segmentations were not unpacked.
+        UnreadableImageError: the file is broken.
+    """
+    if annotation.segmentation is None:
+        raise FileNotFoundError(
+            f"There is no folder segmentations for {annotation.image}; CUB's segmentations are a download of their "
+            "own. Unpack them beside CUB_200_2011 or in it."
+        )
+    return np.asarray(open_image(annotation.segmentation).convert("L")) >= _MAJORITY
+
+
+def box_mask(annotation: CubAnnotation, size: tuple[int, int]) -> np.ndarray:
+    """The pixels in the bird's box, boolean; `size` is the picture's height and width.
+
+    A pixel belongs to the box if its centre does.
+    """
+    left, top, right, bottom = annotation.box
+    y, x = _pixel_centres(size)
+    return (left <= x) & (x < right) & (top <= y) & (y < bottom)
+
+
+def point_mask(
+    annotation: CubAnnotation,
+    size: tuple[int, int],
+    parts: Iterable[str] | None = None,
+    radius: float | None = None,
+) -> np.ndarray:
+    """Discs around the points of parts, boolean; nothing where none of them is visible.
+
+    Args:
+        annotation: Of the picture.
+        size: Height and width of the picture.
+        parts: Which parts; all that are visible by default.
+        radius: In pixels of the picture. By default `POINT_RADIUS` of the side of a square as large as the box, so
+            that a bird has the same share of itself marked in a small and in a large picture.
+    """
+    left, top, right, bottom = annotation.box
+    if radius is None:
+        radius = POINT_RADIUS * math.sqrt((right - left) * (bottom - top))
+    y, x = _pixel_centres(size)
+    mask = np.zeros(size, dtype=bool)
+    for part in annotation.parts if parts is None else parts:
+        if part in annotation.parts:
+            centre_x, centre_y = annotation.parts[part]
+            mask |= (x - centre_x) ** 2 + (y - centre_y) ** 2 <= radius**2
+    return mask
+
+
+def _pixel_centres(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    height, width = size
+    return np.arange(height)[:, None] + 0.5, np.arange(width)[None, :] + 0.5
+
+
+def bird_mask(row: Mapping[str, Any], parts: Iterable[str] | None = None) -> np.ndarray:
+    """The pixels that show parts of a drawn bird, boolean, (height, width).
+
+    Args:
+        row: Of `prompt_cam_hf.birds.birds_dataset`.
+        parts: Which of `prompt_cam_hf.birds.PARTS`; by default those that define the bird's class.
+
+    Raises:
+        ValueError: there is no such part, or the bird is of no class and no parts are given.
+    """
+    if parts is None:
+        if "discriminative_mask" not in row:
+            raise ValueError("This bird is of no class, so no parts define it; name the parts.")
+        return np.asarray(row["discriminative_mask"]) > 0
+    masks = unpack_masks(row["masks"])
+    asked = list(parts)
+    if unknown := [part for part in asked if part not in masks]:
+        raise ValueError(f"There is no part {unknown[0]!r}; the parts are {', '.join(PARTS)}.")
+    return np.any([masks[part] for part in asked], axis=0)
+
+
+def mask_as_seen(mask: np.ndarray, image_processor: BaseImageProcessor) -> np.ndarray:
+    """Send a mask through an image processor: resized and cropped as the picture is, boolean, (height, width).
+
+    A pixel is on the mask if at least half of what it shows is. What a processor crops away is lost, as it is to the
+    model; and the maps of any processor lie on the whole of what comes out.
+
+    Args:
+        mask: (height, width), boolean, of the original picture.
+        image_processor: The model's.
+    """
+    picture = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)).convert("RGB")
+    inputs = image_processor(picture, do_rescale=False, do_normalize=False, return_tensors="np")
+    return np.asarray(inputs["pixel_values"])[0, 0] >= 127.5
+
+
+__all__ = [
+    "POINT_RADIUS",
+    "CubAnnotation",
+    "bird_mask",
+    "box_mask",
+    "mask_as_seen",
+    "point_mask",
+    "read_cub",
+    "segmentation_mask",
+]

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: MIT
+"""Which pictures does an atlas look at, and which of the model's classes are they labelled with, if any?"""
+
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+
+from prompt_cam_hf.data.images import find_images, image_name, picture_suffixes
+from prompt_cam_hf.data.sources import SourceSplit, read_source, some_of
+from prompt_cam_hf.explanations.class_names import find_class
+
+logger = logging.getLogger(__name__)
+
+Split = Literal["train", "validation", "test"]
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures in their order.
+
+    Attributes:
+        images: The column `image`, undecoded, for `open_image`.
+        labels: The number of each picture's class in the model, or None.
+        origin: Where they come from, in words.
+        folder: The folder that they lie in, where there is one; names are shown from there on.
+    """
+
+    images: datasets.Dataset
+    labels: list[int | None]
+    origin: str
+    folder: Path | None = None
+
+    def __len__(self) -> int:
+        """Count them."""
+        return len(self.labels)
+
+    def source(self, index: int) -> Any:
+        """What `open_image` opens."""
+        return self.images[index]["image"] or {}
+
+    def name(self, index: int) -> str:
+        """A picture's path within the folder; its row, where it has no name."""
+        name = image_name(self.source(index))
+        if self.folder is not None and name.startswith(f"{self.folder}{os.sep}"):
+            name = name[len(f"{self.folder}{os.sep}") :]
+        return name or f"row {index}"
+
+    def digest(self) -> str:
+        """SHA-256 over labels and files (path, size, time of the last change) or encoded pictures, in hexadecimal."""
+        digest = hashlib.sha256()
+        for index, label in enumerate(self.labels):
+            source = self.source(index)
+            content = source.get("bytes")
+            if content is None and source.get("path") and os.path.exists(source["path"]):
+                status = os.stat(source["path"])
+                content = f"{status.st_size} {status.st_mtime_ns}".encode()
+            digest.update(f"{self.name(index)}\0{label}\0".encode())
+            digest.update(hashlib.sha256(content or b"").digest())
+        return digest.hexdigest()
+
+
+def read_pictures(
+    data: str | os.PathLike | datasets.Dataset | datasets.DatasetDict,
+    id2label: Mapping[int, str],
+    *,
+    split: Split | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    image_column: str = "image",
+    label_column: str = "label",
+) -> Pictures:
+    """List pictures with the model's classes that they are labelled with.
+
+    Args:
+        data: What `load_image_data` (`prompt_cam_hf.data.splits`) reads; also a folder with pictures and no class
+            folders, and a `datasets.Dataset` without labels.
+        id2label: The model's classes. Names are compared as `find_class` does, with or without an `NNN.` prefix; a
+            picture of a class that the model does not know counts as unlabelled.
+        split: "train", "validation" or "test"; None: the last of these that the data have.
+        name: Configuration of a data set on the Hub.
+        revision: Revision of a data set on the Hub.
+        image_column: Column of pictures or paths.
+        label_column: Column of class names or numbers.
+
+    Raises:
+        FileNotFoundError: there are no such data.
+        ValueError: there is no such split or column, or there are no pictures.
+    """
+    folder = None
+    if isinstance(data, str | os.PathLike) and Path(data).expanduser().is_dir():
+        folder = Path(data).expanduser()
+        if _is_unlabelled(folder):
+            return Pictures(*_without_labels([str(path) for path in find_images([folder])]), folder.name, folder)
+    if isinstance(data, datasets.Dataset) and label_column not in data.column_names:
+        if image_column not in data.column_names:
+            raise ValueError(
+                f"The data set has no column {image_column!r}; set image_column to one of "
+                f"{', '.join(data.column_names)}."
+            )
+        images = data.select_columns(image_column).rename_columns({image_column: "image"})
+        images = images.cast_column("image", datasets.Image(decode=False))
+        return Pictures(images, [None] * len(images), "a data set without labels")
+    found = read_source(data, name=name, revision=revision, image_column=image_column, label_column=label_column)
+    chosen = split or list(found)[-1]
+    if chosen not in found:
+        raise ValueError(f"The data have no split {chosen!r}; they have {', '.join(found)}.")
+    origin = "a data set"
+    if isinstance(data, str | os.PathLike):
+        # A page is passed on; where its pictures lay on this machine is nobody's business.
+        origin = Path(data).name if Path(data).expanduser().exists() else str(data)
+    origin += f", split {chosen}" if len(found) > 1 else ""
+    return Pictures(found[chosen].images, _number_labels(found[chosen], id2label, origin), origin, folder)
+
+
+def _is_unlabelled(folder: Path) -> bool:
+    """Whether pictures lie in the folder itself and in no folder below it."""
+    suffixes = picture_suffixes()
+    visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
+    loose = [path for path in visible if path.is_file() and path.suffix.lower() in suffixes]
+    if not loose:
+        return False
+    if len(find_images([folder])) == len(loose):
+        return True
+    logger.warning("%s: left out %s, in no class folder.", folder, some_of(sorted(path.name for path in loose)))
+    return False
+
+
+def _without_labels(files: list[str]) -> tuple[datasets.Dataset, list[int | None]]:
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    return datasets.Dataset.from_dict({"image": files}, features=features), [None] * len(files)
+
+
+def _number_labels(found: SourceSplit, id2label: Mapping[int, str], origin: str) -> list[int | None]:
+    numbers = {label: _find(id2label, label) for label in sorted(set(found.labels))}
+    if unknown := [label for label, number in numbers.items() if number is None]:
+        logger.warning(
+            "%s: the model knows %d of %d classes; pictures of the others count as unlabelled: %s.",
+            origin,
+            len(numbers) - len(unknown),
+            len(numbers),
+            some_of(unknown),
+        )
+    return [numbers[label] for label in found.labels]
+
+
+def _find(id2label: Mapping[int, str], label: str) -> int | None:
+    for name in (label, re.sub(r"^[0-9]+\.(?=.)", "", label)):
+        try:
+            return find_class(id2label, name)
+        except ValueError:
+            continue
+    return None
+
+
+__all__ = ["Pictures", "Split", "read_pictures"]

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: MIT
+"""How is a plan carried out? Pictures are linked or copied into an image folder that any interruption leaves whole.
+
+A picture appears in its place complete or not at all, so that the same command goes on after a kill. What the plan
+does not name is never touched.
+"""
+
+import csv
+import os
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from datasets.utils import tqdm
+
+from prompt_cam_hf.data.prepare.archives import Source, SourceFile
+from prompt_cam_hf.data.prepare.plan import Plan, PlannedPicture
+from prompt_cam_hf.data.sources import some_of
+
+# Written last: it lists every picture, and says that the folder is complete.
+MANIFEST = "manifest.csv"
+_COLUMNS = ("split", "class", "file", "bytes", "source")
+
+
+def write_image_folder(plan: Plan, source: Source, destination: Path) -> None:
+    """Put the pictures of `plan` into `destination`: `SPLIT/CLASS/PICTURE`, and the list `manifest.csv`.
+
+    Extracted pictures are hard-linked, and copied where the file system cannot link; those in archives are copied. A
+    picture that is there already, with the right size, stays as it is.
+
+    Raises:
+        FileExistsError: `destination` holds something that the plan does not, or another file in a picture's place.
+        OSError: there is too little space, or writing failed.
+        ValueError: `destination` and the source lie in one another, or an archive is damaged.
+    """
+    _check_destination(plan, source, destination)
+    missing = [picture for picture in plan.pictures if not _is_there(picture, destination)]
+    destination.mkdir(parents=True, exist_ok=True)
+    extracted = next((picture.source for picture in missing if not picture.source.in_archive), None)
+    can_link = extracted is not None and _can_link(extracted, destination)
+    to_copy = [picture for picture in missing if picture.source.in_archive or not can_link]
+    _check_space(sum(picture.source.size for picture in to_copy), destination)
+    with tqdm(total=len(missing), desc=f"Preparing {plan.facts.title}", unit=" images") as progress:
+        for picture in sorted(missing, key=lambda picture: picture.source.position):
+            _place(picture.source, destination / picture.path, can_link)
+            progress.update()
+    _write_manifest(plan, destination)
+
+
+def _check_destination(plan: Plan, source: Source, destination: Path) -> None:
+    inner, outer = destination.resolve(), source.path.resolve()
+    if inner == outer or outer in inner.parents or inner in outer.parents:
+        raise ValueError(f"{destination} and {source.path} lie in one another; choose a folder apart from the source.")
+    if not destination.exists():
+        return
+    if not destination.is_dir():
+        raise FileExistsError(f"{destination} is a file; choose a new folder.")
+    planned = {str(picture.path) for picture in plan.pictures}
+    if _is_our_manifest(destination / MANIFEST):
+        planned.add(MANIFEST)
+    foreign = []
+    for parent, subfolders, names in os.walk(destination):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        within = Path(parent).relative_to(destination)
+        foreign += [path for name in sorted(names) if (path := (within / name).as_posix()) not in planned]
+    # Hidden files are our own unfinished copies, and what file managers leave behind.
+    if foreign := [path for path in foreign if not Path(path).name.startswith(".")]:
+        raise FileExistsError(
+            f"{destination} holds files that are no part of {plan.facts.title} as asked for: {some_of(foreign)}; "
+            "choose a new folder."
+        )
+
+
+def _is_our_manifest(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.readline().strip() == ",".join(_COLUMNS).encode()
+
+
+def _is_there(picture: PlannedPicture, destination: Path) -> bool:
+    path = destination / picture.path
+    if not path.exists():
+        return False
+    if path.is_file() and (size := path.stat().st_size) == picture.source.size:
+        return True
+    found = f"has {size} bytes" if path.is_file() else "is no file"
+    raise FileExistsError(
+        f"{path} is another file than {picture.source}: it {found}, and not {picture.source.size}; remove it, "
+        "or choose a new folder."
+    )
+
+
+def _part(path: Path) -> Path:
+    """The name under which a file is written until it is complete."""
+    return path.with_name(f".{path.name}.part")
+
+
+def _can_link(file: SourceFile, folder: Path) -> bool:
+    """Try whether pictures of the source can be hard-linked here."""
+    trial = folder / ".link.part"
+    trial.unlink(missing_ok=True)
+    try:
+        os.link(file.location.resolve(), trial)
+    except OSError:
+        return False
+    trial.unlink()
+    return True
+
+
+def _check_space(needed: int, folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"{folder} has {free / 1e9:.2f} GB free, and the pictures take {needed / 1e9:.2f} GB; free some space."
+        )
+
+
+def _place(file: SourceFile, target: Path, can_link: bool) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if can_link and not file.in_archive:
+        # Fails for single files too: on many systems one file can have only so many links.
+        with suppress(OSError):
+            os.link(file.location.resolve(), target)
+            return
+    part = _part(target)
+    try:
+        file.copy_to(part)
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_manifest(plan: Plan, destination: Path) -> None:
+    part = _part(destination / MANIFEST)
+    with open(part, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(_COLUMNS)
+        for picture in plan.pictures:
+            writer.writerow(
+                (picture.split, picture.class_folder, picture.path, picture.source.size, picture.source.path)
+            )
+    os.replace(part, destination / MANIFEST)
+
+
+__all__ = ["MANIFEST", "write_image_folder"]

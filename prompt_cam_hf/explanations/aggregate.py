@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: MIT
+"""How do the maps of all heads become one?
+
+The paper shows heads one by one, and sums up its top heads where a metric needs a single map (section 4); it does not
+say how many. docs/evaluation.md compares the ways below on birds whose traits are known.
+"""
+
+from typing import Literal, get_args
+
+import torch
+
+from prompt_cam_hf.explanations.maps import MapKind, maps_from_state
+from prompt_cam_hf.explanations.ranking import check_classes, rank_heads_from_state
+from prompt_cam_hf.modeling import PromptCAMForImageClassification
+from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState
+
+Aggregation = Literal[
+    "attention_sum",
+    "attention_first",
+    "attention_top3",
+    "attention_sufficient",
+    "attention_shapley",
+    "evidence_sum",
+    "evidence_first",
+    "evidence_top3",
+    "evidence_positive",
+]
+AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
+# On drawn birds it points as well as any other, and of those more of it lies on the trait and leaves with the class;
+# docs/evaluation.md has the numbers.
+DEFAULT_AGGREGATION: Aggregation = "attention_shapley"
+_NUM_TOP_HEADS = 3
+
+
+# Evidence is a gradient, which needs tensors that were not made in inference mode, whatever the caller's mode is.
+@torch.inference_mode(False)
+def aggregate_maps(
+    model: PromptCAMForImageClassification,
+    pixel_values: torch.Tensor,
+    classes: torch.Tensor | None = None,
+    how: Aggregation = DEFAULT_AGGREGATION,
+    interpolate_pos_encoding: bool = False,
+) -> torch.Tensor:
+    """One map of a class on an image, from those of all heads.
+
+    The first word of `how` is the kind of the heads' maps (as in `trait_maps`), the second what is done with them:
+
+    - "sum": all heads are added up. Of evidence, heads that speak against the class count with their sign.
+    - "first", "top3": the first, or the first three, of the greedy ranking are added up.
+    - "sufficient": the heads that keep the class on top by themselves, by the greedy ranking, are added up.
+    - "shapley": all heads are added up, each as often as its Shapley value says, negative ones not at all.
+      All sets of heads are tried, so a model can have up to 16.
+    - "positive": all heads are added up, without what is below zero in them.
+
+    Args:
+        model: The model, in evaluation mode.
+        pixel_values: (batch, channels, height, width).
+        classes: (batch,) or (batch, k), the classes asked about. None: the predicted class.
+        how: One of `AGGREGATIONS`.
+        interpolate_pos_encoding: As in the model's `forward`.
+
+    Returns:
+        (batch, rows, cols), or (batch, k, rows, cols) where `classes` has that axis; float32.
+
+    Raises:
+        ValueError: `how` is unknown, `classes` does not fit, or there are too many heads for Shapley values.
+    """
+    if how not in AGGREGATIONS:
+        raise ValueError(f"how={how!r} is not known; use one of {', '.join(AGGREGATIONS)}.")
+    kind: MapKind
+    kind, way = how.split("_")  # type: ignore[assignment]
+    with torch.no_grad():
+        state = model.last_layer_state(pixel_values, interpolate_pos_encoding)
+        logits = model.last_layer_logits(state)
+        asked = check_classes(classes, logits)
+    maps = maps_from_state(model, state, asked, kind)
+    if way == "positive":
+        maps = maps.relu()
+    elif way != "sum":
+        maps = maps * _head_weights(model, state, logits, asked, way)[..., None, None]
+    summed = maps.sum(dim=2)
+    return summed if classes is not None and classes.ndim == 2 else summed[:, 0]
+
+
+def _head_weights(
+    model: PromptCAMForImageClassification,
+    state: LastLayerState,
+    logits: torch.Tensor,
+    classes: torch.Tensor,
+    way: str,
+) -> torch.Tensor:
+    """How often each head counts, (batch, k, heads)."""
+    if way == "shapley":
+        return rank_heads_from_state(model, state, logits, classes, "shapley").scores.relu()
+    ranking = rank_heads_from_state(model, state, logits, classes)
+    count = {"first": torch.tensor(1), "top3": torch.tensor(_NUM_TOP_HEADS)}.get(way, ranking.sufficient)
+    places = ranking.order.argsort(dim=-1)
+    return (places < count.to(places.device)[..., None]).float()
+
+
+__all__ = ["AGGREGATIONS", "DEFAULT_AGGREGATION", "Aggregation", "aggregate_maps"]

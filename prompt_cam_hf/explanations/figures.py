@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: MIT
+"""How are trait maps drawn? On the original picture, on one scale, with the attention that they leave out said."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from prompt_cam_hf.explanations.maps import Box, MapKind, resize_map
+from prompt_cam_hf.explanations.sheet import ColourBar, Panel, Row, draw_rows
+
+if TYPE_CHECKING:
+    from prompt_cam_hf.explanations.compare import Comparison
+    from prompt_cam_hf.explanations.explain import ClassTraits, Explanation
+    from prompt_cam_hf.explanations.removal import Removal
+
+Scale = Literal["figure", "head"]
+
+# Perceptually uniform, and readable by the colour-blind; the second one for values with a sign.
+_COLOUR_MAP = "inferno"
+_SIGNED_COLOUR_MAP = "coolwarm"
+_DEFAULT_HEADS = 4
+_MEANING: Mapping[MapKind, str] = {
+    "attention": "share of a head's attention on a patch",
+    "evidence": "evidence of a patch, in logits: red raises the class's score, blue lowers it",
+}
+_MEANING_OF_DIFFERENCE: Mapping[MapKind, str] = {
+    "attention": "difference in attention on a patch: red, the first looks more; blue, the other does",
+    "evidence": "difference in evidence of a patch, in logits: red, the first has more; blue, the other does",
+}
+
+
+def overlay(
+    image: Image.Image, trait_map: np.ndarray, vmax: float, *, signed: bool = False, box: Box | None = None
+) -> np.ndarray:
+    """Lay a trait map over a picture, which becomes grey.
+
+    Args:
+        image: The original picture, of any size.
+        trait_map: One number for each patch, (rows, cols).
+        vmax: The value that gets the brightest colour; 0 gets none.
+        signed: Values below 0 have colours too, the strongest at -vmax.
+        box: The part of the picture that the map covers, from `map_box`; what the model did not see turns pale.
+
+    Returns:
+        An RGB picture of the same size, uint8, (height, width, 3).
+    """
+    strength = resize_map(trait_map, image.size, box) / max(vmax, np.finfo(np.float32).tiny)
+    if signed:
+        strength = np.clip(strength, -1, 1)
+        colours = mpl.colormaps[_SIGNED_COLOUR_MAP]((strength + 1) / 2)[..., :3]
+        # Weak values keep enough colour to tell their sign.
+        opacity = 0.9 * np.abs(strength)[..., None] ** 0.75
+    else:
+        strength = np.clip(strength, 0, 1)
+        colours = mpl.colormaps[_COLOUR_MAP](strength)[..., :3]
+        opacity = 0.25 + 0.6 * strength[..., None]
+    grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None] / 255
+    picture = (1 - opacity) * grey + opacity * colours
+    if box is not None:
+        left, top, right, bottom = (max(round(side), 0) for side in box)
+        unseen = np.ones(picture.shape[:2], bool)
+        unseen[top:bottom, left:right] = False
+        picture[unseen] = 0.3 * grey[unseen] + 0.7
+    return np.rint(255 * picture).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class _Style:
+    """What the maps of a figure have in common."""
+
+    image: Image.Image
+    box: Box | None
+    kind: MapKind
+    vmax: float
+    outline: bool
+    scale: Scale
+    difference: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scale not in ("figure", "head"):
+            raise ValueError(f'scale={self.scale!r} is not known; use "figure" or "head".')
+
+    @property
+    def signed(self) -> bool:
+        return self.difference or self.kind == "evidence"
+
+    def number(self, value: float) -> str:
+        """A value of a map in words: a share of attention, or logits."""
+        if value == 0:
+            return "0"
+        sign = "+" if self.signed else ""
+        if self.kind == "evidence":
+            return f"{value:{sign}.2g}"
+        return f"{value:{sign}.{0 if abs(value) >= 0.1 else 1 if abs(value) >= 0.01 else 2}%}"
+
+    def picture(self) -> Panel:
+        """The picture as it is."""
+        return Panel(np.asarray(self.image.convert("RGB")), "picture")
+
+    def draw(self, trait_map: np.ndarray, *title: str) -> Panel:
+        """One map as a panel, with its title's lines."""
+        vmax = self.vmax
+        if self.scale == "head":
+            vmax = float(np.abs(trait_map).max())
+            title = (*title, f"max {self.number(vmax).replace('+', '±')}")
+        pixels = overlay(self.image, trait_map, vmax, signed=self.signed, box=self.box)
+        outline = None
+        if self.outline and vmax > 0:
+            outline = resize_map(trait_map, self.image.size, self.box) / vmax
+        return Panel(pixels, "\n".join(title), outline, (-0.5, 0.5) if self.signed else (0.5,))
+
+    def colour_bar(self) -> ColourBar:
+        """What the colours mean, as they look on a mid-grey picture."""
+        label = (_MEANING_OF_DIFFERENCE if self.difference else _MEANING)[self.kind]
+        label += "; each map on its own scale" if self.scale == "head" else "; one scale for all maps"
+        if self.outline:
+            label += "; outlined: half of it"
+        if self.box is not None and self._crops():
+            label += "; pale: not seen by the model"
+        values = np.linspace(-1 if self.signed else 0, 1, 256)[None]
+        colours = overlay(Image.new("L", (256, 1), 128), values, 1.0, signed=self.signed)
+        largest = "max" if self.scale == "head" else self.number(self.vmax)
+        half = "half" if self.scale == "head" else self.number(self.vmax / 2)
+        if self.signed:
+            smallest = "-max" if self.scale == "head" else self.number(-self.vmax)
+            ticks = [(0.0, smallest), (0.5, "0"), (1.0, largest)]
+        else:
+            ticks = [(0.0, "0"), (0.5, half), (1.0, largest)]
+        return ColourBar(label, colours, ticks, ((0.25, 0.75) if self.signed else (0.5,)) if self.outline else ())
+
+    def _crops(self) -> bool:
+        left, top, right, bottom = self.box or (0, 0, *self.image.size)
+        return max(left, top, self.image.width - right, self.image.height - bottom) >= 1
+
+
+def plot_trait_maps(
+    image: Image.Image,
+    trait_maps: np.ndarray,
+    heads: Sequence[int] | None = None,
+    title: str | None = None,
+    vmax: float | None = None,
+    *,
+    outline: bool = False,
+    scale: Scale = "figure",
+) -> Figure:
+    """Draw a picture beside the attention maps of one class.
+
+    Args:
+        image: The original picture.
+        trait_maps: (heads, rows, cols), as in the pipeline's answer or one class of `PromptCAMOutput.trait_maps`.
+        heads: The heads to draw, in this order; all by default. The first `k` of the pipeline's `head_order` are the
+            most important ones.
+        title: The class, or what else belongs over the picture.
+        vmax: Attention of the brightest colour; the strongest of the drawn maps by default. One scale serves all maps
+            of a figure: a weak head looks weak.
+        outline: Outline what reaches half of the scale.
+        scale: "figure", or "head" to draw each map on its own scale, which shows weak heads.
+
+    Raises:
+        ValueError: `trait_maps` is not of three dimensions, a head does not exist, or `scale` is unknown.
+    """
+    trait_maps = np.asarray(trait_maps)
+    if trait_maps.ndim != 3:
+        raise ValueError(f"trait_maps has the shape {trait_maps.shape}; it must be (heads, rows, cols), of one class.")
+    heads = range(len(trait_maps)) if heads is None else heads
+    if any(not 0 <= head < len(trait_maps) for head in heads):
+        raise ValueError(f"heads={list(heads)}: there are heads 0 to {len(trait_maps) - 1} only.")
+    if vmax is None:
+        vmax = float(max((trait_maps[head].max() for head in heads), default=0))
+    style = _Style(image, None, "attention", vmax, outline, scale)
+    panels = [
+        style.draw(trait_maps[head], f"head {head}", f"{trait_maps[head].sum():.0%} on patches") for head in heads
+    ]
+    return draw_rows([Row(title or "", [style.picture(), *panels])], [style.colour_bar()])
+
+
+def plot_explanation(
+    explanation: "Explanation", heads: int | None = None, outline: bool = False, scale: Scale = "figure"
+) -> Figure:
+    """Draw an `Explanation`; arguments as in `Explanation.figure`."""
+    count = check_head_count(heads, len(explanation.classes[0].maps))
+    shown = [(traits, traits.head_order[:count]) for traits in explanation.classes]
+    style = _style(explanation, [traits.maps[head] for traits, order in shown for head in order], outline, scale)
+    rows = [Row(_heading(traits), _class_panels(style, traits, order)) for traits, order in shown]
+    return draw_rows(rows, [style.colour_bar()])
+
+
+def plot_comparison(
+    comparison: "Comparison", heads: int | None = None, outline: bool = False, scale: Scale = "figure"
+) -> Figure:
+    """Draw a `Comparison`; arguments as in `Comparison.figure`."""
+    letters, classes, shared = comparison.letters, comparison.classes, comparison.shared
+    order = comparison.top_heads(check_head_count(heads, len(shared)))
+    drawn = [traits.maps[head] for traits in classes for head in order]
+    style = _style(comparison.explanation, drawn, outline, scale)
+    rows = []
+    for letter, traits in zip(letters, classes, strict=True):
+        truth = ", the true class" if traits.label == comparison.true_label else ""
+        rows.append(Row(f"{letter}: {_heading(traits)}{truth}", _class_panels(style, traits, order)))
+    overlap = comparison.overlap
+    panels = [style.draw(shared[head], f"head {head}", f"{overlap[head]:.0%} shared") for head in order]
+    rows.append(Row(f"shared by {', '.join(letters[:-1])} and {letters[-1]}", [style.picture(), *panels]))
+    difference = replace(style, difference=True)
+    apart = list(zip(letters, comparison.own, strict=True))
+    # Of two classes, the second one's difference is the first one's with the other sign.
+    for letter, own in apart[: 1 if len(apart) == 2 else None]:
+        others = [other for other in letters if other != letter]
+        title = f"{letter} - {others[0]}" if len(others) == 1 else f"{letter} - the most of {', '.join(others)}"
+        panels = [difference.draw(own[head], f"head {head}") for head in order]
+        rows.append(Row(title, [style.picture(), *panels]))
+    return draw_rows(rows, [style.colour_bar(), difference.colour_bar()])
+
+
+def plot_removal(
+    removal: "Removal", heads: int | None = None, outline: bool = False, scale: Scale = "figure"
+) -> Figure:
+    """Draw a `Removal`; arguments as in `Removal.figure`."""
+    before, after = removal.before.classes[0], removal.after.classes[0]
+    order = before.head_order[: check_head_count(heads, len(before.maps))]
+    style = _style(removal.before, [traits.maps[head] for traits in (before, after) for head in order], outline, scale)
+    rows = []
+    for when, told, explanation in (
+        ("before", "region outlined", removal.before),
+        ("after", "region filled", removal.after),
+    ):
+        traits, best = explanation.classes[0], explanation.prediction
+        verdict = "predicted" if traits.rank == 1 else f"predicted: {best.label} ({best.probability:.1%})"
+        picture, *panels = _class_panels(replace(style, image=explanation.image), traits, order)
+        picture = replace(picture, title=told, outline=removal.mask.astype(np.float32))
+        rows.append(Row(f"{when}: {traits.label} ({traits.probability:.1%}), {verdict}", [picture, *panels]))
+    return draw_rows(rows, [style.colour_bar()])
+
+
+def _style(explanation: "Explanation", drawn: Sequence[np.ndarray], outline: bool, scale: Scale) -> _Style:
+    """One scale for all maps that will be drawn."""
+    vmax = float(max(np.abs(trait_map).max() for trait_map in drawn))
+    return _Style(explanation.image, explanation.box, explanation.kind, vmax, outline, scale)
+
+
+def _heading(traits: "ClassTraits") -> str:
+    return f"{traits.label} ({traits.probability:.1%}) - {traits.verdict}"
+
+
+def _class_panels(style: _Style, traits: "ClassTraits", order: Sequence[int]) -> list[Panel]:
+    panels = [style.picture()]
+    for head in order:
+        evidence = f": {traits.maps[head].sum():+.2f}" if style.kind == "evidence" else ""
+        on_patches = f"{traits.attention_on_patches[head]:.0%} on patches"
+        panels.append(style.draw(traits.maps[head], f"head {head}{evidence}", on_patches))
+    return panels
+
+
+def check_head_count(heads: int | None, available: int) -> int:
+    """How many heads to show: 4 where nothing is said, or all where there are fewer.
+
+    Raises:
+        ValueError: there are not so many heads.
+    """
+    if heads is None:
+        return min(_DEFAULT_HEADS, available)
+    if not 1 <= heads <= available:
+        raise ValueError(f"heads={heads}: the model has {available} heads, so 1 to {available} can be shown.")
+    return heads
+
+
+__all__ = [
+    "check_head_count",
+    "overlay",
+    "plot_comparison",
+    "plot_explanation",
+    "plot_removal",
+    "plot_trait_maps",
+]

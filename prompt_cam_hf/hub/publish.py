@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: MIT
+"""How does the folder of a trained model become a Hub repository that others can load and read about?
+
+All of it is made and tried in a temporary folder first. Then it goes up in one commit, or not at all.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData, constants
+from safetensors import SafetensorError
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
+
+from prompt_cam_hf.data.images import open_image
+from prompt_cam_hf.explanations.figures import plot_trait_maps
+from prompt_cam_hf.explanations.taxonomy_path import TAXONOMY_FILE
+from prompt_cam_hf.hub.card import GalleryPicture, read_card_data, render_card
+from prompt_cam_hf.modeling import (
+    PromptCAMConfig,
+    PromptCAMForImageClassification,
+    PromptCAMImageClassificationPipeline,
+)
+from prompt_cam_hf.modeling.hub_prompt_cam import (
+    CARD_FILE,
+    GALLERY_FOLDER,
+    check_license,
+    check_repo_id,
+    find_token,
+    list_files,
+    save_repository,
+    upload_repository,
+)
+
+# A card is no album, and a figure of more heads no longer fits a page.
+MAX_GALLERY_PICTURES = 8
+_GALLERY_HEADS = 4
+_DOTS_PER_INCH = 120
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A repository that was uploaded, or would be.
+
+    Attributes:
+        repo_id: Its name, owner/name.
+        revision: The branch.
+        files: Size in bytes of each file.
+        prompts_only: The backbone is not among them.
+        commit_url: Where the commit can be looked at; None in a dry run.
+    """
+
+    repo_id: str
+    revision: str
+    files: dict[str, int]
+    prompts_only: bool
+    commit_url: str | None = None
+
+    @property
+    def url(self) -> str:
+        """The repository's page."""
+        return f"{constants.ENDPOINT}/{self.repo_id}"
+
+
+def publish(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool = False,
+    prompts_only: bool = False,
+    dry_run: bool = False,
+    out: str | os.PathLike | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload Prompt-CAM",
+    gallery: Sequence[str | os.PathLike] = (),
+    **facts: Any,
+) -> Publication:
+    """Upload a trained model with its code, image processor and card, in one commit.
+
+    The card is the folder's README.md, where there is one, as it is. Otherwise it is written from what training and
+    evaluation left in the folder and from `facts`; the licence is needed.
+
+    Args:
+        folder: Holds a model and its image processor, as training or `save_pretrained` left them.
+        repo_id: The repository, as owner/name; it is made if need be.
+        private: Make a new repository private, and refuse one that is public.
+        prompts_only: Leave the backbone out, which must be on the Hub. A folder without one is always published so.
+        dry_run: Do all but the upload. The Hub is not asked, save for the backbone that `prompts_only` names.
+        out: With `dry_run`: a new folder for what would be uploaded.
+        token: None: the machine's login.
+        revision: The branch; it is made if need be. None: main.
+        commit_message: First line of the commit.
+        gallery: Photos to show in the card with their trait maps; `gallery_license` must allow it.
+        **facts: What nobody recorded in the folder: evaluation_folder, and arguments of `PromptCAMModelCardData`, such
+            as license, dataset_name, dataset_url, dataset_license and gallery_license.
+
+    Raises:
+        FileNotFoundError: the folder holds no model.
+        ValueError: licence, class names, weights or image processor are missing, a recorded file is damaged, or the
+            Hub refuses the files.
+        PermissionError: there is no token, or it has not the right to write there.
+        OSError: the Hub cannot be reached, or failed; there is no commit then.
+    """
+    folder = Path(folder)
+    check_repo_id(repo_id)
+    if not dry_run:
+        token = find_token(token)
+        if out is not None:
+            raise ValueError(f"Only a dry run leaves what it made in a folder; give dry_run=True with {out}.")
+    elif out is not None and Path(out).exists():
+        raise FileExistsError(f"{out} exists already; choose a new folder.")
+    with TemporaryDirectory() as temporary:
+        staged = Path(temporary, "repository")
+        prompts_only = _stage(staged, folder, repo_id, prompts_only, gallery, facts)
+        sizes = {name: path.stat().st_size for name, path in list_files(staged).items()}
+        commit = None
+        if not dry_run:
+            commit = upload_repository(
+                staged, repo_id, private=private, token=token, revision=revision, commit_message=commit_message
+            )
+        elif out is not None:
+            Path(out).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(staged, out)
+    url = None if commit is None else commit.commit_url
+    return Publication(repo_id, revision or constants.DEFAULT_REVISION, sizes, prompts_only, url)
+
+
+def _stage(
+    staged: Path,
+    folder: Path,
+    repo_id: str,
+    prompts_only: bool,
+    gallery: Sequence[str | os.PathLike],
+    facts: dict[str, Any],
+) -> bool:
+    """Write the repository, make sure that it loads, and say whether it is without backbone."""
+    has_card = (folder / CARD_FILE).is_file()
+    if not has_card:  # better said now than after loading the model
+        check_license(ModelCardData(**{key: value for key, value in facts.items() if key.startswith("license")}))
+    model, image_processor, has_backbone = _load(folder)
+    prompts_only = prompts_only or not has_backbone
+    if has_card:
+        card = _own_card(folder, staged, [*gallery, *facts])
+    else:
+        pictures = make_gallery(model, image_processor, gallery, staged)
+        data = read_card_data(folder, repo_id, model, image_processor, prompts_only, gallery=pictures, **facts)
+        card = render_card(data)
+    save_repository(staged, model, image_processor, card, include_backbone=not prompts_only)
+    if (folder / TAXONOMY_FILE).is_file():
+        shutil.copy(folder / TAXONOMY_FILE, staged)
+    _check_loads(staged, model)
+    return prompts_only
+
+
+def make_gallery(
+    model: PromptCAMForImageClassification,
+    image_processor: BaseImageProcessor,
+    photos: Sequence[str | os.PathLike],
+    folder: Path,
+) -> list[GalleryPicture]:
+    """Draw photos beside the trait maps of their predicted classes, for a card.
+
+    Args:
+        model: The model.
+        image_processor: Its image processor.
+        photos: At most `MAX_GALLERY_PICTURES`.
+        folder: The pictures go into its folder trait_maps.
+
+    Raises:
+        ValueError: there are too many photos, or one cannot be read.
+        FileNotFoundError: there is no such photo.
+    """
+    if len(photos) > MAX_GALLERY_PICTURES:
+        raise ValueError(f"A card shows {MAX_GALLERY_PICTURES} photos at most; {len(photos)} were given.")
+    pipe = PromptCAMImageClassificationPipeline(
+        model=model, image_processor=image_processor, task="image-classification"
+    )
+    pictures = []
+    for number, photo in enumerate(photos, 1):
+        image = open_image(photo)
+        answer = pipe(image, trait_maps=True, top_k=1)[0]
+        figure = plot_trait_maps(
+            image, answer["trait_maps"], answer["head_order"][:_GALLERY_HEADS], title=answer["label"]
+        )
+        file = f"{GALLERY_FOLDER}/{number}.png"
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / file, dpi=_DOTS_PER_INCH)
+        pictures.append(GalleryPicture(file, f"{answer['label']}, score {answer['score']:.0%}"))
+    return pictures
+
+
+def _load(folder: Path) -> tuple[PromptCAMForImageClassification, BaseImageProcessor, bool]:
+    """The model, its image processor, and whether the folder has the backbone's weights."""
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"There is no model in {folder}: it has no config.json.")
+    config = PromptCAMConfig.from_pretrained(folder)
+    try:
+        model, report = PromptCAMForImageClassification.from_pretrained(folder, output_loading_info=True)
+    except SafetensorError as error:
+        raise ValueError(f"The weights in {folder} are damaged: {error}.") from error
+    wrong = sorted({str(key) for kind in report.values() if kind for key in kind})
+    if wrong:
+        raise ValueError(f"The weights in {folder} do not fill the model; first of {len(wrong)} misfits: {wrong[0]}.")
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{folder} holds no image processor; save the one that the model was trained with there: "
+            "image_processor.save_pretrained(folder)."
+        ) from error
+    return model, image_processor, config.backbone_in_checkpoint
+
+
+def _own_card(folder: Path, staged: Path, given: Sequence[Any]) -> ModelCard:
+    """The card that somebody wrote, and the pictures beside it."""
+    path = folder / CARD_FILE
+    if given:
+        raise ValueError(
+            f"{path} is the model's card and is published as it is; write into it what you gave ({given[0]} ...), or "
+            "remove it, and a new card is written."
+        )
+    card = ModelCard.load(path)
+    try:
+        check_license(card.data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if (folder / GALLERY_FOLDER).is_dir():
+        shutil.copytree(folder / GALLERY_FOLDER, staged / GALLERY_FOLDER)
+    return card
+
+
+def _check_loads(staged: Path, model: PromptCAMForImageClassification) -> None:
+    """Load what would be uploaded, as others will.
+
+    Raises:
+        ValueError: it holds other weights than the model.
+        OSError: the backbone that it names cannot be loaded.
+    """
+    loaded, expected = PromptCAMForImageClassification.from_pretrained(staged).state_dict(), model.state_dict()
+    if loaded.keys() != expected.keys() or any(not torch.equal(loaded[key], expected[key]) for key in expected):
+        raise ValueError("What would be uploaded does not load as the same model; nothing was published.")
+
+
+__all__ = ["MAX_GALLERY_PICTURES", "Publication", "make_gallery", "publish"]

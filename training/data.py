@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: MIT
+"""Images as training reads them: the augmentation of the official recipe, the data set, and the epochs of both.
+
+The official recipe resizes to 240 x 240 for a crop of 224, crops at random and flips half of the images.
+"""
+
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.image_processing_utils import BaseImageProcessor
+
+from prompt_cam_hf.data.images import open_image
+
+# The official recipe resizes to 240 for a crop of 224; other sizes keep the proportion.
+RESIZE_MARGIN = 240 / 224
+
+
+class TrainingAugmentation:
+    """The official training recipe: resize a little too large, crop at random, flip half of the pictures.
+
+    Resizing, rescaling and normalising are the image processor's own, so only the enlarged size, the place of the crop
+    and the flip differ from evaluation. A processor that crops the centre (CLIP's) crops at random instead.
+
+    The draws depend on (`seed`, epoch, index) and on nothing else: training is the same on one process or several,
+    with any number of data loader workers, and after a resume.
+    """
+
+    def __init__(self, image_processor: BaseImageProcessor, seed: int = 0, resize_margin: float = RESIZE_MARGIN):
+        """Augment for `image_processor`; `resize_margin` (at least 1) is the resized side over the cropped side."""
+        if resize_margin < 1:
+            raise ValueError(f"resize_margin is {resize_margin}; a crop needs a margin of at least 1 (no margin).")
+        self.image_processor = image_processor
+        self.seed = seed
+        settings = image_processor.to_dict()
+        size = settings["size"]
+        crop = settings["crop_size"] if settings.get("do_center_crop") else size
+        if not {"height", "width"} <= set(crop):
+            raise ValueError(
+                f"The image processor resizes to {size} and so gives pictures of different sizes; training needs one "
+                "that resizes or crops to a fixed height and width."
+            )
+        self.crop_size = (crop["height"], crop["width"])
+        self.resize_size = {name: round(side * resize_margin) for name, side in size.items()}
+
+    def __call__(self, image: Image.Image, epoch: int, index: int) -> torch.Tensor:
+        """Return the picture's view in `epoch`: `pixel_values`, float32 of (3, rows, cols).
+
+        `image` is RGB, `index` its number in the data set; both numbers are 0 or more.
+        """
+        random = np.random.default_rng((self.seed, epoch, index))
+        inputs = self.image_processor(image, size=self.resize_size, do_center_crop=False, return_tensors="pt")
+        resized = inputs["pixel_values"][0]
+        rows, cols = self.crop_size
+        top = random.integers(resized.shape[1] - rows + 1)
+        left = random.integers(resized.shape[2] - cols + 1)
+        # Rescaling and normalising work pixel by pixel: cropping and flipping after them changes nothing.
+        view = resized[:, top : top + rows, left : left + cols]
+        return (view.flip(-1) if random.random() < 0.5 else view).contiguous()
+
+
+class ImageDataset(Dataset):
+    """Labelled pictures as model inputs: a map-style, picklable torch data set.
+
+    Item `i` is `{"pixel_values": float32 of (3, rows, cols), "labels": int}`.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, transform: BaseImageProcessor | TrainingAugmentation):
+        """Read the columns `image` and `label` of `dataset` through `transform`.
+
+        `transform` is an image processor (evaluation) or a `TrainingAugmentation`.
+        """
+        if isinstance(dataset.features["image"], datasets.Image):
+            dataset = dataset.cast_column("image", datasets.Image(decode=False))
+        self.dataset = dataset
+        self.transform = transform
+        # In shared memory, so that a new epoch also reaches data loader workers that outlive the last one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        """Count the pictures."""
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Open and transform one picture; raises `UnreadableImageError` and `FileNotFoundError`."""
+        row = self.dataset[index]
+        image = open_image(row["image"])
+        if isinstance(self.transform, TrainingAugmentation):
+            pixel_values = self.transform(image, epoch=int(self._epoch), index=index)
+        else:
+            pixel_values = self.transform(image, return_tensors="pt")["pixel_values"][0]
+        return {"pixel_values": pixel_values, "labels": row["label"]}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the augmentation of `epoch` (from 0) from now on, in running workers too."""
+        self._epoch.fill_(epoch)
+
+
+class SetEpochCallback(TrainerCallback):
+    """Tell the training data which epoch begins, so that `TrainingAugmentation` draws new views in each.
+
+    Trainer and accelerate do so in the plainest case only: with several processes, and in an epoch that is resumed in
+    its middle, accelerate tells the sampler and not the data, which would go on with the views of another epoch.
+    """
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Pass the number of the epoch to the training data, where they have `set_epoch`."""
+        dataset = kwargs["train_dataloader"].dataset
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(int(state.epoch or 0))
+
+
+__all__ = ["RESIZE_MARGIN", "ImageDataset", "SetEpochCallback", "TrainingAugmentation"]
