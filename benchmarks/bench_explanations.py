@@ -47,8 +47,8 @@ _POST_HOC = (
 def train_models(folder: Path, seed: int) -> dict[str, Path]:
     """The three models, trained where they are not there yet."""
     birds = {split: birds_dataset(split, count) for split, count in _PER_CLASS.items()}
-    pictures = {split: data.select_columns(["image", "label"]) for split, data in birds.items()}
-    data = ImageData(**pictures, id2label={label: bird.name for label, bird in enumerate(BIRD_CLASSES)})
+    images = {split: data.select_columns(["image", "label"]) for split, data in birds.items()}
+    data = ImageData(**images, id2label={label: bird.name for label, bird in enumerate(BIRD_CLASSES)})
     folders = {name: folder / name for name in _METHODS}
     for name, settings in _METHODS.items():
         recipe = load_recipe(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What do insertion and deletion of one image cost beside the plain forwards that they need? `make bench` runs this.
 
-ViT-B/16 at 224 pixels, float32, random weights. Each round times one metric, and then exactly as many pictures, in
+ViT-B/16 at 224 pixels, float32, random weights. Each round times one metric, and then exactly as many images, in
 the same batches, through the plain backbone. The steps are coarser than those of any preset, so that a round is short:
 more steps are more of the same, while what is done once an image (blur, order of the pixels) weighs more here.
 """
@@ -34,11 +34,11 @@ def bench(name: str, model: torch.nn.Module, plain: torch.nn.Module, cells: int,
     # One evaluation for each step and one before the first, and one to find the predicted class.
     evaluations = cells * cells + 1
     batches = [1] + [min(batch, evaluations - start) for start in range(0, evaluations, batch)]
-    pictures = [torch.randn(size, 3, SIDE, SIDE) for size in batches]
+    images = [torch.randn(size, 3, SIDE, SIDE) for size in batches]
 
     def forwards() -> None:
         with torch.inference_mode():
-            for pixel_values in pictures:
+            for pixel_values in images:
                 plain(pixel_values)
 
     metrics = {

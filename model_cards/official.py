@@ -102,7 +102,7 @@ def official_card(name: str, repo_id: str, license: str = LICENSE) -> ModelCard:
         "Vision transformer": f"12 layers of 768 channels and 12 heads, patches of {patch}x{patch} pixels",
         "Prompts": f"{classes} class prompts from layer 12 of 12 on (Deep), {classes} class-agnostic prompts in each "
         "of 11 layers",
-        "Pictures": "224x224 pixels, mean (0.5, 0.5, 0.5), standard deviation (0.5, 0.5, 0.5)",
+        "Images": "224x224 pixels, mean (0.5, 0.5, 0.5), standard deviation (0.5, 0.5, 0.5)",
         "Classes": str(classes),
         **facts["model_facts"],
     }

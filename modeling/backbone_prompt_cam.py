@@ -89,7 +89,7 @@ def patch_size(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def grid_size(config: PreTrainedConfig, height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of patches in a picture of so many pixels."""
+    """Rows and columns of patches in an image of so many pixels."""
     rows, columns = patch_size(config)
     return height // rows, width // columns
 
@@ -177,9 +177,9 @@ def rotary_positions(
     if rope is None:
         return None
     rows, columns = patch_size(backbone.config)
-    # The module reads nothing but the picture's size, type and device.
-    picture = hidden_states.new_empty((1, 1, 1, 1)).expand(1, 1, grid[0] * rows, grid[1] * columns)
-    cos, sin = rope(picture)
+    # The module reads nothing but the image's size, type and device.
+    image = hidden_states.new_empty((1, 1, 1, 1)).expand(1, 1, grid[0] * rows, grid[1] * columns)
+    cos, sin = rope(image)
     return RotaryPositions(cos, sin, num_prefix_tokens)
 
 

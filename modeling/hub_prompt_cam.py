@@ -36,7 +36,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import cached_file
 
 CARD_FILE = "README.md"
-# Pictures of the card. What an earlier upload put there and the new one does not have is removed.
+# Images of the card. What an earlier upload put there and the new one does not have is removed.
 GALLERY_FOLDER = "trait_maps"
 
 _TRY_AGAIN = "All files go into one commit, so nothing is there by halves: try again"
@@ -238,14 +238,12 @@ def upload_repository(
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         files = list_files(folder)
-        pictures = [
-            name for name in api.list_repo_files(repo_id, revision=revision) if name.startswith(GALLERY_FOLDER)
-        ]
+        images = [name for name in api.list_repo_files(repo_id, revision=revision) if name.startswith(GALLERY_FOLDER)]
         return api.create_commit(
             repo_id,
             [
                 *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()),
-                *(CommitOperationDelete(path_in_repo=name) for name in pictures if name not in files),
+                *(CommitOperationDelete(path_in_repo=name) for name in images if name not in files),
             ],
             commit_message=commit_message,
             revision=revision,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How does a picture become labels with scores, and the traits behind them?"""
+"""How does an image become labels with scores, and the traits behind them?"""
 
 from typing import Any
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How does a report become one HTML file that works anywhere? Pictures and style inside, nothing from elsewhere.
+"""How does a report become one HTML file that works anywhere? Images and style inside, nothing from elsewhere.
 
 Pages extend `templates/page.html.j2`: it has the style (phones, dark mode, print, keyboard), and forbids the browser
 to fetch anything.
@@ -13,25 +13,25 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
-# Tried in turn until a picture is small enough.
+# Tried in turn until an image is small enough.
 _QUALITIES = (75, 60, 45, 30)
 
 
-class EmbeddedPicture(NamedTuple):
-    """A picture as a data URI, with its size in pixels, so that a page keeps its place before it is decoded."""
+class EmbeddedImage(NamedTuple):
+    """An image as a data URI, with its size in pixels, so that a page keeps its place before it is decoded."""
 
     uri: str
     width: int
     height: int
 
 
-def embed_thumbnail(image: Image.Image, max_side: int, max_bytes: int) -> EmbeddedPicture:
-    """Make a picture small and embed it, as WebP.
+def embed_thumbnail(image: Image.Image, max_side: int, max_bytes: int) -> EmbeddedImage:
+    """Make an image small and embed it, as WebP.
 
     Args:
         image: RGB, of any size; it is not enlarged.
         max_side: The longer side in pixels, at most.
-        max_bytes: Its encoded size before base64, which adds a third. Where no quality gets so small, the picture is
+        max_bytes: Its encoded size before base64, which adds a third. Where no quality gets so small, the image is
             halved.
     """
     small = image.copy()
@@ -45,7 +45,7 @@ def embed_thumbnail(image: Image.Image, max_side: int, max_bytes: int) -> Embedd
         small = small.resize((max(small.width // 2, 1), max(small.height // 2, 1)), Image.Resampling.LANCZOS)
 
 
-def embed_pixels(pixels: np.ndarray) -> EmbeddedPicture:
+def embed_pixels(pixels: np.ndarray) -> EmbeddedImage:
     """Embed RGB pixels (rows, cols, 3; uint8) exactly, as PNG; for grids that the page enlarges."""
     image = Image.fromarray(pixels)
     buffer = io.BytesIO()
@@ -53,8 +53,8 @@ def embed_pixels(pixels: np.ndarray) -> EmbeddedPicture:
     return _embed(buffer.getvalue(), "image/png", image.size)
 
 
-def _embed(content: bytes, mime_type: str, size: tuple[int, int]) -> EmbeddedPicture:
-    return EmbeddedPicture(f"data:{mime_type};base64,{base64.b64encode(content).decode()}", *size)
+def _embed(content: bytes, mime_type: str, size: tuple[int, int]) -> EmbeddedImage:
+    return EmbeddedImage(f"data:{mime_type};base64,{base64.b64encode(content).decode()}", *size)
 
 
 def render_page(template: str, **context: Any) -> str:
@@ -75,4 +75,4 @@ def _percent(share: float) -> str:
     return f"{share:.0%}" if share in (0, 1) or 0.005 <= share < 0.995 else f"{share:.1%}"
 
 
-__all__ = ["EmbeddedPicture", "embed_pixels", "embed_thumbnail", "render_page"]
+__all__ = ["EmbeddedImage", "embed_pixels", "embed_thumbnail", "render_page"]

@@ -195,7 +195,7 @@ def test_finer_cam_contrasts_with_the_closest_scores(kind, method):
 
 
 class ChannelsFirst(nn.Module):
-    """A norm whose patches pass through `patches` as a picture, (batch, channels, rows, cols)."""
+    """A norm whose patches pass through `patches` as an image, (batch, channels, rows, cols)."""
 
     def __init__(self, norm: nn.Module, grid: tuple[int, int]):
         super().__init__()
@@ -204,8 +204,8 @@ class ChannelsFirst(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         hidden = self.norm(hidden)
         number = self.grid[0] * self.grid[1]
-        picture = self.patches(hidden[:, -number:].transpose(1, 2).unflatten(-1, self.grid))
-        return torch.cat((hidden[:, :-number], picture.flatten(2).transpose(1, 2)), dim=1)
+        image = self.patches(hidden[:, -number:].transpose(1, 2).unflatten(-1, self.grid))
+        return torch.cat((hidden[:, :-number], image.flatten(2).transpose(1, 2)), dim=1)
 
 
 @pytest.mark.parametrize("family", ["vit", "dinov2_with_registers", "siglip_vision_model"])

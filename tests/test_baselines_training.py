@@ -84,7 +84,7 @@ def test_same_training_with_cached_features(recipe, tmp_path, settings):
 
 
 def test_each_method_has_its_own_cached_features(recipe, tmp_path):
-    """Of the same pictures: a probe's pooled features, and the tokens that a VPT without prompts starts from."""
+    """Of the same images: a probe's pooled features, and the tokens that a VPT without prompts starts from."""
     settings = {"cache_features": True, "cache_dir": str(tmp_path / "cache"), "num_train_epochs": 2, "cache_views": 1}
     train(recipe(**settings, method="linear_probe"))
     train(recipe(**settings, method="vpt", num_agnostic_prompts=0, output_dir=str(tmp_path / "vpt")))
@@ -140,7 +140,7 @@ def test_probe_trains_in_bf16(recipe):
         ({"method": "vpt", "include_backbone": False}, "method vpt saves whole models only"),
         ({"method": "linear_probe", "include_backbone": False}, "method linear_probe saves whole models only"),
         ({"method": "linear_probe", "gradient_checkpointing": True}, "gradient_checkpointing saves nothing"),
-        ({"method": "linear_probe", "image_size": 64}, "image_size is 64, but the backbone .* takes pictures of 32"),
+        ({"method": "linear_probe", "image_size": 64}, "image_size is 64, but the backbone .* takes images of 32"),
         ({"method": "vpt", "cache_features": True}, r"cache_features: .* prompts enter the first layer"),
     ],
 )

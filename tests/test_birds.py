@@ -86,14 +86,14 @@ def test_birds_for_pre_training_have_every_value_but_no_class():
 # --- drawing ---
 
 
-def test_pictures_are_the_same_everywhere():
+def test_images_are_the_same_everywhere():
     digest = hashlib.sha256()
     for index in range(36):
         for spec in (birds.bird_spec("train", index), birds.other_bird_spec(index)):
-            picture, bits = drawing.draw_bits(spec, 96)
-            assert picture.shape == (96, 96, 3) and picture.dtype == np.uint8
+            image, bits = drawing.draw_bits(spec, 96)
+            assert image.shape == (96, 96, 3) and image.dtype == np.uint8
             assert bits.shape == (96, 96) and bits.dtype == np.uint16
-            digest.update(picture.tobytes() + bits.astype("<u2").tobytes())
+            digest.update(image.tobytes() + bits.astype("<u2").tobytes())
     assert digest.hexdigest() == "80fe108a796038160f0f7d7ed7b546f034647ac953fec186a0f1f1fe57615253"
 
 
@@ -122,8 +122,8 @@ def test_a_part_shows_the_colour_of_its_value():
         spec = birds.bird_spec("test", index)
         for colour in ("red", "blue", "yellow"):
             changed = birds.counterfactual(spec, "wing", colour)
-            picture, masks = birds.draw_bird(changed)
-            shown = np.median(np.asarray(picture)[masks["wing"]], axis=0)
+            image, masks = birds.draw_bird(changed)
+            shown = np.median(np.asarray(image)[masks["wing"]], axis=0)
             palette = np.array(list(birds.COLOURS.values()))
             nearest = list(birds.COLOURS)[int(((palette - shown) ** 2).sum(axis=1).argmin())]
             assert nearest == colour, shown
@@ -170,11 +170,11 @@ def test_fill_covers_the_area_of_the_polygon():
 def test_taking_a_trait_away_changes_only_its_part_and_the_label():
     for index in range(18):
         spec = birds.bird_spec("test", index)
-        picture, masks = birds.draw_bird(spec)
+        image, masks = birds.draw_bird(spec)
         for part in BIRD_CLASSES[spec.label].parts:
             without = birds.counterfactual(spec, part)
             assert without.label is None and without.values[part] is None and without.seed == spec.seed
-            changed = (pixels(without) != np.asarray(picture)).any(axis=-1)
+            changed = (pixels(without) != np.asarray(image)).any(axis=-1)
             assert not (changed & ~masks[part]).any()
             assert changed.sum() > 0.6 * masks[part].sum()
 
@@ -203,8 +203,8 @@ def test_data_set_rows_can_be_checked_and_drawn_again(cache_dir):
         row = data[index]
         spec = birds.row_spec(row)
         assert spec == birds.bird_spec("validation", index)
-        picture, masks = birds.draw_bird(spec, 64)
-        np.testing.assert_array_equal(np.asarray(row["image"]), np.asarray(picture))
+        image, masks = birds.draw_bird(spec, 64)
+        np.testing.assert_array_equal(np.asarray(row["image"]), np.asarray(image))
         assert row["image"].mode == "RGB"
         for part, mask in birds.unpack_masks(row["masks"]).items():
             np.testing.assert_array_equal(mask, masks[part])

@@ -28,7 +28,7 @@ from prompt_cam_hf.class_atlas import atlas, build, page, store
 from prompt_cam_hf.class_atlas.collect import MapSums, concentration
 from prompt_cam_hf.class_atlas.summary import ClassSummary, Confusion, Example, Summary
 from prompt_cam_hf.data.images import build_image_processor, open_image
-from prompt_cam_hf.data.labelled_images import read_pictures
+from prompt_cam_hf.data.labelled_images import read_labelled_images
 from prompt_cam_hf.explanations.ranking import rank_heads
 from prompt_cam_hf.html import embed_pixels, embed_thumbnail
 
@@ -36,8 +36,8 @@ HEADS = 4
 RESULTS = ("images.parquet", "classes.parquet", "index.html")
 
 
-def picture(seed: int) -> Image.Image:
-    """Coarse coloured noise, so that a random network tells pictures apart; every one has another shape."""
+def image(seed: int) -> Image.Image:
+    """Coarse coloured noise, so that a random network tells images apart; every one has another shape."""
     random = np.random.default_rng(seed)
     coarse = Image.fromarray(random.integers(0, 256, (4, 5, 3), dtype=np.uint8))
     return coarse.resize((40 + seed, 64), Image.Resampling.NEAREST)
@@ -45,10 +45,10 @@ def picture(seed: int) -> Image.Image:
 
 @lru_cache
 def _trained_model(family, class_prompt_layer):
-    """Random prompts say the same of everything; some steps of training, and they tell the test pictures apart."""
+    """Random prompts say the same of everything; some steps of training, and they tell the test images apart."""
     model = tiny_model(family, class_prompt_layer=class_prompt_layer)
     pixel_values = torch.cat(
-        [build_image_processor(32)(picture(seed), return_tensors="pt")["pixel_values"] for seed in range(22)]
+        [build_image_processor(32)(image(seed), return_tensors="pt")["pixel_values"] for seed in range(22)]
     )
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=0.03)
@@ -73,15 +73,15 @@ def predict(model, image):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Class folders with 22 pictures, two of three in the folder of what the model says, and a broken one."""
+    """Class folders with 22 images, two of three in the folder of what the model says, and a broken one."""
     model = varied_model()
     folder = tmp_path / "photos"
     for seed in range(22):
-        label = int(predict(model, picture(seed)).argmax())
+        label = int(predict(model, image(seed)).argmax())
         label = (label + 1 + seed % 2) % NUM_CLASSES if seed % 3 == 2 else label
         path = folder / f"{label + 1:03d}.class_{label}" / f"{seed:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture(seed).save(path)
+        image(seed).save(path)
     broken = sorted(folder.iterdir())[0] / "broken & torn.png"
     broken.write_bytes(b"\x89PNG\r\n\x1a\n torn")
     return folder
@@ -97,7 +97,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def rows_the_long_way(model, photos, top_heads):
-    """What the tables must say, one picture at a time."""
+    """What the tables must say, one image at a time."""
     rows = []
     for path in sorted(photos.rglob("*.png")):
         label = int(path.parent.name.rpartition("_")[2])
@@ -304,11 +304,11 @@ def test_finished_parts_are_not_made_again(photos, tmp_path, monkeypatch):
     asked = []
     collect = build.collect
 
-    def counting(classifier, pictures, start, end, *arguments):
+    def counting(classifier, images, start, end, *arguments):
         asked.append(start)
         if start == 12 and len(asked) == 3:
             raise Stopped
-        return collect(classifier, pictures, start, end, *arguments)
+        return collect(classifier, images, start, end, *arguments)
 
     monkeypatch.setattr(build, "collect", counting)
     with pytest.raises(Stopped):
@@ -366,7 +366,7 @@ def test_parts_of_other_settings_are_refused(photos, tmp_path, monkeypatch):
     renamed = varied_model(id2label={**ID2LABEL, 0: "first"})
     for reason, options in {
         "model weights": {"model": other},
-        "model settings, pictures": {"model": renamed},
+        "model settings, images": {"model": renamed},
         "top heads": {"top_heads": 1},
         "ranking": {"method": "shapley"},
         "image processor": {"image_processor": build_image_processor(32, image_mean=(0.4, 0.5, 0.5))},
@@ -376,7 +376,7 @@ def test_parts_of_other_settings_are_refused(photos, tmp_path, monkeypatch):
     taken_away = next(path for path in photos.rglob("*.png"))
     aside = tmp_path / "aside.png"
     shutil.move(taken_away, aside)
-    with pytest.raises(ValueError, match=r"other settings \(pictures\)"):
+    with pytest.raises(ValueError, match=r"other settings \(images\)"):
         run(photos, out)
     shutil.move(aside, taken_away)
     assert contents(out) == before
@@ -384,11 +384,11 @@ def test_parts_of_other_settings_are_refused(photos, tmp_path, monkeypatch):
     assert set(contents(out)) == set(RESULTS)
 
 
-def test_a_changed_picture_is_noticed(photos, tmp_path, monkeypatch):
+def test_a_changed_image_is_noticed(photos, tmp_path, monkeypatch):
     interrupted(photos, tmp_path / "out", monkeypatch)
     changed = next(path for path in photos.rglob("1*.png"))
-    picture(99).save(changed)
-    with pytest.raises(ValueError, match=r"other settings \(pictures\)"):
+    image(99).save(changed)
+    with pytest.raises(ValueError, match=r"other settings \(images\)"):
         run(photos, tmp_path / "out")
 
 
@@ -423,14 +423,14 @@ def test_nothing_is_overwritten_or_deleted_unasked(photos, tmp_path, monkeypatch
     assert contents(table) == {"images.parquet": b"not yours"}
 
 
-def test_pictures_without_labels(tmp_path):
+def test_images_without_labels(tmp_path):
     model = varied_model()
     folder = tmp_path / "flat"
     folder.mkdir()
     for seed in range(8):
-        picture(seed).save(folder / f"{seed}.png")
+        image(seed).save(folder / f"{seed}.png")
     result = run(folder, tmp_path / "out", model)
-    predictions = [ID2LABEL[int(predict(model, picture(seed)).argmax())] for seed in range(8)]
+    predictions = [ID2LABEL[int(predict(model, image(seed)).argmax())] for seed in range(8)]
     rows = pq.read_table(result.images).to_pylist()
     assert [row["image"] for row in rows] == [f"{seed}.png" for seed in range(8)]
     assert [row["prediction"] for row in rows] == predictions
@@ -439,9 +439,9 @@ def test_pictures_without_labels(tmp_path):
     for row in pq.read_table(result.classes).to_pylist():
         assert row["num_used"] == row["num_predicted"] == predictions.count(row["class"])
         assert row["accuracy"] is None
-    assert "each picture counts for the class that it was taken for" in result.page.read_text()
+    assert "each image counts for the class that it was taken for" in result.page.read_text()
 
-    table = datasets.Dataset.from_dict({"photo": [picture(seed) for seed in range(8)]}).cast_column(
+    table = datasets.Dataset.from_dict({"photo": [image(seed) for seed in range(8)]}).cast_column(
         "photo", datasets.Image()
     )
     with pytest.raises(ValueError, match="no column 'image'; set image_column to one of photo"):
@@ -455,7 +455,7 @@ def test_of_equal_examples_the_first_is_taken(tmp_path):
     folder = tmp_path / "flat"
     folder.mkdir()
     for name in "abcdef":
-        picture(0).save(folder / f"{name}.png")
+        image(0).save(folder / f"{name}.png")
     summary = run(folder, tmp_path / "out", batch_size=1, num_examples=2).summary
     assert [[e.name for e in found.examples] for found in summary.classes if found.used] == [["a.png", "b.png"]]
 
@@ -463,13 +463,13 @@ def test_of_equal_examples_the_first_is_taken(tmp_path):
 def test_labels_are_found_by_name(photos, tmp_path, caplog):
     stranger = photos / "Unknown species"
     stranger.mkdir()
-    picture(50).save(stranger / "x.png")
-    picture(51).save(photos / "loose.png")
-    pictures = read_pictures(photos, ID2LABEL)
+    image(50).save(stranger / "x.png")
+    image(51).save(photos / "loose.png")
+    images = read_labelled_images(photos, ID2LABEL)
     assert "left out loose.png, in no class folder" in caplog.text
     assert re.search(r"the model knows \d of \d classes; .*: Unknown species\.", caplog.text)
-    for index, label in enumerate(pictures.labels):
-        folder = pictures.name(index).split("/")[0]
+    for index, label in enumerate(images.labels):
+        folder = images.name(index).split("/")[0]
         assert label == (None if folder == "Unknown species" else int(folder[-1]))
     row = next(
         row
@@ -489,11 +489,11 @@ def test_one_split_is_looked_at(photos, tmp_path):
         if not any(folder.iterdir()):
             folder.rmdir()
     count = sum(1 for _ in (data / "test").rglob("*.png"))
-    assert len(read_pictures(data, ID2LABEL)) == count
-    assert read_pictures(data, ID2LABEL).name(0).startswith("test/")
-    assert len(read_pictures(data, ID2LABEL, split="train")) == 23
+    assert len(read_labelled_images(data, ID2LABEL)) == count
+    assert read_labelled_images(data, ID2LABEL).name(0).startswith("test/")
+    assert len(read_labelled_images(data, ID2LABEL, split="train")) == 23
     with pytest.raises(ValueError, match="no split 'validation'; they have train, test"):
-        read_pictures(data, ID2LABEL, split="validation")
+        read_labelled_images(data, ID2LABEL, split="validation")
 
 
 def test_mistakes_get_one_sentence(photos, tmp_path):
@@ -522,7 +522,7 @@ def test_mistakes_get_one_sentence(photos, tmp_path):
     torn.mkdir()
     for name in ("a.png", "b.png"):
         (torn / name).write_bytes(b"torn")
-    with pytest.raises(ValueError, match=r"None of the 2 pictures can be read: .*a\.png"):
+    with pytest.raises(ValueError, match=r"None of the 2 images can be read: .*a\.png"):
         run(torn, tmp_path / "torn_out")
 
 
@@ -536,7 +536,7 @@ class Page(HTMLParser):
 
     def __init__(self, html: str):
         super().__init__()
-        self.open, self.ids, self.anchors, self.pictures, self.tags = [], [], [], [], Counter()
+        self.open, self.ids, self.anchors, self.images, self.tags = [], [], [], [], Counter()
         self.headings, self.urls, self.labels, self.labelled_by = [], [], [], []
         self.text = ""
         self.feed(html)
@@ -553,7 +553,7 @@ class Page(HTMLParser):
         if tag == "a":
             self.anchors.append(attributes["href"])
         if tag == "img":
-            self.pictures.append(attributes)
+            self.images.append(attributes)
         if tag == "label":
             self.labels.append(attributes["for"])
         if re.fullmatch("h[1-6]", tag):
@@ -581,7 +581,7 @@ def test_the_page_is_sound_and_needs_nothing_else(html):
     assert "http://" not in html and "https://" not in html and "url(" not in html and "@import" not in html
     assert {anchor[1:] for anchor in found.anchors} <= set(found.ids)
     assert set(found.labelled_by) <= set(found.ids) and set(found.labels) <= set(found.ids)
-    for attributes in found.pictures:
+    for attributes in found.images:
         assert attributes["alt"].strip() and attributes["src"].startswith("data:image/")
         assert int(attributes["width"]) > 0 and int(attributes["height"]) > 0
     assert found.headings[0] == 1 and found.headings.count(1) == 1
@@ -594,8 +594,8 @@ def test_the_page_is_sound_and_needs_nothing_else(html):
     assert "broken & torn.png" in found.text and "broken & torn" not in html.replace("broken &amp; torn", "")
 
 
-def test_the_pages_pictures_can_be_opened(html):
-    for attributes in Page(html).pictures:
+def test_the_pages_images_can_be_opened(html):
+    for attributes in Page(html).images:
         image = Image.open(io.BytesIO(base64.b64decode(attributes["src"].partition(",")[2])))
         image.load()
         assert image.size == (int(attributes["width"]), int(attributes["height"]))
@@ -608,19 +608,19 @@ def test_names_cannot_break_the_page(tmp_path):
     folder = tmp_path / "flat"
     folder.mkdir()
     for seed in range(6):
-        picture(seed).save(folder / f"<b>{seed}.png")
+        image(seed).save(folder / f"<b>{seed}.png")
     found = Page(run(folder, tmp_path / "out", model).page.read_text(encoding="utf-8"))
     assert found.tags["script"] == 1 and found.tags["b"] == 0
     assert all(name in found.text for name in evil.values())
 
 
 def test_the_page_stays_small(monkeypatch):
-    """200 classes with every picture as large as it may be are under 20 MB; more classes never need much more."""
+    """200 classes with every image as large as it may be are under 20 MB; more classes never need much more."""
     model = tiny_model()
-    embedded = page.EmbeddedPicture("data:image/webp;base64," + "A" * (page.MAX_PICTURE_BYTES * 4 // 3), 160, 160)
+    embedded = page.EmbeddedImage("data:image/webp;base64," + "A" * (page.MAX_IMAGE_BYTES * 4 // 3), 160, 160)
     maps = [page.ShownMap(embedded, "head 3", "head 3, strongest at the upper left")] * 5
 
-    def draw(classifier, pictures, wanted, heads_shown, *rest):
+    def draw(classifier, images, wanted, heads_shown, *rest):
         for example, classes in wanted:
             yield page.Drawn(example.name, embedded, maps[: heads_shown if len(classes) == 1 else 4], "a caption")
 
@@ -629,21 +629,21 @@ def test_the_page_stays_small(monkeypatch):
         model.config.id2label = {number: f"Some species of bird number {number}" for number in range(num_classes)}
         classes = []
         for number, name in model.config.id2label.items():
-            examples = [Example(i, f"some/folder/picture_{i}.jpg", number, 0.5, (0, 1, 2)) for i in range(3)]
+            examples = [Example(i, f"some/folder/image_{i}.jpg", number, 0.5, (0, 1, 2)) for i in range(3)]
             found = ClassSummary(number, name, *(np.full(12, 20.0) for _ in range(4)), 30, 30, 25, 25, 50, examples)
             found.mistaken.update({0: 1, 1: 2, num_classes - 1: 1})
             classes.append(found)
         confusions = [Confusion(i, i + 1, 5, classes[i].examples[:2]) for i in range(20)]
         summary = Summary(classes, confusions, 30 * num_classes, [], 0)
         sums = MapSums(np.random.default_rng(0).random((num_classes, 12, 14, 14)), np.full(num_classes, 25))
-        pictures = type("Pictures", (), {"origin": "photos"})()
+        images = type("LabelledImages", (), {"origin": "photos"})()
         classifier = type("Classifier", (), {"model": model})()
-        html = page.write_page(classifier, pictures, summary, sums, build.Options(), "model", 8)
+        html = page.write_page(classifier, images, summary, sums, build.Options(), "model", 8)
         assert len(html.encode()) < limit
-        assert html.count("data:image/webp") <= page.MAX_PICTURES
+        assert html.count("data:image/webp") <= page.MAX_IMAGES
         assert html.count('<h3 id="class-') == min(num_classes, page.MAX_CLASSES)
         assert ("fewer examples than classes.parquet names" in html) == (num_classes > 200)
-        assert ("2000 classes with the fewest pictures are not on it" in html) == (num_classes == 3000)
+        assert ("2000 classes with the fewest images are not on it" in html) == (num_classes == 3000)
         found = Page(html)
         assert {anchor[1:] for anchor in found.anchors} <= set(found.ids)
 

@@ -17,13 +17,13 @@ from prompt_cam_hf.cli import app
 
 @pytest.fixture
 def photos(tmp_path):
-    """Three pictures at two depths, a hidden one, and a file that is none."""
+    """Three images at two depths, a hidden one, and a file that is none."""
     random = np.random.default_rng(0)
     photos = tmp_path / "photos"
     (photos / "more").mkdir(parents=True)
     for name in ("b.png", "a.jpg", "more/c.png", ".hidden.png"):
         Image.fromarray(random.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(photos / name)
-    (photos / "notes.txt").write_text("not a picture")
+    (photos / "notes.txt").write_text("not an image")
     return photos
 
 
@@ -52,7 +52,7 @@ def test_formats_agree_with_the_pipeline(model_folder, photos):
     assert all(name in shown for name in ID2LABEL.values())
 
 
-def test_unreadable_pictures_are_named_and_left_out(model_folder, photos):
+def test_unreadable_images_are_named_and_left_out(model_folder, photos):
     (photos / "aa.jpg").write_bytes((photos / "a.jpg").read_bytes()[:300])
     answer = run("predict", model_folder, photos, "--format", "json")
     assert answer.exit_code == 1
@@ -65,7 +65,7 @@ def test_mistakes_get_one_sentence(model_folder, photos, tmp_path):
     (tmp_path / "empty").mkdir()
     for arguments, message in [
         ((model_folder, tmp_path / "nowhere"), "There is no file or folder"),
-        ((model_folder, tmp_path / "empty"), "holds no pictures"),
+        ((model_folder, tmp_path / "empty"), "holds no images"),
         ((tmp_path / "other", photos), "is a model of type 'vit', not a Prompt-CAM"),
     ]:
         answer = run("predict", *arguments)

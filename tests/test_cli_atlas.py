@@ -11,7 +11,7 @@ from prompt_cam_hf.cli import app
 
 @pytest.fixture
 def photos(tmp_path):
-    """Two class folders with two pictures each."""
+    """Two class folders with two images each."""
     random = np.random.default_rng(0)
     for label in (1, 3):
         folder = tmp_path / "photos" / f"class {label}"
@@ -30,7 +30,7 @@ def test_an_atlas_is_made_once(model_folder, photos, tmp_path):
     answer = run(model_folder, photos, "--out", out, "--top-heads", 2, "--examples", 1, "--method", "shapley")
     assert answer.exit_code == 0, answer.output
     assert sorted(path.name for path in out.iterdir()) == ["classes.parquet", "images.parquet", "index.html"]
-    assert answer.stdout.startswith("4 pictures of 5 classes, ") and str(out / "index.html") in answer.stdout
+    assert answer.stdout.startswith("4 images of 5 classes, ") and str(out / "index.html") in answer.stdout
     page = (out / "index.html").read_text(encoding="utf-8")
     assert "are the first 2." in page and "shapley ranking" in page
     assert str(tmp_path) not in page
@@ -42,11 +42,11 @@ def test_an_atlas_is_made_once(model_folder, photos, tmp_path):
     assert (out / "index.html").read_text(encoding="utf-8") != page
 
 
-def test_unreadable_pictures_are_listed_and_left_out(model_folder, photos, tmp_path):
+def test_unreadable_images_are_listed_and_left_out(model_folder, photos, tmp_path):
     (photos / "class 1" / "torn.jpg").write_bytes(b"torn")
     answer = run(model_folder, photos, "--out", tmp_path / "out")
     assert answer.exit_code == 1
-    assert answer.stdout.startswith("4 pictures of 5 classes")
+    assert answer.stdout.startswith("4 images of 5 classes")
     assert "class 1/torn.jpg" in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
 
 

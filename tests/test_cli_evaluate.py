@@ -18,18 +18,18 @@ from prompt_cam_hf.hub.card import read_card_data, render_card
 from prompt_cam_hf.metrics.localization import patch_mask
 from prompt_cam_hf.modeling.backbone_prompt_cam import build_backbone
 
-PICTURE_SIZE = (60, 40)
+IMAGE_SIZE = (60, 40)
 
 
 @pytest.fixture
 def photos(tmp_path):
-    """Two class folders with two pictures each."""
+    """Two class folders with two images each."""
     random = np.random.default_rng(0)
     for label in (1, 3):
         folder = tmp_path / "photos" / f"class {label}"
         folder.mkdir(parents=True)
         for name in (f"a_{label}.png", f"b_{label}.jpg"):
-            Image.fromarray(random.integers(0, 256, (*PICTURE_SIZE[::-1], 3), dtype=np.uint8)).save(folder / name)
+            Image.fromarray(random.integers(0, 256, (*IMAGE_SIZE[::-1], 3), dtype=np.uint8)).save(folder / name)
     return tmp_path / "photos"
 
 
@@ -113,7 +113,7 @@ def test_drawn_birds_are_localised(tmp_path):
 
 @pytest.fixture
 def cub(photos, tmp_path):
-    """Annotations of two of the four pictures, in CUB's form."""
+    """Annotations of two of the four images, in CUB's form."""
     folder = tmp_path / "CUB_200_2011"
     (folder / "parts").mkdir(parents=True)
     (folder / "images.txt").write_text("1 x/a_1.png\n2 x/b_3.jpg\n")
@@ -129,13 +129,13 @@ def test_cubs_annotations(model_folder, photos, cub, tmp_path):
     assert answer.exit_code == 0, answer.output
     rows = pq.read_table(tmp_path / "box" / "measurements.parquet").to_pylist()
     chances = {row["image"]: row["value"] for row in rows if row["metric"] == "chance of pointing"}
-    whole = np.zeros(PICTURE_SIZE[::-1], bool)
+    whole = np.zeros(IMAGE_SIZE[::-1], bool)
     whole[:, :30] = True
-    inner = np.zeros(PICTURE_SIZE[::-1], bool)
+    inner = np.zeros(IMAGE_SIZE[::-1], bool)
     inner[10:30, 15:45] = True
     expected = {"class 1/a_1.png": whole, "class 3/b_3.jpg": inner}
     assert chances == pytest.approx({name: patch_mask(mask, (4, 4)).mean() for name, mask in expected.items()})
-    # The second picture's part is not visible.
+    # The second image's part is not visible.
     assert run(*common, "--cub-mask", "parts", "--out", tmp_path / "parts").exit_code == 0
     found = metrics_of(tmp_path / "parts")["pointing game"]
     assert found["num_images"] == 1 and found["protocol"] == "CUB's part points, true class"
@@ -143,7 +143,7 @@ def test_cubs_annotations(model_folder, photos, cub, tmp_path):
     assert answer.exit_code == 2 and "no folder segmentations" in answer.stderr
 
 
-def test_unreadable_pictures_are_left_out(model_folder, photos, tmp_path):
+def test_unreadable_images_are_left_out(model_folder, photos, tmp_path):
     (photos / "class 1" / "torn.jpg").write_bytes(b"torn")
     answer = run(model_folder, "--data", photos, "--metrics", "specificity", "--out", tmp_path / "out")
     assert answer.exit_code == 1

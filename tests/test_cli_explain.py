@@ -17,7 +17,7 @@ from prompt_cam_hf.explanations.explain import explain
 
 @pytest.fixture
 def photos(tmp_path):
-    """Pictures of one name in two folders, and two that differ in their ending."""
+    """Images of one name in two folders, and two that differ in their ending."""
     random = np.random.default_rng(0)
     photos = tmp_path / "photos"
     for name in ("jay/1.png", "robin/1.png", "robin/2.png"):
@@ -52,7 +52,7 @@ def test_explain_writes_and_prints_what_the_library_says(model_folder, photos, t
         assert Image.open(out / f"{name}.traits.png").format == "PNG"
 
 
-def test_pictures_of_one_name_keep_apart(model_folder, photos, tmp_path):
+def test_images_of_one_name_keep_apart(model_folder, photos, tmp_path):
     Image.open(photos / "robin/2.png").save(photos / "robin/2.jpg")
     out = tmp_path / "out"
     answer = run("explain", model_folder, photos / "robin", photos / "robin" / "2.jpg", "--out", out)
@@ -65,7 +65,7 @@ def test_pictures_of_one_name_keep_apart(model_folder, photos, tmp_path):
     assert files_in(one) == ["2.traits.csv", "2.traits.json", "2.traits.png"]
 
 
-def test_unreadable_pictures_are_named_and_left_out(model_folder, photos, tmp_path):
+def test_unreadable_images_are_named_and_left_out(model_folder, photos, tmp_path):
     (photos / "jay/0.jpg").write_bytes(b"broken")
     answer = run("explain", model_folder, photos / "jay", "--out", tmp_path / "out")
     assert answer.exit_code == 1
@@ -74,15 +74,15 @@ def test_unreadable_pictures_are_named_and_left_out(model_folder, photos, tmp_pa
 
 
 def test_compare(model_folder, photos, tmp_path):
-    picture, out = photos / "jay/1.png", tmp_path / "out"
-    scores = explain(model_folder, picture).scores
-    answer = run("compare", model_folder, picture, "--true", scores[1].label, "--out", out, "--outline")
+    image, out = photos / "jay/1.png", tmp_path / "out"
+    scores = explain(model_folder, image).scores
+    answer = run("compare", model_folder, image, "--true", scores[1].label, "--out", out, "--outline")
     assert answer.exit_code == 0, answer.output
     assert f"truly {scores[1].label}" in answer.stdout
     assert files_in(out) == ["1.comparison.csv", "1.comparison.json", "1.comparison.png"]
     text = json.loads((out / "1.comparison.json").read_text())
     assert [traits["label"] for traits in text["classes"]] == [scores[1].label, scores[0].label]
-    answer = run("compare", model_folder, picture, "--classes", "class 1", "--classes", "class 2", "--out", out / "2")
+    answer = run("compare", model_folder, image, "--classes", "class 1", "--classes", "class 2", "--out", out / "2")
     assert answer.exit_code == 0 and "truly" not in answer.stdout
 
 
@@ -102,27 +102,27 @@ def test_nothing_is_overwritten_or_deleted(model_folder, photos, tmp_path):
     Image.open(photos / "jay/1.png").save(photos / "robin" / "3.png")
     before = (photos / "robin" / "3.traits.png").read_bytes()
     answer = run("explain", model_folder, photos / "robin", "--out", photos / "robin", "--overwrite")
-    assert answer.exit_code == 2 and "would replace one of the pictures" in answer.stderr
+    assert answer.exit_code == 2 and "would replace one of the images" in answer.stderr
     assert (photos / "robin" / "3.traits.png").read_bytes() == before
 
 
 def test_mistakes_get_one_sentence_and_write_nothing(model_folder, photos, tmp_path):
     ViTForImageClassification(tiny_backbone_config()).save_pretrained(tmp_path / "other")
     (tmp_path / "empty").mkdir()
-    picture, out = photos / "jay/1.png", ("--out", tmp_path / "out")
-    (photos / "notes.txt").write_text("not a picture")
-    best = explain(model_folder, picture).prediction.label
+    image, out = photos / "jay/1.png", ("--out", tmp_path / "out")
+    (photos / "notes.txt").write_text("not an image")
+    best = explain(model_folder, image).prediction.label
     for arguments, message in [
-        (("explain", model_folder, picture, "--classes", "clas 3"), "did you mean 'class 3'"),
-        (("explain", model_folder, picture, "--heads", 5), "the model has 4 heads, so 1 to 4 can be shown"),
-        (("explain", model_folder, tmp_path / "empty"), "holds no pictures"),
+        (("explain", model_folder, image, "--classes", "clas 3"), "did you mean 'class 3'"),
+        (("explain", model_folder, image, "--heads", 5), "the model has 4 heads, so 1 to 4 can be shown"),
+        (("explain", model_folder, tmp_path / "empty"), "holds no images"),
         (("explain", model_folder, tmp_path / "nowhere"), "There is no file or folder"),
-        (("explain", tmp_path / "other", picture), "is a model of type 'vit', not a Prompt-CAM"),
-        (("compare", model_folder, picture, "--classes", "class 1"), "a comparison needs two"),
-        (("compare", model_folder, picture, "--true", best), "is read rightly"),
-        (("compare", model_folder, picture, "--true", "x", "--classes", "y"), "Give either"),
-        (("compare", model_folder, picture, "--true", "x", "--heads", 9), "the model has 4 heads"),
-        (("compare", model_folder, photos / "notes.txt", "--true", "class 1"), "Cannot read the picture"),
+        (("explain", tmp_path / "other", image), "is a model of type 'vit', not a Prompt-CAM"),
+        (("compare", model_folder, image, "--classes", "class 1"), "a comparison needs two"),
+        (("compare", model_folder, image, "--true", best), "is read rightly"),
+        (("compare", model_folder, image, "--true", "x", "--classes", "y"), "Give either"),
+        (("compare", model_folder, image, "--true", "x", "--heads", 9), "the model has 4 heads"),
+        (("compare", model_folder, photos / "notes.txt", "--true", "class 1"), "Cannot read the image"),
         (("compare", model_folder, tmp_path / "nowhere.jpg", "--true", "class 1"), "nowhere.jpg"),
     ]:
         answer = run(*arguments, *out)

@@ -104,8 +104,8 @@ def test_what_it_leaves(demo):
         with Image.open(path) as image:
             assert image.width > 700
             assert path.stat().st_size < 300_000
-    pictures = {path.stem for path in (folder / "birds").iterdir()}
-    assert pictures == {bird.name for bird in BIRD_CLASSES}
+    images = {path.stem for path in (folder / "birds").iterdir()}
+    assert images == {bird.name for bird in BIRD_CLASSES}
     results = json.loads((folder / "model" / "results.json").read_text())
     assert results["test"]["top1"] == report.numbers["accuracy"]
     assert not list(folder.rglob("*.partial"))
@@ -203,7 +203,7 @@ def test_localisation_by_hand():
 
 
 def test_removal_the_long_way(model, test_birds, reading):
-    """One picture at a time, each change made here again."""
+    """One image at a time, each change made here again."""
     processor = build_image_processor(96)
 
     def predicted(image):

@@ -24,7 +24,7 @@ PAGES = [
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with what the pages take for granted; the misread picture is none of "Steller Jay"."""
+    """A folder with what the pages take for granted; the misread image is none of "Steller Jay"."""
     monkeypatch.chdir(tmp_path)
     model = tiny_model(id2label=dict(enumerate(("Blue Jay", "Steller Jay", "Cardinal"))))
     for name, parameter in model.named_parameters():
@@ -33,10 +33,10 @@ def workplace(tmp_path, monkeypatch):
     model.save_pretrained("my_model")
     build_image_processor(32).save_pretrained("my_model")
     random = np.random.default_rng(0)
-    pictures = (Image.fromarray(random.integers(0, 256, (150, 200, 3), dtype=np.uint8)) for _ in range(99))
-    next(pictures).save("blue_jay.jpg")
-    for picture in pictures:
-        picture.save("misread.jpg")
+    images = (Image.fromarray(random.integers(0, 256, (150, 200, 3), dtype=np.uint8)) for _ in range(99))
+    next(images).save("blue_jay.jpg")
+    for image in images:
+        image.save("misread.jpg")
         if explain("my_model", "misread.jpg").prediction.label != "Steller Jay":
             return tmp_path
     raise AssertionError("the random model knows nothing but Steller Jays")

@@ -40,7 +40,7 @@ from prompt_cam_hf.modeling.backbone_prompt_cam import build_backbone
 RESULTS = {"evaluation.json", "measurements.parquet", "curves.svg", "index.html"}
 MAPS = ("attention_sum", "evidence_positive")
 BASELINE_MAPS = ("rollout", "finer_grad_cam")
-NUM_PICTURES = 19  # more than a part has
+NUM_IMAGES = 19  # more than a part has
 SIZE = (40, 50)
 
 
@@ -70,10 +70,10 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    """Pictures in class folders, one of which no model knows, and a broken one."""
+    """Images in class folders, one of which no model knows, and a broken one."""
     random = np.random.default_rng(0)
     folder = tmp_path_factory.mktemp("photos")
-    for index in range(NUM_PICTURES):
+    for index in range(NUM_IMAGES):
         name = "a stranger" if index == 4 else ID2LABEL[index % NUM_CLASSES]
         (folder / name).mkdir(exist_ok=True)
         coarse = Image.fromarray(random.integers(0, 256, (4, 5, 3), dtype=np.uint8))
@@ -83,7 +83,7 @@ def photos(tmp_path_factory) -> Path:
 
 
 def mask_of(index: int, name: str, image: Image.Image) -> np.ndarray | None:
-    """A square that depends on the picture; nothing is known about some."""
+    """A square that depends on the image; nothing is known about some."""
     number = int(Path(name).stem)
     if number % 6 == 5:
         return None
@@ -146,7 +146,7 @@ def make_map(model, pixel_values, classes, name):
 
 
 def measure_the_long_way(model, name, pixel_values, label, mask, first_stage):
-    """All metrics of one map of one picture."""
+    """All metrics of one map of one image."""
     asked = model(pixel_values).logits.argmax(-1)
 
     def explain(model, images, classes):
@@ -190,12 +190,12 @@ def test_numbers_are_those_of_the_metrics_image_by_image(finished, folders, phot
     }
     # One without label, one without mask, one that is torn, and some others.
     chosen = ("01", "04", "05", "08", "12", "torn")
-    seen, pictures = set(), [path for path in sorted(photos.rglob("*.png")) if path.stem in chosen]
-    assert len(pictures) == len(chosen)
+    seen, images = set(), [path for path in sorted(photos.rglob("*.png")) if path.stem in chosen]
+    assert len(images) == len(chosen)
     for model_name, (first_stage, maps) in models.items():
         folder = folders["prompt_cam"].parent / model_name
         model = AutoModelForImageClassification.from_pretrained(folder).eval()
-        for path in pictures:
+        for path in images:
             image = f"{path.parent.name}/{path.name}"
             if path.stem == "torn":
                 assert found[image, "", "", "unreadable"][2] == 1
@@ -218,7 +218,7 @@ def test_numbers_are_those_of_the_metrics_image_by_image(finished, folders, phot
                     value = np.asarray(value).item()
                     assert found[key][2] == pytest.approx(value, abs=2e-5, nan_ok=True), key
                     seen.add(key)
-    names = {f"{path.parent.name}/{path.name}" for path in pictures}
+    names = {f"{path.parent.name}/{path.name}" for path in images}
     left = {key for key in found if key[0] in names and key not in seen and key[1]}
     # A mask that is unknown has no mass to lose.
     assert all(key[3] == "mass lost to runner-up" and math.isnan(found[key][2]) for key in left)
@@ -226,9 +226,9 @@ def test_numbers_are_those_of_the_metrics_image_by_image(finished, folders, phot
 
 def test_the_files_say_the_same(finished):
     assert {path.name for path in finished.folder.iterdir()} == RESULTS
-    assert (finished.num_images, finished.num_unreadable) == (NUM_PICTURES, 1)
+    assert (finished.num_images, finished.num_unreadable) == (NUM_IMAGES, 1)
     content = json.loads((finished.folder / "evaluation.json").read_text())
-    assert content["num_images"] == NUM_PICTURES and content["num_unreadable"] == 1
+    assert content["num_images"] == NUM_IMAGES and content["num_unreadable"] == 1
     assert content["model"] == "prompt_cam" and content["map"] == MAPS[0]
     assert len(content["all"]) == len(finished.means)
     of_main = [mean for mean in finished.means if mean.model == "prompt_cam" and mean.map in ("", MAPS[0])]
@@ -251,16 +251,16 @@ def test_the_files_say_the_same(finished):
         assert mean.low <= mean.value + 1e-9 and mean.value <= mean.high + 1e-9
     for (model, name, metric), curve in finished.curves.items():
         curves = [row[3] for key, row in found.items() if key[1:] == (model, name, metric)]
-        assert len(curves) == NUM_PICTURES and curve == pytest.approx(np.mean(curves, axis=0), abs=1e-6)
+        assert len(curves) == NUM_IMAGES and curve == pytest.approx(np.mean(curves, axis=0), abs=1e-6)
     assert len(content["curves"]) == len(finished.curves) == 2 * (len(MAPS) + 2 * len(BASELINE_MAPS))
 
 
 def test_true_classes_and_a_limit(folders, photos, tmp_path):
-    """Maps of few pictures, accuracy of all; other sizes of batches give the same."""
+    """Maps of few images, accuracy of all; other sizes of batches give the same."""
     protocol = Protocol(("faithfulness",), preset="fast", classes="true", limit=5, batch_size=2)
     found = quick(folders, photos, tmp_path / "out", protocol=protocol)
     counts = {mean.metric: mean.num_images for mean in found.means}
-    assert counts["accuracy"] == NUM_PICTURES - 1 and 4 <= counts["insertion"] <= 5
+    assert counts["accuracy"] == NUM_IMAGES - 1 and 4 <= counts["insertion"] <= 5
     rows = measured(found.folder)
     model = AutoModelForImageClassification.from_pretrained(folders["prompt_cam"]).eval()
     for (image, _, name, metric), (_, label, value, _) in rows.items():
@@ -292,12 +292,12 @@ def test_defaults(folders, photos, tmp_path):
     twice = quick(folders, photos, tmp_path / "twice", baselines=[folders["prompt_cam"]], baseline_maps=MAPS[:1] * 2)
     assert {mean.model for mean in twice.means} == {"prompt_cam (1)", "prompt_cam (2)"}
     assert len(twice.means) == 2 * 4
-    assert all(mean.num_images == NUM_PICTURES - 1 for mean in twice.means if mean.metric != "mass lost to runner-up")
+    assert all(mean.num_images == NUM_IMAGES - 1 for mean in twice.means if mean.metric != "mass lost to runner-up")
 
 
 def test_data_sets_without_labels(folders, tmp_path):
-    pictures = [Image.fromarray(np.full((32, 32, 3), grey, np.uint8)) for grey in (10, 200)]
-    data = datasets.Dataset.from_dict({"image": pictures}, datasets.Features({"image": datasets.Image()}))
+    images = [Image.fromarray(np.full((32, 32, 3), grey, np.uint8)) for grey in (10, 200)]
+    data = datasets.Dataset.from_dict({"image": images}, datasets.Features({"image": datasets.Image()}))
     protocol = Protocol(("faithfulness", "specificity", "localisation"), preset="fast")
     found = quick(folders, data, tmp_path / "out", protocol=protocol, ground_truth=None)
     assert [mean.metric for mean in found.means] == ["insertion", "deletion"]
@@ -455,7 +455,7 @@ def test_two_processes_measure_what_one_does(folders, photos, tmp_path):
     launch += [f"--main_process_port={port}", "-m", "prompt_cam_hf", "evaluate", str(folders["prompt_cam"])]
     launch += ["--data", str(photos), "--metrics", "specificity", "--map", MAPS[0], "--out", str(tmp_path / "two")]
     done = subprocess.run(launch, env=one_thread(), capture_output=True, text=True)
-    # One picture is torn, so each process ends with 1, which the launcher reports.
+    # One image is torn, so each process ends with 1, which the launcher reports.
     assert done.stdout.count("index.html") == 1, done.stderr
     one = quick(folders, photos, tmp_path / "one", ground_truth=None)
     assert_same_numbers(one.folder, tmp_path / "two")
@@ -493,7 +493,7 @@ def test_mistakes_get_one_sentence(folders, photos, tmp_path):
 def test_nothing_can_be_read(folders, tmp_path):
     (tmp_path / "photos" / "class 1").mkdir(parents=True)
     (tmp_path / "photos" / "class 1" / "a.png").write_bytes(b"torn")
-    with pytest.raises(ValueError, match="None of the 1 pictures can be read"):
+    with pytest.raises(ValueError, match="None of the 1 images can be read"):
         quick(folders, tmp_path / "photos", tmp_path / "out")
 
 
@@ -507,7 +507,7 @@ class Page(HTMLParser):
 
     def __init__(self, html: str):
         super().__init__()
-        self.open, self.ids, self.anchors, self.pictures, self.tags = [], [], [], [], Counter()
+        self.open, self.ids, self.anchors, self.images, self.tags = [], [], [], [], Counter()
         self.urls, self.labelled_by, self.text, self.cells = [], [], "", []
         self.feed(html)
         self.close()
@@ -520,7 +520,7 @@ class Page(HTMLParser):
             self.open.append(tag)
         self.ids += [attributes["id"]] if "id" in attributes else []
         self.anchors += [attributes["href"]] if tag == "a" else []
-        self.pictures += [attributes] if tag == "img" else []
+        self.images += [attributes] if tag == "img" else []
         self.cells += [""] if tag in ("td", "th") else []
         self.urls += [attributes[name] for name in ("src", "href", "action", "poster", "srcset") if name in attributes]
         self.labelled_by += [attributes["aria-labelledby"]] if "aria-labelledby" in attributes else []
@@ -543,18 +543,18 @@ def test_the_page_is_sound_and_needs_nothing_else(finished, photos):
     assert str(photos) not in html
     assert {anchor[1:] for anchor in page.anchors} <= set(page.ids) and set(page.labelled_by) <= set(page.ids)
     assert {"table-1", "table-5", "curves", "best", "worst"} <= set(page.ids)
-    for attributes in page.pictures:
+    for attributes in page.images:
         assert attributes["alt"].strip() and attributes["src"].startswith("data:image/")
         assert int(attributes["width"]) > 0 and int(attributes["height"]) > 0
-    assert len(page.pictures) == 1 + 2 * 2 * 4
+    assert len(page.images) == 1 + 2 * 2 * 4
     cells = "|".join(page.cells)
     for mean in finished.means:
-        assert f"{mean}{mean.num_images} pictures" in cells
+        assert f"{mean}{mean.num_images} images" in cells
     assert "insertionfast, predicted class" in cells and "pointing gamesquares, true class" in cells
-    assert "1 that cannot be read were left out" in page.text and "19 pictures" in page.text
+    assert "1 that cannot be read were left out" in page.text and "19 images" in page.text
 
 
-def test_best_and_worst_pictures(finished):
+def test_best_and_worst_images(finished):
     """By insertion less deletion of the first map, best first and worst first."""
     found = measured(finished.folder)
     gaps = {

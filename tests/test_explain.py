@@ -27,7 +27,7 @@ HEADS = 4
 SIZES = [(50, 40), (30, 90), (32, 32)]
 
 
-def picture(size=(50, 40), seed=0):
+def random_image(size=(50, 40), seed=0):
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -42,17 +42,17 @@ def photos(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     for number, size in enumerate(SIZES):
-        picture(size, number).save(folder / f"{number}.png")
+        random_image(size, number).save(folder / f"{number}.png")
     return folder
 
 
 @pytest.mark.parametrize("kind", ["attention", "evidence"])
 @pytest.mark.parametrize("method", ["greedy", "exact", "shapley"])
 def test_it_says_what_the_model_says(classifier, method, kind):
-    pictures = [picture(size, seed) for seed, size in enumerate(SIZES)]
+    images = [random_image(size, seed) for seed, size in enumerate(SIZES)]
     names = ["class 3", "Class_0"]
-    explanations = explain(classifier, pictures, names, kind=kind, method=method, batch_size=2)
-    for image, explanation in zip(pictures, explanations, strict=True):
+    explanations = explain(classifier, images, names, kind=kind, method=method, batch_size=2)
+    for image, explanation in zip(images, explanations, strict=True):
         pixel_values = classifier.image_processor(image, return_tensors="pt")["pixel_values"]
         logits = classifier.model(pixel_values).logits[0].detach()
         order = logits.argsort(descending=True).tolist()
@@ -104,8 +104,8 @@ def test_one_call_from_whatever_there_is(classifier, model_folder, photos):
     ]
 
 
-def test_the_picture_is_upright_and_in_its_own_size(classifier, tmp_path):
-    image = picture((60, 30))
+def test_the_image_is_upright_and_in_its_own_size(classifier, tmp_path):
+    image = random_image((60, 30))
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by a quarter
     image.save(tmp_path / "turned.png", exif=exif)
@@ -118,8 +118,8 @@ def test_the_picture_is_upright_and_in_its_own_size(classifier, tmp_path):
 def test_other_input_sizes_than_the_backbones(classifier):
     processor = build_image_processor((48, 64))
     with pytest.raises(ValueError, match="interpolate_pos_encoding=True"):
-        explain(classifier, picture(), image_processor=processor)
-    explanation = explain(classifier, picture(), image_processor=processor, interpolate_pos_encoding=True)
+        explain(classifier, random_image(), image_processor=processor)
+    explanation = explain(classifier, random_image(), image_processor=processor, interpolate_pos_encoding=True)
     assert explanation.classes[0].maps.shape == (HEADS, 6, 8)
 
 
@@ -171,7 +171,7 @@ def test_it_prints_well(classifier, photos):
 
 
 def test_verdicts(classifier):
-    traits = explain(classifier, picture()).classes[0]
+    traits = explain(classifier, random_image()).classes[0]
     traits = replace(traits, head_order=(2, 0, 3, 1))
     for rank, sufficient, sets, verdict in [
         (1, 1, None, "predicted: head 2 suffices"),
@@ -188,7 +188,7 @@ def test_verdicts(classifier):
 
 @pytest.mark.parametrize("kind", ["attention", "evidence"])
 def test_shared_and_own_maps(classifier, kind):
-    comparison = compare(classifier, picture(), ["class 4", 0, "class 2"], kind=kind)
+    comparison = compare(classifier, random_image(), ["class 4", 0, "class 2"], kind=kind)
     maps = np.stack([traits.maps for traits in comparison.classes])
     shared, own = np.zeros_like(maps[0]), np.zeros_like(maps)
     for place in np.ndindex(maps.shape[1:]):
@@ -210,7 +210,7 @@ def test_shared_and_own_maps(classifier, kind):
 
 
 def test_heads_of_a_comparison_take_turns(classifier):
-    comparison = compare(classifier, picture(), ["class 4", "class 0"])
+    comparison = compare(classifier, random_image(), ["class 4", "class 0"])
     first, second = (traits.head_order for traits in comparison.classes)
     seen = []
     for a, b in zip(first, second, strict=True):
@@ -218,7 +218,7 @@ def test_heads_of_a_comparison_take_turns(classifier):
     assert comparison.top_heads(HEADS) == tuple(dict.fromkeys(seen)) and len(comparison.top_heads(2)) == 2
 
 
-def test_a_misread_picture(classifier, photos, tmp_path):
+def test_a_misread_image(classifier, photos, tmp_path):
     path = photos / "0.png"
     scores = explain(classifier, path).scores
     comparison = compare(classifier, path, true=scores[2].label, kind="evidence")
@@ -244,7 +244,7 @@ def test_a_misread_picture(classifier, photos, tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_file(classifier, tmp_path, monkeypatch):
-    explanation = explain(classifier, picture())
+    explanation = explain(classifier, random_image())
     for name in ("a.gif", "a", "a.docx"):
         with pytest.raises(ValueError, match=r"a result can be saved as \.png"):
             explanation.save(tmp_path / name)
@@ -259,17 +259,17 @@ def test_a_failed_save_leaves_the_old_file(classifier, tmp_path, monkeypatch):
 def test_mistakes_get_one_sentence(classifier, photos, tmp_path):
     ViTForImageClassification(tiny_backbone_config()).save_pretrained(tmp_path / "other")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "broken.jpg").write_bytes(b"no picture")
-    image, model = picture(), classifier.model
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    image, model = random_image(), classifier.model
     for arguments, options, error, message in [
         ((classifier, image, "class 9"), {}, ValueError, "did you mean 'class 4'"),
         ((classifier, image, 5), {}, ValueError, "from 0 to 4"),
         ((classifier, image), {"kind": "saliency"}, ValueError, 'use "attention" or "evidence"'),
         ((classifier, image), {"method": "random"}, ValueError, 'use "greedy", "exact" or "shapley"'),
-        ((classifier, image), {"batch_size": 0}, ValueError, "at least one picture"),
-        ((classifier, tmp_path / "broken.jpg"), {}, ValueError, "Cannot read the picture"),
+        ((classifier, image), {"batch_size": 0}, ValueError, "at least one image"),
+        ((classifier, tmp_path / "broken.jpg"), {}, ValueError, "Cannot read the image"),
         ((classifier, tmp_path / "none.jpg"), {}, FileNotFoundError, "none.jpg"),
-        ((classifier, tmp_path / "empty"), {}, ValueError, "holds no pictures"),
+        ((classifier, tmp_path / "empty"), {}, ValueError, "holds no images"),
         ((tmp_path / "other", image), {}, ValueError, "'vit', not a Prompt-CAM, and has no trait maps"),
         ((model, image), {}, ValueError, "needs its image processor"),
         ((torch.nn.Linear(1, 1), image), {}, ValueError, "Linear is no model"),

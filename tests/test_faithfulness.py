@@ -135,7 +135,7 @@ def test_equals_a_direct_transcription(metric, preset, kind):
     else:
         prompt_cam = tiny_model("dinov2_with_registers")
         model = prompt_cam
-        if kind == "function":  # any shape of picture, and a map that has nothing to do with its patches
+        if kind == "function":  # any shape of image, and a map that has nothing to do with its patches
             size, grid = (16, 40), (3, 7)
             model = lambda images: prompt_cam(images, interpolate_pos_encoding=True).logits  # noqa: E731
     images, maps = random_images(2, *size), random_maps(2, *grid)
@@ -188,8 +188,8 @@ def test_ends_of_the_curves():
     classes = torch.tensor([4, 0])
     with torch.no_grad():
         ends = {
-            name: model(pictures).logits.softmax(-1)[range(2), classes]
-            for name, pictures in {
+            name: model(batch).logits.softmax(-1)[range(2), classes]
+            for name, batch in {
                 "clean": images, "blurred": blur(images), "zeros": 0 * images, "black": black(images, MEAN, STD)
             }.items()
         }  # fmt: skip

@@ -33,8 +33,8 @@ LAST_LAYER_ONLY = {"num_agnostic_prompts": 0}
 
 
 @pytest.fixture
-def pictures(photos, tmp_path):
-    """Makes a data set of the test pictures."""
+def make_images(photos, tmp_path):
+    """Makes a data set of the test images."""
 
     def make(folder: Path = photos, seed: int | None = None, **preprocessing) -> ImageDataset:
         processor = build_image_processor(**({"image_size": 32} | preprocessing))
@@ -76,8 +76,8 @@ def test_same_training_as_without(recipe, tmp_path, settings):
     assert len(files(tmp_path / "cache")) == 2  # train and validation; test is not worth it
 
 
-def test_views_are_used_in_turn(model, pictures, tmp_path):
-    images = pictures(seed=7)
+def test_views_are_used_in_turn(model, make_images, tmp_path):
+    images = make_images(seed=7)
     cached = cache_features(model, images, tmp_path, num_views=3)
     for epoch in range(7):
         cached.set_epoch(epoch)
@@ -105,7 +105,7 @@ def test_second_run_reads_what_the_first_wrote(recipe, tmp_path, monkeypatch):
     assert_same_weights(tmp_path / "out", tmp_path / "again")
 
 
-def test_whatever_changes_the_features_makes_a_new_file(model, pictures, backbone, tmp_path):
+def test_whatever_changes_the_features_makes_a_new_file(model, make_images, backbone, tmp_path):
     cache, seen = tmp_path / "cache", set()
 
     def is_new(*arguments, **options) -> bool:
@@ -114,23 +114,23 @@ def test_whatever_changes_the_features_makes_a_new_file(model, pictures, backbon
         seen.add(path.name)
         return new
 
-    assert is_new(model, pictures())
-    assert not is_new(model, pictures())
-    assert not is_new(model, pictures(), batch_size=2, num_workers=1)
-    assert is_new(model, pictures(image_mean=[0.4, 0.5, 0.5]))
-    assert is_new(model, pictures(seed=1))
-    assert is_new(model, pictures(seed=2))
-    assert is_new(model, pictures(seed=2), num_views=2)
-    assert is_new(model, pictures(), autocast_dtype=torch.bfloat16)
+    assert is_new(model, make_images())
+    assert not is_new(model, make_images())
+    assert not is_new(model, make_images(), batch_size=2, num_workers=1)
+    assert is_new(model, make_images(image_mean=[0.4, 0.5, 0.5]))
+    assert is_new(model, make_images(seed=1))
+    assert is_new(model, make_images(seed=2))
+    assert is_new(model, make_images(seed=2), num_views=2)
+    assert is_new(model, make_images(), autocast_dtype=torch.bfloat16)
     other_prompts = {"num_agnostic_prompts": 0, "class_prompt_layer": 2}
     later = PromptCAMForImageClassification.from_backbone(
         str(backbone), id2label=model.config.id2label, **other_prompts
     )
-    assert is_new(later, pictures())
+    assert is_new(later, make_images())
     same = PromptCAMForImageClassification.from_backbone(
         str(backbone), id2label=model.config.id2label, first_prompt_layer=1, prompt_dropout=0.3
     )
-    assert not is_new(same, pictures())
+    assert not is_new(same, make_images())
     changed = model.backbone
     with torch.no_grad():
         next(changed.parameters()).add_(0.1)
@@ -138,25 +138,25 @@ def test_whatever_changes_the_features_makes_a_new_file(model, pictures, backbon
     other = PromptCAMForImageClassification.from_backbone(
         str(tmp_path / "changed"), id2label=model.config.id2label, first_prompt_layer=1
     )
-    assert is_new(other, pictures())
+    assert is_new(other, make_images())
 
 
-def test_an_edited_picture_makes_a_new_file(model, photos, pictures, tmp_path):
+def test_an_edited_image_makes_a_new_file(model, photos, make_images, tmp_path):
     """Even where name, size and time of the file stay."""
     folder = shutil.copytree(photos, tmp_path / "photos")
     path = folder / "test" / "001.red" / "0.png"
     Image.new("RGB", (40, 40), "red").save(path, format="bmp")
     before = path.stat()
-    first = cache_features(model, pictures(folder), tmp_path / "cache")
+    first = cache_features(model, make_images(folder), tmp_path / "cache")
     Image.new("RGB", (40, 40), "blue").save(path, format="bmp")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
-    second = cache_features(model, pictures(folder), tmp_path / "cache")
+    second = cache_features(model, make_images(folder), tmp_path / "cache")
     assert first.path != second.path
     assert not torch.equal(first[0]["prefix_hidden_states"], second[0]["prefix_hidden_states"])
 
 
-def test_an_interrupted_file_is_not_used(model, pictures, tmp_path, monkeypatch):
+def test_an_interrupted_file_is_not_used(model, make_images, tmp_path, monkeypatch):
     original = PromptCAMForImageClassification.encode_prefix
     calls = []
 
@@ -168,18 +168,18 @@ def test_an_interrupted_file_is_not_used(model, pictures, tmp_path, monkeypatch)
 
     monkeypatch.setattr(PromptCAMForImageClassification, "encode_prefix", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        cache_features(model, pictures(), tmp_path, batch_size=4)
+        cache_features(model, make_images(), tmp_path, batch_size=4)
     assert [Path(name).suffix for name in files(tmp_path)] == [".partial"]
     monkeypatch.setattr(PromptCAMForImageClassification, "encode_prefix", original)
-    cached = cache_features(model, pictures(), tmp_path, batch_size=4)
+    cached = cache_features(model, make_images(), tmp_path, batch_size=4)
     assert [Path(name).suffix for name in files(tmp_path)] == [".npy"]
-    for index, item in enumerate(pictures()):
+    for index, item in enumerate(make_images()):
         expected = model.encode_prefix(item["pixel_values"][None])[0]
         torch.testing.assert_close(cached[index]["prefix_hidden_states"], expected, atol=1e-6, rtol=1e-6)
 
 
-def test_features_stay_on_disk(model, pictures, tmp_path):
-    cached = cache_features(model, pictures(), tmp_path)
+def test_features_stay_on_disk(model, make_images, tmp_path):
+    cached = cache_features(model, make_images(), tmp_path)
     cached[0]
     assert isinstance(cached._features, np.memmap)
     assert len(pickle.dumps(cached)) < Path(cached.path).stat().st_size / 10
@@ -188,8 +188,8 @@ def test_features_stay_on_disk(model, pictures, tmp_path):
     assert torch.equal(copy[3]["prefix_hidden_states"], cached[3]["prefix_hidden_states"])
 
 
-def test_workers_see_the_epoch(model, pictures, tmp_path):
-    cached = cache_features(model, pictures(seed=7), tmp_path, num_views=2)
+def test_workers_see_the_epoch(model, make_images, tmp_path):
+    cached = cache_features(model, make_images(seed=7), tmp_path, num_views=2)
     loader = torch.utils.data.DataLoader(cached, batch_size=15, num_workers=1, persistent_workers=True)
     for epoch in range(3):
         cached.set_epoch(epoch)
@@ -198,11 +198,11 @@ def test_workers_see_the_epoch(model, pictures, tmp_path):
         assert torch.equal(batch["prefix_hidden_states"], expected)
 
 
-def test_a_full_disk_is_noticed_before(model, pictures, tmp_path, monkeypatch):
+def test_a_full_disk_is_noticed_before(model, make_images, tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr(features_module.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(OSError, match=r"need 0\.0 GB in .*, where 0\.0 GB are free; lower cache_views \(now 1\)"):
-        cache_features(model, pictures(), tmp_path)
+        cache_features(model, make_images(), tmp_path)
 
 
 def test_refused_where_prompts_enter_the_first_layer(recipe, tmp_path):
@@ -213,7 +213,7 @@ def test_refused_where_prompts_enter_the_first_layer(recipe, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_step_costs_the_remaining_layers(model, pictures):
+def test_a_step_costs_the_remaining_layers(model, make_images):
     """Two of three layers are left; counted in multiplications, embedding left aside."""
     pixels, labels = torch.zeros(8, 3, 32, 32), torch.zeros(8, dtype=torch.long)
     prefix = model.encode_prefix(pixels)
@@ -229,7 +229,7 @@ def test_a_step_costs_the_remaining_layers(model, pictures):
     assert rest < whole
 
 
-def test_grid_of_a_backbone_made_for_another_size(pictures, tmp_path):
+def test_grid_of_a_backbone_made_for_another_size(make_images, tmp_path):
     """DINOv2 is published at 518 pixels and used at 224: the grid is not the one in its configuration."""
     backbone = Dinov2Model(
         Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=56, patch_size=8)
@@ -237,7 +237,7 @@ def test_grid_of_a_backbone_made_for_another_size(pictures, tmp_path):
     model = PromptCAMForImageClassification.from_backbone(
         backbone, id2label={0: "red", 1: "green", 2: "blue"}, num_agnostic_prompts=0
     )
-    images = pictures()
+    images = make_images()
     cached = cache_features(model, images, tmp_path)
     batch = FeatureCollator(GRID)([cached[index] for index in range(3)])
     expected = model(torch.stack([images[index]["pixel_values"] for index in range(3)]), labels=batch["labels"])

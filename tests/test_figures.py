@@ -30,7 +30,7 @@ def classifier():
     return Classifier(model, build_image_processor(32))
 
 
-def axes_with_pictures(figure):
+def axes_with_images(figure):
     """All but the colour bars."""
     return [axis for axis in figure.axes if axis.images and not axis.axison]
 
@@ -38,68 +38,68 @@ def axes_with_pictures(figure):
 def test_overlay_is_brightest_where_the_map_is():
     trait_map = np.zeros((4, 8))
     trait_map[1, 6] = 0.5
-    picture = overlay(GREY, trait_map, vmax=0.5).astype(int)
-    assert picture.shape == (40, 80, 3)
-    row, column = np.unravel_index(picture.sum(-1).argmax(), (40, 80))
+    image = overlay(GREY, trait_map, vmax=0.5).astype(int)
+    assert image.shape == (40, 80, 3)
+    row, column = np.unravel_index(image.sum(-1).argmax(), (40, 80))
     assert row // 10 == 1 and column // 10 == 6
 
 
 def test_signs_have_colours():
     trait_map = np.array([[0.4, 0.0, -0.4]])
-    picture = overlay(Image.new("RGB", (90, 30), (120, 120, 120)), trait_map, vmax=0.4, signed=True).astype(int)
-    red, grey, blue = picture[15, 15], picture[15, 45], picture[15, 75]
+    image = overlay(Image.new("RGB", (90, 30), (120, 120, 120)), trait_map, vmax=0.4, signed=True).astype(int)
+    red, grey, blue = image[15, 15], image[15, 45], image[15, 75]
     assert red[0] > red[2] + 100 and blue[2] > blue[0] + 100
     assert np.abs(grey - 120).max() <= 5
 
 
 def test_what_was_not_seen_turns_pale():
-    picture = overlay(GREY, np.ones((2, 2)), vmax=1, box=(20, 0, 60, 40))
-    assert (picture[:, :20] == picture[0, 0]).all() and (picture[:, 60:] == picture[0, 0]).all()
-    assert picture[0, 0].min() > 180
-    assert np.array_equal(picture[:, 20:60], overlay(GREY, np.ones((2, 2)), vmax=1)[:, 20:60])
+    image = overlay(GREY, np.ones((2, 2)), vmax=1, box=(20, 0, 60, 40))
+    assert (image[:, :20] == image[0, 0]).all() and (image[:, 60:] == image[0, 0]).all()
+    assert image[0, 0].min() > 180
+    assert np.array_equal(image[:, 20:60], overlay(GREY, np.ones((2, 2)), vmax=1)[:, 20:60])
 
 
 def test_one_scale_for_all_heads():
     maps = np.stack([np.full((2, 2), 0.2), np.full((2, 2), 0.05)])
     figure = plot_trait_maps(GREY, maps, heads=[1, 0], title="Blue Jay")
-    axes = axes_with_pictures(figure)
-    pictures = [axis.images[0].get_array() for axis in axes]
-    assert np.array_equal(pictures[0], np.asarray(GREY))
-    assert np.array_equal(pictures[1], overlay(GREY, maps[1], vmax=0.2))
-    assert np.array_equal(pictures[2], overlay(GREY, maps[0], vmax=0.2))
-    assert [axis.get_title() for axis in axes] == ["picture", "head 1\n20% on patches", "head 0\n80% on patches"]
+    axes = axes_with_images(figure)
+    images = [axis.images[0].get_array() for axis in axes]
+    assert np.array_equal(images[0], np.asarray(GREY))
+    assert np.array_equal(images[1], overlay(GREY, maps[1], vmax=0.2))
+    assert np.array_equal(images[2], overlay(GREY, maps[0], vmax=0.2))
+    assert [axis.get_title() for axis in axes] == ["image", "head 1\n20% on patches", "head 0\n80% on patches"]
     texts = [text.get_text() for text in figure.texts]
     assert texts[0] == "Blue Jay" and "one scale for all maps" in " ".join(texts)
     (bar,) = [axis for axis in figure.axes if axis.axison]
     assert [label.get_text() for label in bar.get_xticklabels()] == ["0", "10%", "20%"]
 
     own = plot_trait_maps(GREY, maps, heads=[1, 0], scale="head")
-    assert np.array_equal(axes_with_pictures(own)[1].images[0].get_array(), overlay(GREY, maps[1], vmax=0.05))
-    assert axes_with_pictures(own)[1].get_title() == "head 1\n20% on patches\nmax 5.0%"
+    assert np.array_equal(axes_with_images(own)[1].images[0].get_array(), overlay(GREY, maps[1], vmax=0.05))
+    assert axes_with_images(own)[1].get_title() == "head 1\n20% on patches\nmax 5.0%"
     assert "each map on its own scale" in " ".join(text.get_text() for text in own.texts)
 
 
 def test_a_given_scale_is_kept():
     figure = plot_trait_maps(GREY, np.full((1, 2, 2), 0.2), vmax=0.8)
-    drawn = axes_with_pictures(figure)[1].images[0].get_array()
+    drawn = axes_with_images(figure)[1].images[0].get_array()
     assert np.array_equal(drawn, overlay(GREY, np.full((2, 2), 0.2), vmax=0.8))
 
 
 def test_outlines_are_at_half_of_the_scale():
     maps = np.zeros((2, 4, 8))
     maps[0, 1, 6], maps[1, 2, 1] = 0.5, 0.2
-    outlined = axes_with_pictures(plot_trait_maps(GREY, maps, outline=True))
+    outlined = axes_with_images(plot_trait_maps(GREY, maps, outline=True))
     assert [len(axis.collections) for axis in outlined] == [0, 1, 0]
     x, y = outlined[1].collections[0].get_paths()[0].vertices.mean(axis=0)
     assert (x // 10, y // 10) == (6, 1)
-    weak_too = axes_with_pictures(plot_trait_maps(GREY, maps, outline=True, scale="head"))
+    weak_too = axes_with_images(plot_trait_maps(GREY, maps, outline=True, scale="head"))
     assert [len(axis.collections) for axis in weak_too] == [0, 1, 1]
 
 
 def test_explanations_are_drawn_head_by_head(classifier):
     explanation = explain(classifier, GREY, ["Jay", "a class"], kind="evidence")
     figure = explanation.figure(heads=3)
-    axes = axes_with_pictures(figure)
+    axes = axes_with_images(figure)
     vmax = max(np.abs(traits.maps[head]).max() for traits in explanation.classes for head in traits.head_order[:3])
     for row, traits in enumerate(explanation.classes):
         for column, head in enumerate(traits.head_order[:3], 1):
@@ -114,7 +114,7 @@ def test_explanations_are_drawn_head_by_head(classifier):
 
 def test_comparisons_are_drawn_on_one_scale(classifier):
     comparison = compare(classifier, GREY, ["Jay", "a class"])
-    axes = axes_with_pictures(comparison.figure(heads=2))
+    axes = axes_with_images(comparison.figure(heads=2))
     order = comparison.top_heads(2)
     vmax = max(traits.maps[head].max() for traits in comparison.classes for head in order)
     maps = [*(traits.maps for traits in comparison.classes), comparison.shared, comparison.own[0]]
@@ -126,7 +126,7 @@ def test_comparisons_are_drawn_on_one_scale(classifier):
 
 
 def check_layout(figure):
-    """Nothing reaches over the edge, no two texts overlap, no text lies on a picture."""
+    """Nothing reaches over the edge, no two texts overlap, no text lies on an image."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
     texts = [*figure.texts]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""CUB's files are read as they are published, drawn birds give their masks, and masks go where their pictures go."""
+"""CUB's files are read as they are published, drawn birds give their masks, and masks go where their images go."""
 
 import shutil
 
@@ -91,11 +91,11 @@ def test_boxes_and_points_in_pixels(cub):
         ("parts/parts.txt", None, FileNotFoundError, "There is no file .*parts.txt"),
         ("bounding_boxes.txt", "1 60.0 27.0 32.0\n", ValueError, "bounding_boxes.txt is not in CUB's form"),
         ("bounding_boxes.txt", "1 60.0 27.0 x 30.0\n", ValueError, "not in CUB's form, number x y width height"),
-        ("bounding_boxes.txt", "1 60.0 27.0 32.0 30.4\n", ValueError, "no box for picture 2"),
+        ("bounding_boxes.txt", "1 60.0 27.0 32.0 30.4\n", ValueError, "no box for image 2"),
         ("bounding_boxes.txt", "", ValueError, "bounding_boxes.txt is not in CUB's form"),
         ("parts/parts.txt", "one back\n", ValueError, "parts.txt is not in CUB's form"),
         ("parts/parts.txt", "1 back\n2 beak\n", ValueError, "has the part 7, which parts.txt does not name"),
-        ("images.txt", "1 a/x.jpg\n2 b/x.jpg\n", ValueError, "two pictures of the name x.jpg"),
+        ("images.txt", "1 a/x.jpg\n2 b/x.jpg\n", ValueError, "two images of the name x.jpg"),
     ],
 )
 def test_broken_annotations_are_named(cub, name, text, error, message):
@@ -126,18 +126,18 @@ def test_masks_of_drawn_birds(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["squash", "crop"])
-def test_masks_go_where_pictures_go(kind):
-    """A bright square is where its mask is, in a tall picture, whether the processor squashes or crops."""
+def test_masks_go_where_images_go(kind):
+    """A bright square is where its mask is, in a tall image, whether the processor squashes or crops."""
     mask = np.zeros((120, 60), dtype=bool)
     mask[50:70, 30:50] = True
-    picture = Image.fromarray(np.where(mask[..., None], 255, 0).repeat(3, axis=2).astype(np.uint8))
+    image = Image.fromarray(np.where(mask[..., None], 255, 0).repeat(3, axis=2).astype(np.uint8))
     if kind == "squash":
         processor, expected = build_image_processor((24, 32)), (slice(10, 14), slice(16, 27))
     else:
         processor = CLIPImageProcessorPil(size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30})
         expected = (slice(10, 20), slice(15, 25))
     seen = mask_as_seen(mask, processor)
-    brightness = processor(picture, return_tensors="np")["pixel_values"][0].mean(0)
+    brightness = processor(image, return_tensors="np")["pixel_values"][0].mean(0)
     assert seen.shape == brightness.shape and seen.dtype == bool
     middle = (brightness.max() + brightness.min()) / 2
     assert np.array_equal(seen, brightness >= middle)

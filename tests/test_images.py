@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Pictures of every kind open upright as 8-bit RGB, and augmentation is the official recipe, reproducibly."""
+"""Images of every kind open upright as 8-bit RGB, and augmentation is the official recipe, reproducibly."""
 
 import io
 import json
@@ -24,7 +24,7 @@ from prompt_cam_hf.training.data import ImageDataset, SetEpochCallback, Training
 
 
 def photo(rows=48, cols=64, seed=0):
-    """A smooth random picture, so that lossy formats keep it recognisable."""
+    """A smooth random image, so that lossy formats keep it recognisable."""
     noise = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(noise).resize((cols, rows), Image.Resampling.BICUBIC)
 
@@ -71,7 +71,7 @@ ORDINARY = {
 @pytest.mark.parametrize("kind", ORDINARY)
 def test_opens_like_transformers_from_every_kind_of_source(kind, tmp_path):
     content = ORDINARY[kind]()
-    path = tmp_path / "picture"
+    path = tmp_path / "image"
     path.write_bytes(content)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -102,23 +102,23 @@ def test_32_bits_are_refused(values):
 
 
 @pytest.mark.parametrize("kind", ["rgb-jpeg", "progressive-jpeg", "exif-jpeg", "rgba-png", "gif", "webp", "bmp"])
-def test_a_cut_picture_is_found_wherever_it_is_cut(kind, tmp_path):
+def test_a_cut_image_is_found_wherever_it_is_cut(kind, tmp_path):
     content = ORDINARY[kind]()
     path = tmp_path / "cut.jpg"
     # The last few bytes are an end mark: without it, every pixel is still there.
     for length in np.linspace(0, len(content) - 32, 25, dtype=int):
         path.write_bytes(content[:length])
         assert unreadable_reason(path), f"{length} of {len(content)} bytes"
-        with pytest.raises(UnreadableImageError, match=r"Cannot read the picture .*cut\.jpg: \w"):
+        with pytest.raises(UnreadableImageError, match=r"Cannot read the image .*cut\.jpg: \w"):
             open_image(path)
 
 
-def test_unreadable_pictures_are_named_with_the_reason(tmp_path):
+def test_unreadable_images_are_named_with_the_reason(tmp_path):
     page = tmp_path / "page.jpg"
     page.write_text("<html>404 not found</html>")
-    with pytest.raises(UnreadableImageError, match=r"page\.jpg: it is empty or in no picture format"):
+    with pytest.raises(UnreadableImageError, match=r"page\.jpg: it is empty or in no image format"):
         open_image(page)
-    with pytest.raises(UnreadableImageError, match=r"given as bytes or pixels: it is empty or in no picture format"):
+    with pytest.raises(UnreadableImageError, match=r"given as bytes or pixels: it is empty or in no image format"):
         open_image(b"")
     with pytest.raises(UnreadableImageError, match="neither a path nor bytes"):
         open_image({"path": None, "bytes": None})
@@ -176,7 +176,7 @@ def test_processor_refuses_nonsense(arguments, message):
 
 
 def all_views(image, crop, resized):
-    """Every crop of the squashed picture and its mirror image, by (top, left, flipped)."""
+    """Every crop of the squashed image and its mirror image, by (top, left, flipped)."""
     whole = official_preprocessing(image, resized)
     views = {}
     for top in range(resized[0] - crop[0] + 1):
@@ -317,7 +317,7 @@ def train(dataset, folder, resume=None, **arguments):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_trainer_shows_each_picture_once_in_each_epochs_view(labelled, tmp_path, workers):
+def test_trainer_shows_each_image_once_in_each_epochs_view(labelled, tmp_path, workers):
     augmentation = TrainingAugmentation(build_image_processor(64))
     seen = train(ImageDataset(labelled, augmentation), tmp_path, dataloader_num_workers=workers)
     assert len(seen) == 24

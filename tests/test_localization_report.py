@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The report holds the means of the localisation functions, over pictures and grids of different sizes."""
+"""The report holds the means of the localisation functions, over images and grids of different sizes."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def metric(request, monkeypatch, tmp_path):
     return evaluate.load(str(Path(localization_report.__file__)), cache_dir=str(tmp_path))
 
 
-def test_means_over_pictures_of_any_size(metric):
+def test_means_over_images_of_any_size(metric):
     random = np.random.default_rng(0)
     maps = [random.random(grid) for grid in ((4, 4), (4, 4), (3, 5), (2, 2))]
     masks = [random.random(size) < share for size, share in zip(((32, 32), (20, 50), (9, 10), (7, 7)),

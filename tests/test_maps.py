@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Maps: attention and evidence against the network run the long way, and their place on the picture."""
+"""Maps: attention and evidence against the network run the long way, and their place on the image."""
 
 import numpy as np
 import pytest
@@ -160,7 +160,7 @@ def position_image(width, height):
 
 @pytest.mark.parametrize("size", [(200, 120), (60, 180), (100, 100)])
 def test_the_box_is_what_the_image_processor_shows(size):
-    """Of a picture whose colours tell the place, the model's input holds the colours of the box's corners."""
+    """Of an image whose colours tell the place, the model's input holds the colours of the box's corners."""
     model, image = tiny_model(), position_image(*size)
     squashing = build_image_processor(32)
     cropping = CLIPImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})

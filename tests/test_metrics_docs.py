@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The Python of docs/metrics.md runs as it stands, from top to bottom, though on smaller pictures."""
+"""The Python of docs/metrics.md runs as it stands, from top to bottom, though on smaller images."""
 
 import re
 from pathlib import Path

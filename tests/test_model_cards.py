@@ -16,7 +16,7 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.hub.card import (
     RECIPE_KEYS,
-    GalleryPicture,
+    GalleryImage,
     PromptCAMModelCardData,
     read_card_data,
     render_card,
@@ -77,7 +77,7 @@ def test_a_card_says_what_was_recorded(folder):
         dataset_name="Garden birds",
         dataset_url="https://huggingface.co/datasets/me/garden",
         dataset_license="CC BY 4.0",
-        gallery=[GalleryPicture("trait_maps/1.png", "Robin, score 98%")],
+        gallery=[GalleryImage("trait_maps/1.png", "Robin, score 98%")],
         gallery_license="CC0",
     )
     assert rows(card, "Accuracy") == [
@@ -103,7 +103,7 @@ def test_a_card_says_what_was_recorded(folder):
     )
     # Class prompts, class-agnostic prompts of two layers, and a classifier with a bias.
     assert facts["Trained parameters"] == str(5 * 32 + 2 * 5 * 32 + 32 + 1)
-    assert facts["Pictures"] == "32x32 pixels, mean (0.5, 0.5, 0.5), standard deviation (0.5, 0.5, 0.5)"
+    assert facts["Images"] == "32x32 pixels, mean (0.5, 0.5, 0.5), standard deviation (0.5, 0.5, 0.5)"
     assert "\n".join(ID2LABEL.values()) in card.text
     assert "![Robin, score 98%](trait_maps/1.png)" in card.text and "Licence of the photos: CC0." in card.text
     assert "learning_rate: 0.025" in card.text and "/home/me" not in card.content
@@ -196,7 +196,7 @@ def test_an_evaluation_elsewhere(folder, tmp_path):
 
 def test_photos_need_a_licence():
     with pytest.raises(ValueError, match="the photos' licence must be given"):
-        PromptCAMModelCardData(repo_id="me/x", gallery=[GalleryPicture("trait_maps/1.png", "Robin")])
+        PromptCAMModelCardData(repo_id="me/x", gallery=[GalleryImage("trait_maps/1.png", "Robin")])
 
 
 def test_recipe_keys_are_those_of_recipes():

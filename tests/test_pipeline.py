@@ -19,7 +19,7 @@ from prompt_cam_hf.modeling.ranking_prompt_cam import rank_heads_greedily
 
 
 @pytest.fixture
-def pictures():
+def images():
     random = np.random.default_rng(0)
     return [
         Image.fromarray(random.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in [(40, 60), (32, 32), (90, 50)]
@@ -34,21 +34,21 @@ def ours(folder, **options):
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_k": 99}, {"function_to_apply": "none"}])
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_without_trait_maps_it_is_the_stock_pipeline(model_folder, pictures, options, batch_size):
+def test_without_trait_maps_it_is_the_stock_pipeline(model_folder, images, options, batch_size):
     stock = pipeline("image-classification", model=str(model_folder))
     assert type(stock) is ImageClassificationPipeline
-    expected = stock(pictures, batch_size=batch_size, **options)
-    assert ours(model_folder)(pictures, batch_size=batch_size, **options) == expected
-    assert ours(model_folder)(pictures, batch_size=batch_size, trait_maps=False, **options) == expected
-    assert ours(model_folder)(pictures[0], **options) == stock(pictures[0], **options)
+    expected = stock(images, batch_size=batch_size, **options)
+    assert ours(model_folder)(images, batch_size=batch_size, **options) == expected
+    assert ours(model_folder)(images, batch_size=batch_size, trait_maps=False, **options) == expected
+    assert ours(model_folder)(images[0], **options) == stock(images[0], **options)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_trait_maps_are_those_of_the_answers(model_folder, pictures, batch_size):
+def test_trait_maps_are_those_of_the_answers(model_folder, images, batch_size):
     pipe = ours(model_folder)
-    plain = pipe(pictures, top_k=3)
-    answers = pipe(pictures, top_k=3, trait_maps=True, batch_size=batch_size)
-    pixel_values = pipe.image_processor(pictures, return_tensors="pt")["pixel_values"]
+    plain = pipe(images, top_k=3)
+    answers = pipe(images, top_k=3, trait_maps=True, batch_size=batch_size)
+    pixel_values = pipe.image_processor(images, return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         expected = run_straightforwardly(pipe.model, pixel_values)
         state = pipe.model.last_layer_state(pixel_values)
@@ -63,17 +63,17 @@ def test_trait_maps_are_those_of_the_answers(model_folder, pictures, batch_size)
             assert answer["head_order"] == order[i, c].tolist()
 
 
-def test_trait_maps_can_be_a_setting_of_the_pipeline(model_folder, pictures):
-    answers = ours(model_folder, trait_maps=True, top_k=1)(pictures[0])
+def test_trait_maps_can_be_a_setting_of_the_pipeline(model_folder, images):
+    answers = ours(model_folder, trait_maps=True, top_k=1)(images[0])
     assert set(answers[0]) == {"label", "score", "trait_maps", "head_order"}
-    assert set(ours(model_folder, trait_maps=True)(pictures[0], trait_maps=False)[0]) == {"label", "score"}
+    assert set(ours(model_folder, trait_maps=True)(images[0], trait_maps=False)[0]) == {"label", "score"}
 
 
-def test_all_classes_by_default_top_five(tmp_path, pictures):
+def test_all_classes_by_default_top_five(tmp_path, images):
     names = {index: f"class {index}" for index in range(9)}
     tiny_model(id2label=names).save_pretrained(tmp_path)
     build_image_processor(32).save_pretrained(tmp_path)
-    answers = ours(tmp_path)(pictures[0], trait_maps=True)
+    answers = ours(tmp_path)(images[0], trait_maps=True)
     assert len(answers) == 5 and all(answer["trait_maps"].shape == (4, 4, 4) for answer in answers)
 
 
@@ -82,22 +82,22 @@ import json, sys
 sys.modules["prompt_cam_hf"] = None  # not installed here
 from PIL import Image
 from transformers import AutoModelForImageClassification, pipeline
-folder, picture = sys.argv[1:]
+folder, image = sys.argv[1:]
 pipe = pipeline("image-classification", model=folder, trust_remote_code=True)
 assert "transformers_modules" in type(pipe).__module__ and "transformers_modules" in type(pipe.model).__module__
-maps = pipe(picture, trait_maps=True, top_k=2)
+maps = pipe(image, trait_maps=True, top_k=2)
 for answer in maps:
     answer["trait_maps"] = answer["trait_maps"].tolist()
 model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
-inputs = pipe.image_processor(Image.open(picture), return_tensors="pt")
+inputs = pipe.image_processor(Image.open(image), return_tensors="pt")
 logits = model(**inputs).logits[0].tolist()
 model.save_pretrained(folder + "-saved-elsewhere")
-print(json.dumps({"maps": maps, "plain": pipe(picture, top_k=2), "logits": logits}))
+print(json.dumps({"maps": maps, "plain": pipe(image, top_k=2), "logits": logits}))
 """
 
 
-def test_the_folder_works_where_only_transformers_is(model_folder, pictures, tmp_path):
-    pictures[0].save(tmp_path / "bird.png")
+def test_the_folder_works_where_only_transformers_is(model_folder, images, tmp_path):
+    images[0].save(tmp_path / "bird.png")
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     run = subprocess.run(
         [sys.executable, "-c", _ELSEWHERE, str(model_folder), str(tmp_path / "bird.png")],
@@ -109,15 +109,15 @@ def test_the_folder_works_where_only_transformers_is(model_folder, pictures, tmp
     assert run.returncode == 0, run.stderr
     answer = json.loads(run.stdout.splitlines()[-1])
     pipe = ours(model_folder)
-    assert answer["plain"] == pipe(pictures[0], top_k=2)
-    for got, expected in zip(answer["maps"], pipe(pictures[0], trait_maps=True, top_k=2), strict=True):
+    assert answer["plain"] == pipe(images[0], top_k=2)
+    for got, expected in zip(answer["maps"], pipe(images[0], trait_maps=True, top_k=2), strict=True):
         assert got["head_order"] == expected["head_order"]
         np.testing.assert_allclose(got["trait_maps"], expected["trait_maps"], atol=1e-7)
     assert answer["logits"] == pytest.approx(
         [
             a["score"]
             for a in sorted(
-                pipe(pictures[0], function_to_apply="none"), key=lambda a: pipe.model.config.label2id[a["label"]]
+                pipe(images[0], function_to_apply="none"), key=lambda a: pipe.model.config.label2id[a["label"]]
             )
         ],
         abs=1e-6,
@@ -125,7 +125,7 @@ def test_the_folder_works_where_only_transformers_is(model_folder, pictures, tmp
     # What was saved there, from the copied code, is a full checkpoint again.
     saved = tmp_path / "model-saved-elsewhere"
     assert {path.name for path in saved.glob("*.py")} == {path.name for path in model_folder.glob("*.py")}
-    again = ours(saved_with_processor(saved, model_folder))(pictures[0], top_k=2)
+    again = ours(saved_with_processor(saved, model_folder))(images[0], top_k=2)
     assert again == answer["plain"]
 
 
@@ -134,6 +134,6 @@ def saved_with_processor(folder, source):
     return folder
 
 
-def test_with_the_package_no_permission_is_needed(model_folder, pictures):
+def test_with_the_package_no_permission_is_needed(model_folder, images):
     stock = pipeline("image-classification", model=str(model_folder))
-    assert stock(pictures[0])[0]["label"] in ID2LABEL.values()
+    assert stock(images[0])[0]["label"] in ID2LABEL.values()

@@ -43,8 +43,8 @@ def _own_cache(tmp_path_factory, monkeypatch):
 _numbers = itertools.count()
 
 
-def picture() -> bytes:
-    """A picture that no other one equals."""
+def image() -> bytes:
+    """An image that no other one equals."""
     number = next(_numbers)
     buffer = io.BytesIO()
     Image.new("RGB", (8, 8), (number % 256, number // 256 % 256, 7)).save(buffer, "PNG")
@@ -76,7 +76,7 @@ def cub():
         "CUB_200_2011/train_test_split.txt": lines(*(f"{i} {int(train)}" for i, (_, _, train) in enumerate(rows, 1))),
         "CUB_200_2011/classes.txt": lines(*(f"{label} {name}" for label, name in enumerate(names, 1))),
         "CUB_200_2011/attributes/images.txt": b"another list of this name, deeper down",
-        **{f"CUB_200_2011/images/{path}": picture() for path, _, _ in rows},
+        **{f"CUB_200_2011/images/{path}": image() for path, _, _ in rows},
     }
 
 
@@ -89,7 +89,7 @@ def pet():
         "annotations/test.txt": lines(*test),
         "annotations/list.txt": b"not needed",
         "annotations/trimaps/._Abyssinian_1.png": b"what macOS adds",
-        **{f"images/{row.split()[0]}.jpg": picture() for row in trainval + test},
+        **{f"images/{row.split()[0]}.jpg": image() for row in trainval + test},
     }
 
 
@@ -104,8 +104,8 @@ def cars():
         "devkit/cars_meta.mat": mat(class_names=cells(names)),
         "devkit/cars_train_annos.mat": mat(annotations=annotations(9)),
         "cars_test_annos_withlabels.mat": mat(annotations=annotations(4)),
-        **{f"cars_train/{n + 1:05}.jpg": picture() for n in range(9)},
-        **{f"cars_test/{n + 1:05}.jpg": picture() for n in range(4)},
+        **{f"cars_train/{n + 1:05}.jpg": image() for n in range(9)},
+        **{f"cars_test/{n + 1:05}.jpg": image() for n in range(4)},
     }
 
 
@@ -120,7 +120,7 @@ def dogs():
             )
             for split, rows in (("train", train), ("test", test))
         },
-        **{f"Images/{path}": picture() for path, _ in train + test},
+        **{f"Images/{path}": image() for path, _ in train + test},
     }
 
 
@@ -128,7 +128,7 @@ def flowers():
     return {
         "imagelabels.mat": mat(labels=np.array([[1, 1, 2, 2, 77, 77, 1, 2, 77]], dtype=np.uint8)),
         "setid.mat": mat(trnid=np.array([[1, 3, 5]]), valid=np.array([[2, 4, 6]]), tstid=np.array([[9, 8, 7]])),
-        **{f"jpg/image_{n:05}.jpg": picture() for n in range(1, 10)},
+        **{f"jpg/image_{n:05}.jpg": image() for n in range(1, 10)},
     }
 
 
@@ -139,7 +139,7 @@ def food101():
         "food-101/meta/classes.txt": lines(*names),
         "food-101/meta/train.txt": lines(*train),
         "food-101/meta/test.txt": lines(*test),
-        **{f"food-101/images/{path}.jpg": picture() for path in train + test},
+        **{f"food-101/images/{path}.jpg": image() for path in train + test},
     }
 
 
@@ -152,23 +152,21 @@ def insects2():
             f"ip102_v1.1/{split}.txt": lines(*(f"{n:05}.jpg {label}" for n, label in rows))
             for split, rows in splits.items()
         },
-        **{f"ip102_v1.1/images/{n:05}.jpg": picture() for n in range(9)},
+        **{f"ip102_v1.1/images/{n:05}.jpg": image() for n in range(9)},
     }
 
 
 def birds525():
     names = ["ABBOTTS BABBLER", "PARAKETT  AUKLET"]
-    files = {f"train/{name}/{n:03}.jpg": picture() for name in names for n in range(3)}
+    files = {f"train/{name}/{n:03}.jpg": image() for name in names for n in range(3)}
     for split in ("valid", "test"):
-        files |= {f"{split}/{' '.join(name.split())}/1.jpg": picture() for name in names}
+        files |= {f"{split}/{' '.join(name.split())}/1.jpg": image() for name in names}
     return {**files, "birds.csv": b"class id,filepaths\n", "model.h5": b"weights"}
 
 
 def medicinal_leaf():
     top = "Medicinal Leaf Dataset/Segmented Medicinal Leaf Images"
-    return {
-        f"{top}/{name}/L-{n:03}.jpg": picture() for name in ("Azadirachta Indica (Neem)", "Mint") for n in range(10)
-    }
+    return {f"{top}/{name}/L-{n:03}.jpg": image() for name in ("Azadirachta Indica (Neem)", "Mint") for n in range(10)}
 
 
 CATEGORIES = [
@@ -195,7 +193,7 @@ def inaturalist():
             "images": [{"id": number, "file_name": path} for number, path, _ in images],
             "annotations": [{"id": number, "image_id": number, "category_id": label} for number, _, label in images],
         }
-        files |= {f"{split}.json": json.dumps(content).encode(), **{path: picture() for _, path, _ in images}}
+        files |= {f"{split}.json": json.dumps(content).encode(), **{path: image() for _, path, _ in images}}
     return files
 
 
@@ -204,7 +202,7 @@ def fish_vista():
     for split, names in (("train", "abc"), ("val", "de"), ("test", "fg")):
         rows = [(f"Images/chunk_1/{name}.jpg", f"{name}.jpg", f"noturus {n % 2}") for n, name in enumerate(names)]
         files[f"classification_{split}.csv"] = lines("file_name,filename,standardized_species", *map(",".join, rows))
-        files |= {path: picture() for path, _, _ in rows}
+        files |= {path: image() for path, _, _ in rows}
     files["Images/g.jpg"] = files.pop("Images/chunk_1/g.jpg")  # moved, as the data set's own instructions say
     return files
 
@@ -214,7 +212,7 @@ def tiny(dataset, num_classes, **num_images) -> DatasetFacts:
     return dataclasses.replace(FACTS[dataset], num_classes=num_classes, num_images=numbers)
 
 
-# For each data set: the files, the tiny numbers, and {split: {class folder: pictures}} as they must come out.
+# For each data set: the files, the tiny numbers, and {split: {class folder: images}} as they must come out.
 LOOK_ALIKES = {
     "cub": (
         cub,
@@ -350,12 +348,12 @@ def write_zip(files, path) -> Path:
     return path
 
 
-def is_picture(path) -> bool:
+def is_image(path) -> bool:
     return Path(path).suffix in (".jpg", ".png") and not Path(path).name.startswith(".")
 
 
 def found(folder) -> dict[str, dict[str, int]]:
-    """Count the pictures of an image folder: split -> class -> pictures."""
+    """Count the images of an image folder: split -> class -> images."""
     counted = Counter(path.parts[-3:-1] for path in folder.rglob("*") if path.is_file() and len(path.parts) >= 3)
     counted = {key: number for key, number in counted.items() if key[0] in ("train", "validation", "test")}
     splits = {split for split, _ in counted}
@@ -393,19 +391,19 @@ def test_every_data_set_in_every_form(dataset, form, tmp_path):
         source = write_tar({f"./{path}": content for path, content in files.items()}, tmp_path / "source.tar", "w")
     elif form == "zip":
         source = write_zip(files, tmp_path / "source.zip")
-    else:  # pictures and lists apart, as many are downloaded, with a resource fork of macOS
+    else:  # images and lists apart, as many are downloaded, with a resource fork of macOS
         source = tmp_path / "source"
         write_tar(
-            {path: c for path, c in files.items() if is_picture(path)}, source / "Classification" / "images.tar.gz"
+            {path: c for path, c in files.items() if is_image(path)}, source / "Classification" / "images.tar.gz"
         )
-        write_zip({path: c for path, c in files.items() if not is_picture(path)}, source / "lists.zip")
+        write_zip({path: c for path, c in files.items() if not is_image(path)}, source / "lists.zip")
         write_folder({f"__MACOSX/{path}": b"fork" for path in files}, source)
 
     plan = prepare(dataset, source, tmp_path / "out", facts=facts)
 
     assert found(tmp_path / "out") == expected
     assert plan.count() == expected
-    # Every picture, with its content, exactly once, and nothing else but the list of them.
+    # Every image, with its content, exactly once, and nothing else but the list of them.
     written = snapshot(tmp_path / "out")
     with open(tmp_path / "out" / "manifest.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -424,7 +422,7 @@ def spaced(name: str) -> str:
 FLOWER_LABELS = [1, 1, 2, 2, 77, 77, 1, 2, 77]
 CAR_NAMES = ["AM General Hummer SUV 2000", "Ram C-V Cargo Van Minivan 2012", "Ferrari FF Coupe 2012", "Acura RL 2012"]
 PESTS = ["rice leaf roller", "alfalfa weevil (2)", "alfalfa weevil (3)"]
-# What a picture's path in the look-alike says of its split and class, without any list.
+# What an image's path in the look-alike says of its split and class, without any list.
 TRUTH = {
     "cub": lambda path: ("train" if path.stem[-1] in "012" else "test", spaced(path.parent.name[4:])),
     "pet": lambda path: ("test" if path.stem.endswith("_4") else "train", spaced(path.stem.rsplit("_", 1)[0])),
@@ -453,7 +451,7 @@ TRUTH = {
 
 
 @pytest.mark.parametrize("dataset", TRUTH)
-def test_pictures_are_of_the_class_and_split_of_the_lists(dataset, tmp_path):
+def test_images_are_of_the_class_and_split_of_the_lists(dataset, tmp_path):
     make, facts, expected = LOOK_ALIKES[dataset]
     files = make()
     prepare(dataset, write_folder(files, tmp_path / "source"), tmp_path / "out", facts=facts)
@@ -481,7 +479,7 @@ def test_classes_keep_their_official_numbers(tmp_path):
         assert list(load_image_data(tmp_path / f"{dataset}_out").id2label.values()) == names
 
 
-def test_pictures_are_linked_and_never_links_to_elsewhere(birds):
+def test_images_are_linked_and_never_links_to_elsewhere(birds):
     source, out, call = birds
     call()
     linked = out / "train" / "001.Black footed Albatross" / "Black_footed_Albatross_0.jpg"
@@ -491,7 +489,7 @@ def test_pictures_are_linked_and_never_links_to_elsewhere(birds):
     assert load_image_data(out).id2label[2] == "Zebra Finch"
 
 
-def test_pictures_are_copied_where_they_cannot_be_linked(birds, monkeypatch):
+def test_images_are_copied_where_they_cannot_be_linked(birds, monkeypatch):
     _, out, call = birds
 
     def refuse(*_, **__):
@@ -558,7 +556,7 @@ def test_taxa_are_chosen_by_rank(tmp_path):
         ValueError, match=r"train\.json does not give the tribe of each category; it gives family, id,"
     ):
         prepare("moths", source, tmp_path / "none", taxa={"tribe": ["x"]})
-    with pytest.raises(ValueError, match="holds no pictures of iNaturalist-2021 Moths"):
+    with pytest.raises(ValueError, match="holds no images of iNaturalist-2021 Moths"):
         prepare("moths", source, tmp_path / "none", taxa={"order": ["Coleoptera"]})
 
 
@@ -585,7 +583,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("form", ["links", "archive"])
 @pytest.mark.parametrize("after", [0, 1, 7, 14, 15])
 def test_a_killed_run_goes_on(form, after, tmp_path, monkeypatch):
-    """Killed while the picture number `after` is written; 15 is the list at the end."""
+    """Killed while the image number `after` is written; 15 is the list at the end."""
     files = cub()
     source = write_folder(files, tmp_path / "source") if form == "links" else write_tar(files, tmp_path / "source.tgz")
     facts = LOOK_ALIKES["cub"][1]
@@ -606,7 +604,7 @@ def test_a_killed_run_goes_on(form, after, tmp_path, monkeypatch):
             prepare("cub", source, tmp_path / "out", facts=facts)
     assert not (tmp_path / "out" / "manifest.csv").exists()
     before = snapshot(tmp_path / "out")
-    assert len([path for path in before if is_picture(path)]) == after
+    assert len([path for path in before if is_image(path)]) == after
 
     prepare("cub", source, tmp_path / "out", facts=facts)
     assert snapshot(tmp_path / "out") == snapshot(tmp_path / "expected")
@@ -629,7 +627,7 @@ def test_running_again_verifies_and_writes_nothing(birds, monkeypatch):
     _, out, call = birds
     call()
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*.jpg")}
-    monkeypatch.setattr(image_folder, "_place", None)  # any picture that was written would be an error
+    monkeypatch.setattr(image_folder, "_place", None)  # any image that was written would be an error
     call()
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.jpg")} == times
 
@@ -637,7 +635,7 @@ def test_running_again_verifies_and_writes_nothing(birds, monkeypatch):
 def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
     source = write_zip(cub(), tmp_path / "source.zip")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
-    with pytest.raises(OSError, match=r"has 0\.00 GB free, and the pictures take 0\.00 GB"):
+    with pytest.raises(OSError, match=r"has 0\.00 GB free, and the images take 0\.00 GB"):
         prepare("cub", source, tmp_path / "out", facts=LOOK_ALIKES["cub"][1])
     assert not snapshot(tmp_path / "out")
 
@@ -656,7 +654,7 @@ def test_a_folder_with_other_files_is_refused(birds):
     assert snapshot(out) == mine
 
 
-def test_another_file_in_a_pictures_place_is_refused(birds):
+def test_another_file_in_a_images_place_is_refused(birds):
     _, out, call = birds
     place = "train/001.Black footed Albatross/Black_footed_Albatross_0.jpg"
     write_folder({place: b"mine"}, out)
@@ -667,7 +665,7 @@ def test_another_file_in_a_pictures_place_is_refused(birds):
     assert snapshot(out) == {place: b"mine"}
 
 
-def test_a_folder_in_a_pictures_place_is_refused(birds):
+def test_a_folder_in_a_images_place_is_refused(birds):
     _, out, call = birds
     (out / "train/001.Black footed Albatross/Black_footed_Albatross_0.jpg").mkdir(parents=True)
     with pytest.raises(FileExistsError, match="it is no file"):
@@ -698,9 +696,9 @@ def test_source_and_destination_stay_apart(place, tmp_path):
     ("facts", "message"),
     [
         (tiny("cub", 200, train=9, test=6), "CUB-200-2011 has 200 classes, and the lists in .* name 3;"),
-        (tiny("cub", 3, train=5_994, test=6), "CUB-200-2011 has 5,994 train pictures, and the lists in .* name 9;"),
-        (tiny("cub", 3, train=9, test=7), "CUB-200-2011 has 7 test pictures, and the lists in .* name 6;"),
-        (tiny("cub", 3, train=9, validation=1), "CUB-200-2011 has 1 validation pictures, and the lists in .* name 0;"),
+        (tiny("cub", 3, train=5_994, test=6), "CUB-200-2011 has 5,994 train images, and the lists in .* name 9;"),
+        (tiny("cub", 3, train=9, test=7), "CUB-200-2011 has 7 test images, and the lists in .* name 6;"),
+        (tiny("cub", 3, train=9, validation=1), "CUB-200-2011 has 1 validation images, and the lists in .* name 0;"),
         (None, "CUB-200-2011 has 200 classes, and the lists in .* name 3;"),
     ],
 )
@@ -717,7 +715,7 @@ def test_other_numbers_than_the_published_ones(birds, facts, message):
         ("cub", "images.txt", b"2 001.", b"two 001.", r"images\.txt, line 2: wanted is an image number and a path"),
         ("cub", "images.txt", b"\n2 0", b"\n1 0", r"images\.txt, line 2: the number 1 stands there a second time"),
         ("cub", "images.txt", b"ross_1.jpg", b"ross_0.jpg", r"listed twice: .*images\.txt, image 1, and .*, image 2"),
-        ("cub", "images.txt", b" 001.", b" ../x/001.", r"1 listed picture is not in .*: images/\.\./x/001\."),
+        ("cub", "images.txt", b" 001.", b" ../x/001.", r"1 listed image is not in .*: images/\.\./x/001\."),
         ("cub", "class_labels.txt", b"1 1\n", b"1 9\n", r"image 1: there is no class 9; the classes are 1 to 3"),
         (
             "cub",
@@ -739,7 +737,7 @@ def test_other_numbers_than_the_published_ones(birds, facts, message):
             "/test.txt",
             b"4 1 1 1",
             b"4 1",
-            r"annotations/test\.txt, line 1: wanted is a picture's name, ending in",
+            r"annotations/test\.txt, line 1: wanted is an image's name, ending in",
         ),
         ("pet", "/test.txt", b"4 1 1 1", b"4 2 1 1", r"class 2 is called Abyssinian, and american_bulldog before"),
         ("pet", "/test.txt", b"nian_4", b"nian_30", r"listed twice: .*trainval\.txt, line 4, and .*test\.txt, line 1"),
@@ -753,9 +751,9 @@ def test_other_numbers_than_the_published_ones(birds, facts, message):
             "test_list.mat",
             b"",
             mat(file_list=cells("x"), labels=[1]),
-            r"row 1: wanted is nNUMBER-BREED/PICTURE",
+            r"row 1: wanted is nNUMBER-BREED/IMAGE",
         ),
-        ("dogs", "test_list.mat", b"", mat(file_list=cells("x"), labels=[1, 2]), r"lists 1 pictures and 2 labels"),
+        ("dogs", "test_list.mat", b"", mat(file_list=cells("x"), labels=[1, 2]), r"lists 1 images and 2 labels"),
         ("flowers", "setid.mat", b"", mat(trnid=[1], valid=[2], tstid=[10]), r"no image 10; imagelabels\.mat has 9"),
         ("flowers", "labels.mat", b"", mat(labels=[103] * 9), r"there is no class 103; the classes are 1 to 102"),
         (
@@ -793,7 +791,7 @@ def test_wrong_lists(dataset, name, old, new, message, tmp_path):
     ("dataset", "path", "message"),
     [
         ("cub", "CUB_200_2011/classes.txt", r"holds no classes\.txt beside the other lists in CUB_200_2011"),
-        ("cars", "cars_test_annos_withlabels.mat", "the labels of the test pictures are a download of their own"),
+        ("cars", "cars_test_annos_withlabels.mat", "the labels of the test images are a download of their own"),
         (
             "insects2",
             "classes.txt",
@@ -811,12 +809,12 @@ def test_missing_lists(dataset, path, message, tmp_path):
         prepare(dataset, write_folder(files, tmp_path / "source"), tmp_path / "out", facts=facts)
 
 
-def test_missing_pictures(birds):
+def test_missing_images(birds):
     source, out, call = birds
     missing = source / "CUB_200_2011" / "images" / "003.Zebra_Finch" / "Zebra_Finch_0.jpg"
     missing.unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"1 listed picture is not in .*: images/003\.Zebra_Finch/Zebra_Finch_0\.jpg"
+        FileNotFoundError, match=r"1 listed image is not in .*: images/003\.Zebra_Finch/Zebra_Finch_0\.jpg"
     ):
         call()
     assert not out.exists()
@@ -824,20 +822,20 @@ def test_missing_pictures(birds):
     assert plan.num_missing == 1 and "Not there, and left out: 1." in plan.summary()
     assert found(out)["train"]["003.Zebra Finch"] == 2
     shutil.rmtree(source / "CUB_200_2011" / "images")
-    with pytest.raises(FileNotFoundError, match="15 listed pictures are not in"):
+    with pytest.raises(FileNotFoundError, match="15 listed images are not in"):
         call(skip_missing=True)
 
 
 @pytest.mark.parametrize("name", ["../evil.jpg", "/evil.jpg", "images/../../evil.jpg", "..\\evil.jpg", "C:\\evil.jpg"])
 @pytest.mark.parametrize("write", [write_tar, write_zip])
 def test_archives_that_lead_elsewhere_are_refused(write, name, tmp_path):
-    source = write({**cub(), name: picture()}, tmp_path / f"source{'.zip' if write is write_zip else '.tgz'}")
+    source = write({**cub(), name: image()}, tmp_path / f"source{'.zip' if write is write_zip else '.tgz'}")
     with pytest.raises(ValueError, match=r"holds a file named .*, which leads out of the folder"):
         prepare("cub", source, tmp_path / "out", facts=LOOK_ALIKES["cub"][1])
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 
-def test_links_in_an_archive_are_no_pictures(tmp_path):
+def test_links_in_an_archive_are_no_images(tmp_path):
     files = cub()
     victim = "CUB_200_2011/images/003.Zebra_Finch/Zebra_Finch_0.jpg"
     del files[victim]
@@ -864,9 +862,9 @@ def test_damaged_archives_are_named(ending, tmp_path):
         assert not (tmp_path / "out").exists()
 
 
-def test_altered_pictures_in_a_zip_are_noticed(tmp_path):
+def test_altered_images_in_a_zip_are_noticed(tmp_path):
     content = write_zip(files := cub(), tmp_path / "whole.zip").read_bytes()
-    altered = next(picture for path, picture in files.items() if path.endswith("Zebra_Finch_4.jpg"))
+    altered = next(image for path, image in files.items() if path.endswith("Zebra_Finch_4.jpg"))
     (tmp_path / "source.zip").write_bytes(content.replace(altered, altered[:-1] + b"?"))
     with pytest.raises(
         ValueError, match=r"Cannot read .*Zebra_Finch_4\.jpg in .*source\.zip \(.*\): the archive is damaged"
@@ -882,8 +880,8 @@ def test_two_copies_in_one_source(birds):
         call()
 
 
-def test_two_pictures_of_one_name(tmp_path):
-    files = {**medicinal_leaf(), "more/Mint/l-000.JPG": picture()}
+def test_two_images_of_one_name(tmp_path):
+    files = {**medicinal_leaf(), "more/Mint/l-000.JPG": image()}
     with pytest.raises(ValueError, match=r"would both be kept as .*Mint") as caught:
         for seed in range(20):  # until both fall into one split
             prepare("medicinal_leaf", write_folder(files, tmp_path / "source"), tmp_path / f"{seed}", seed=seed,
@@ -907,13 +905,13 @@ def test_other_mistakes(birds, tmp_path):
     with pytest.raises(ValueError, match="CUB-200-2011 takes no option seed"):
         call(seed=3)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="holds no pictures of Birds-525"):
+    with pytest.raises(ValueError, match="holds no images of Birds-525"):
         prepare("birds525", tmp_path / "empty", tmp_path / "out")
 
 
 def test_class_names_are_safe_everywhere(tmp_path):
     names = ["con", "a:b|c/d", 'what? "this" <is*>', "ends. ", "CON.x"]
-    files = {f"train/{name.replace('/', '-')}/{n}.png": picture() for name in names for n in range(2)}
+    files = {f"train/{name.replace('/', '-')}/{n}.png": image() for name in names for n in range(2)}
     facts = tiny("birds525", 5, train=10)
     prepare("birds525", write_folder(files, tmp_path / "source"), tmp_path / "out", facts=facts)
     folders = {path.name for path in (tmp_path / "out" / "train").iterdir()}
@@ -932,7 +930,7 @@ def test_command(tmp_path, monkeypatch):
     answer = run("cub", write_folder(cub(), tmp_path / "source"), tmp_path / "out")
     assert answer.exit_code == 0, answer.output
     said = " ".join(answer.stderr.split())
-    assert "CUB-200-2011: 3 classes; train 9, test 6 pictures, 0.00 GB." in said
+    assert "CUB-200-2011: 3 classes; train 9, test 6 images, 0.00 GB." in said
     assert FACTS["cub"].page in said and FACTS["cub"].licence in said
     rows = [line.split("│")[1:-1] for line in answer.stdout.splitlines() if line.startswith("│")]
     assert [[cell.strip() for cell in row] for row in rows] == [

@@ -110,7 +110,7 @@ def test_several_sets_at_once_are_each_alone(family):
     assert model.forward_sets(images, []) == {}
 
 
-def test_pictures_of_another_size():
+def test_images_of_another_size():
     models = alone()
     wide = random_images(height=48, width=64)
     outputs = together(models).forward_sets(wide, trait_classes="all", interpolate_pos_encoding=True)

@@ -428,7 +428,7 @@ def test_command(hub, model_folder, tmp_path, monkeypatch):
 
 
 def test_what_is_no_part_of_a_repository_stays_at_home(hub, model_folder):
-    """Checkpoints, recipe, state, lists of pictures."""
+    """Checkpoints, recipe, state, lists of images."""
     for name in ("recipe.yaml", "trainer_state.json", "skipped_images.csv", "confusion_test.csv"):
         (model_folder / name).write_text("{}")
     shutil.copytree(model_folder, model_folder / "checkpoint-3")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Regions taken out of pictures."""
+"""Regions taken out of images."""
 
 import json
 import pickle
@@ -115,7 +115,7 @@ def test_masks_and_boxes_that_do_not_fit():
     with pytest.raises(ValueError, match='use "blur", "mean" or "inpaint"'):
         remove_region(image, blob(), "erase")
     for box in [(0, 0, 61, 10), (1, 2, 3), (5, 5, 5, 10), (-1, 0, 3, 3), (0, 12, 4, 9)]:
-        with pytest.raises(ValueError, match="does not lie in the picture of 60x40 pixels"):
+        with pytest.raises(ValueError, match="does not lie in the image of 60x40 pixels"):
             box_mask(image.size, box)
     assert box_mask((60, 40), (3, 4, 7, 9)).sum() == 4 * 5 and box_mask((60, 40), (3, 4, 7, 9))[8, 3]
 
@@ -161,7 +161,7 @@ def test_boxes_and_masks_of_ones_own(classifier):
     boxed = remove_trait(classifier, image, (3, 4, 20, 30), method="blur")
     assert np.array_equal(boxed.mask, box_mask(image.size, (3, 4, 20, 30)))
     assert boxed.before.classes[0].label == explain(classifier, image).prediction.label
-    with pytest.raises(ValueError, match="covers the whole picture; give a box or a mask"):
+    with pytest.raises(ValueError, match="covers the whole image; give a box or a mask"):
         remove_trait(tiny_model(), image, image_processor=classifier.image_processor)
     with pytest.raises(ValueError, match='give a box, a mask or "top head"'):
         remove_trait(classifier, image, "crown")

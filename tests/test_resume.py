@@ -157,7 +157,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(recipe, tmp_path):
     [([str(ROOT / "training" / "train.py")], False), (["-m", "prompt_cam_hf.training.train"], True)],
 )
 def test_two_processes_reach_the_losses_of_one(recipe, tmp_path, program, cache):
-    """27 pictures in batches of 8: the last batch of an epoch is filled up, in one process as in two."""
+    """27 images in batches of 8: the last batch of an epoch is filled up, in one process as in two."""
     settings = {"prompt_dropout": 0, "drop_path_rate": 0}
     if cache:
         settings |= {"cache_features": True, "first_prompt_layer": 1}

@@ -19,7 +19,7 @@ def random_maps(batch: int) -> torch.Tensor:
 
 
 def filled_by_hand(image: np.ndarray, removed: np.ndarray) -> np.ndarray:
-    """Each hole is the mean of its neighbours in the picture, weighted 2 beside it and 1 across the corner."""
+    """Each hole is the mean of its neighbours in the image, weighted 2 beside it and 1 across the corner."""
     channels, height, width = image.shape
     size = height * width
     system, right_side = np.eye(size), image.reshape(channels, size).T.copy()
@@ -63,7 +63,7 @@ def test_one_hole_known_by_hand():
     assert impute(image, removed, torch.zeros(1, 3, 3))[0, 1, 1].item() == pytest.approx(1.6)
 
 
-def test_curves_are_the_answers_to_filled_pictures():
+def test_curves_are_the_answers_to_filled_images():
     model, images, maps, classes = tiny_model(), random_images(2), random_maps(2), torch.tensor([3, 0])
     result = road(model, images, maps, classes, percentiles=(25, 70), noise=0)
     # The order in which pixels are removed is tested with insertion and deletion; here cells are told apart by far.
@@ -95,10 +95,10 @@ def test_noise_is_that_of_the_paper_and_of_the_seed():
         road(model, images, maps, torch.tensor([0]), percentiles=(50,), seed=seed)
     first, again, other = seen
     assert torch.equal(first, again) and not torch.equal(first, other)
-    # Half of the pixels of a picture without contrast are noise now, the others are as they were.
-    for picture in first:
-        assert (picture == 0).sum() == 3 * 64 * 32
-        assert picture[picture != 0].std().item() == pytest.approx(0.01, rel=0.05)
+    # Half of the pixels of an image without contrast are noise now, the others are as they were.
+    for image in first:
+        assert (image == 0).sum() == 3 * 64 * 32
+        assert image[image != 0].std().item() == pytest.approx(0.01, rel=0.05)
     assert not ((first[0] != 0) & (first[1] != 0)).any()
 
 

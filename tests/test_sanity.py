@@ -174,17 +174,17 @@ def test_noise_is_in_grey_levels_and_flips_are_undone():
     (clean, first), (noisy, second), (mirrored, third) = seen
     assert torch.equal(clean, images) and torch.equal(mirrored, images.flip(3))
     assert torch.equal(first, second) and torch.equal(first, third)
-    # In the picture, value * STD * 255 are the grey levels; all pictures get the same noise.
+    # In the image, value * STD * 255 are the grey levels; all images get the same noise.
     levels = (noisy - images) * torch.tensor(STD).view(1, 3, 1, 1) * 255
     assert levels.std(dim=(0, 2, 3)).tolist() == pytest.approx([5, 5, 5], rel=0.1)
     torch.testing.assert_close(levels[0], levels[1], atol=1e-3, rtol=0)
     np.testing.assert_allclose(result.noise, spearman(images.mean(1), noisy.mean(1)), atol=1e-6)
     assert result.flip.tolist() == pytest.approx([1, 1])
-    predictions = [model(pictures).logits.argmax(-1) for pictures in (images, noisy, images.flip(3))]
+    predictions = [model(batch).logits.argmax(-1) for batch in (images, noisy, images.flip(3))]
     assert torch.equal(result.classes, predictions[0])
     assert torch.equal(result.noise_kept, predictions[1] == predictions[0])
     assert torch.equal(result.flip_kept, predictions[2] == predictions[0])
-    # A map that stays where it is when the picture is mirrored loses by it.
+    # A map that stays where it is when the image is mirrored loses by it.
     ramp = torch.arange(4.0).expand(2, 4, 4)
     stays = map_stability(model, images, lambda *_: ramp, STD)
     assert stays.noise.tolist() == pytest.approx([1, 1]) and stays.flip.tolist() == pytest.approx([-1, -1])
@@ -203,8 +203,8 @@ def test_ranking_of_heads():
     model, images, classes = tiny_model(), random_images(3), torch.tensor([1, 0, 3])
     result = head_stability(model, images, STD, classes, noise_std=60, seed=4)
     mirrored = []
-    for pictures in (images, images.flip(3)):
-        order = rank_heads(model, pictures, classes).order
+    for batch in (images, images.flip(3)):
+        order = rank_heads(model, batch, classes).order
         mirrored.append(torch.tensor([[row.index(head) for head in range(4)] for row in order.tolist()]))
     np.testing.assert_allclose(result.flip, spearman(*mirrored), atol=1e-6)
     assert head_stability(model, images, STD, classes, noise_std=0).noise.tolist() == pytest.approx([1, 1, 1])

@@ -26,7 +26,7 @@ def corner_maps(model, pixel_values, classes):
 
 
 def fixed_scores(pixel_values):
-    """The picture's first pixels are its logits."""
+    """The image's first pixels are its logits."""
     return pixel_values[:, 0, 0, :4]
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Labelled pictures are found in every layout, numbered, checked and divided; what is wrong is named."""
+"""Labelled images are found in every layout, numbered, checked and divided; what is wrong is named."""
 
 import csv
 import logging
@@ -24,14 +24,14 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 
 def draw(path, value=0):
-    """Write a picture whose every pixel tells which one it is."""
+    """Write an image whose every pixel tells which one it is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (8, 8), (value, value, value)).save(path)
     return path
 
 
 def make_folder(root, **splits):
-    """Draw class folders, of so many pictures each, in every split; picture `i` of a class has the value `i`."""
+    """Draw class folders, of so many images each, in every split; image `i` of a class has the value `i`."""
     for split, classes in splits.items():
         for name, count in classes.items():
             (root / split / name).mkdir(parents=True)
@@ -41,7 +41,7 @@ def make_folder(root, **splits):
 
 
 def spoil(path):
-    """Cut a picture in the middle of its data."""
+    """Cut an image in the middle of its data."""
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
@@ -93,7 +93,7 @@ def test_folder_ignores_what_is_hidden_and_says_what_it_leaves_out(tmp_path, cap
     assert data.train["label"][:] == [0, 0, 0, 1, 1]
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path}: ignored 1 folders that are neither train, validation nor test: notes.",
-        f"{tmp_path / 'train'}: ignored 1 files that are no pictures: Auk/Thumbs.db.",
+        f"{tmp_path / 'train'}: ignored 1 files that are no images: Auk/Thumbs.db.",
     ]
 
 
@@ -169,7 +169,7 @@ def test_csv_takes_stray_spaces_away(tmp_path):
 
 
 def hub_dataset(values, labels, names=("Wren", "Auk")):
-    """Pictures inside the data set itself, with classes declared out of alphabetical order."""
+    """Images inside the data set itself, with classes declared out of alphabetical order."""
     features = datasets.Features({"img": datasets.Image(), "fine": datasets.ClassLabel(names=list(names))})
     images = [Image.new("RGB", (8, 8), (value, value, value)) for value in values]
     return datasets.Dataset.from_dict({"img": images, "fine": labels}, features=features)
@@ -190,7 +190,7 @@ def test_parquet_folder_laid_out_like_a_hub_data_set(tmp_path, monkeypatch):
     assert pickle.loads(pickle.dumps(data.train))["label"][:] == [0, 1, 0]
 
 
-def test_parquet_file_with_pictures_inside(tmp_path):
+def test_parquet_file_with_images_inside(tmp_path):
     hub_dataset([1, 2, 3], [0, 1, 0]).to_parquet(tmp_path / "birds.parquet")
     data = load_image_data(tmp_path / "birds.parquet", image_column="img", label_column="fine", validation_fraction=0)
     assert [np.asarray(open_image(row["image"])).max() for row in data.train] == [1, 2, 3]
@@ -212,7 +212,7 @@ def test_data_set_in_memory(caplog):
 # --- The held-out part -------------------------------------------------------------------------------------------
 
 
-def test_held_out_part_is_stratified_seeded_and_never_takes_the_last_picture(tmp_path):
+def test_held_out_part_is_stratified_seeded_and_never_takes_the_last_image(tmp_path):
     folder = make_folder(tmp_path, train={"many": 40, "some": 15, "few": 3, "two": 2, "one": 1})
     data = load_image_data(folder, validation_fraction=0.2, seed=1)
     held_out = counts(data.validation, data.id2label)
@@ -225,7 +225,7 @@ def test_held_out_part_is_stratified_seeded_and_never_takes_the_last_picture(tmp
     assert files(load_image_data(folder, validation_fraction=0.2, seed=2).validation) != files(data.validation)
 
 
-def test_held_out_part_keeps_a_picture_for_training_whatever_the_fraction(tmp_path):
+def test_held_out_part_keeps_a_image_for_training_whatever_the_fraction(tmp_path):
     data = load_image_data(make_folder(tmp_path, train={"a": 5, "b": 2}), validation_fraction=0.99)
     assert counts(data.train, data.id2label) == {"a": 1, "b": 1}
 
@@ -248,10 +248,10 @@ def test_nothing_to_hold_out(tmp_path):
 # --- What is wrong with the data ---------------------------------------------------------------------------------
 
 
-def test_unreadable_pictures_are_one_error(tmp_path):
+def test_unreadable_images_are_one_error(tmp_path):
     make_folder(tmp_path, train={"a": 9, "b": 9}, test={"a": 1, "b": 1})
     broken = [spoil(tmp_path / "train" / "a" / f"{number:03}.png") for number in range(6)]
-    with pytest.raises(ValueError, match="Cannot read 6 pictures") as raised:
+    with pytest.raises(ValueError, match="Cannot read 6 images") as raised:
         load_image_data(tmp_path)
     message = str(raised.value)
     assert f"{broken[0]} (image file is truncated)" in message
@@ -261,7 +261,7 @@ def test_unreadable_pictures_are_one_error(tmp_path):
     assert "\n" not in message
 
 
-def test_unreadable_pictures_are_left_out_and_listed_on_request(tmp_path, caplog):
+def test_unreadable_images_are_left_out_and_listed_on_request(tmp_path, caplog):
     make_folder(tmp_path, train={"a": 3, "b": 3}, test={"a": 1, "b": 1})
     cut = spoil(tmp_path / "train" / "b" / "001.png")
     page = tmp_path / "test" / "a" / "page.jpg"
@@ -275,13 +275,13 @@ def test_unreadable_pictures_are_left_out_and_listed_on_request(tmp_path, caplog
         rows = list(csv.DictReader(file))
     assert rows == [
         {"split": "train", "file": str(cut), "reason": "image file is truncated"},
-        {"split": "test", "file": str(page), "reason": "it is empty or in no picture format that Pillow can read"},
+        {"split": "test", "file": str(page), "reason": "it is empty or in no image format that Pillow can read"},
     ]
-    assert "Left out 2 pictures" in caplog.text
+    assert "Left out 2 images" in caplog.text
 
 
-def test_pictures_inside_a_data_set_are_named_by_row():
-    content = [{"bytes": b"no picture", "path": None}, None, {"bytes": None, "path": "nowhere.jpg"}]
+def test_images_inside_a_data_set_are_named_by_row():
+    content = [{"bytes": b"no image", "path": None}, None, {"bytes": None, "path": "nowhere.jpg"}]
     images = datasets.Dataset.from_dict(
         {"image": content * 20}, features=datasets.Features({"image": datasets.Image(decode=False)})
     )
@@ -293,22 +293,22 @@ def test_pictures_inside_a_data_set_are_named_by_row():
     assert found[2].split == "test"
 
 
-def test_a_class_of_unreadable_pictures_is_an_empty_class(tmp_path):
+def test_a_class_of_unreadable_images_is_an_empty_class(tmp_path):
     make_folder(tmp_path, train={"a": 3, "b": 1})
     spoil(tmp_path / "train" / "b" / "000.png")
-    with pytest.raises(ValueError, match=r"No pictures of the class b;"):
+    with pytest.raises(ValueError, match=r"No images of the class b;"):
         load_image_data(tmp_path, skip_unreadable=True)
 
 
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
-        ({"train": {"a": 2, "b": 0, "c": 2}}, r"No pictures of the class b in .*train;"),
-        ({"train": {"a": 2, "b": 2}, "test": {"a": 1, "b": 0}}, r"No pictures of the class b in .*test;"),
-        ({"train": {"a": 2, "b": 2}, "test": {"c": 1, "a": 1}}, "Only the test split has pictures of the class c;"),
+        ({"train": {"a": 2, "b": 0, "c": 2}}, r"No images of the class b in .*train;"),
+        ({"train": {"a": 2, "b": 2}, "test": {"a": 1, "b": 0}}, r"No images of the class b in .*test;"),
+        ({"train": {"a": 2, "b": 2}, "test": {"c": 1, "a": 1}}, "Only the test split has images of the class c;"),
         ({"train": {"a": 2, "b": 2}, "val": {"c": 1, "a": 1}}, "Only the validation split has .* class c;"),
         ({"train": {"a": 2}}, "only one class, a;"),
-        ({"train": {"a": 0, "b": 0}}, r"The folder .*train holds no class folders with pictures"),
+        ({"train": {"a": 0, "b": 0}}, r"The folder .*train holds no class folders with images"),
         ({"test": {"a": 1, "b": 1}}, r"The folder .* has no train split; it has test\."),
         ({"train": {"a": 1, "b": 1}, "val": {"a": 1}, "dev": {"a": 1}}, r"has both (val and dev|dev and val)"),
         ({"train": {"01.a": 1, "02.a": 1}}, r"The classes 01\.a and 02\.a would both be called a "),
@@ -323,16 +323,16 @@ def test_folder_errors_name_the_class(tmp_path, splits, message):
 def test_class_that_a_split_lacks_is_only_a_warning(tmp_path, caplog):
     data = load_image_data(make_folder(tmp_path, train={"a": 2, "b": 2}, test={"b": 1}))
     assert data.test["label"][:] == [1]
-    assert [record.getMessage() for record in caplog.records] == ["The test split has no pictures of the class a."]
+    assert [record.getMessage() for record in caplog.records] == ["The test split has no images of the class a."]
     assert caplog.records[0].levelno == logging.WARNING
 
 
 def test_folder_errors_without_class_folders(tmp_path):
-    with pytest.raises(ValueError, match="holds no class folders with pictures"):
+    with pytest.raises(ValueError, match="holds no class folders with images"):
         load_image_data(tmp_path)
     draw(tmp_path / "train" / "a.png")
     draw(tmp_path / "test" / "a.png")
-    with pytest.raises(ValueError, match=r"The folder .*train holds no class folders with pictures"):
+    with pytest.raises(ValueError, match=r"The folder .*train holds no class folders with images"):
         load_image_data(tmp_path)
 
 
@@ -353,7 +353,7 @@ def test_folder_errors_without_class_folders(tmp_path):
         ("image,label,split\na.png,x,test\n", r"The column 'split' of .* has no train split; it has test"),
         ("image,label\n", r"birds\.csv has no rows"),
         ("", r"birds\.csv cannot be read as CSV in UTF-8: No columns"),
-        ("image,label\na.png,x\nb.png,y\n", r"Cannot read 1 picture: .*b\.png \(No such file or directory\)"),
+        ("image,label\na.png,x\nb.png,y\n", r"Cannot read 1 image: .*b\.png \(No such file or directory\)"),
     ],
 )
 def test_csv_errors_name_the_column(tmp_path, text, message):
@@ -367,14 +367,14 @@ def test_columns_of_the_wrong_kind(tmp_path):
     rows = datasets.Dataset.from_dict({"image": ["a.png"], "weight": [1.5], "label": ["x"]})
     with pytest.raises(ValueError, match=r"The column 'weight' of DatasetDict, split train holds Value\('float64'\)"):
         load_image_data(rows, label_column="weight")
-    with pytest.raises(ValueError, match=r"holds Value\('float64'\); wanted are pictures or their paths"):
+    with pytest.raises(ValueError, match=r"holds Value\('float64'\); wanted are images or their paths"):
         load_image_data(rows, image_column="weight")
 
 
 def test_declared_classes_have_to_be_used_and_equal():
     columns = {"image_column": "img", "label_column": "fine"}
     train = hub_dataset([1, 2], [0, 1], names=("a", "b", "c"))
-    with pytest.raises(ValueError, match="No pictures of the class c;"):
+    with pytest.raises(ValueError, match="No images of the class c;"):
         load_image_data(train, **columns)
     with pytest.raises(ValueError, match="The test split declares other class names than train"):
         load_image_data(datasets.DatasetDict(train=train, test=hub_dataset([1], [0])), **columns)

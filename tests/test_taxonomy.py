@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A tree of classes: read, trained level by level, and followed on a picture."""
+"""A tree of classes: read, trained level by level, and followed on an image."""
 
 import copy
 import json
@@ -119,7 +119,7 @@ def test_the_tree_of_the_documentation_is_that_of_the_drawn_birds():
     assert [len(tree.nodes(level)) for level in tree.levels] == [18, 8, 4]
 
 
-def test_relabelled_pictures_are_the_same_pictures(write, photos):
+def test_relabelled_images_are_the_same_images(write, photos):
     data = load_image_data(photos)
     assert data.id2label == {0: "red", 1: "green", 2: "blue"}
     tree = read_taxonomy(write(COLOURS))
@@ -138,7 +138,7 @@ def weights(folder):
 
 
 def paths_by_hand(folder, photos):
-    """The counts over the test pictures, one picture and one level at a time."""
+    """The counts over the test images, one image and one level at a time."""
     parents = {"red": "warm", "blue": "cold", "green": "cold"}
     right, consistent, total = 0, 0, 0
     processor = AutoImageProcessor.from_pretrained(folder)
@@ -179,7 +179,7 @@ def test_one_command_trains_all_levels(write, photos, recipe, tmp_path, capsys):
         assert not any(name.startswith("backbone") for name in weights(out / "levels" / level))
     shares = paths_by_hand(out, photos)
     assert json.loads((out / "results.json").read_text())["paths"] == {"test": shares}
-    assert f"Test: {shares['all_levels_right']:.1%} of the pictures are right at every level" in printed
+    assert f"Test: {shares['all_levels_right']:.1%} of the images are right at every level" in printed
 
     # Together they are what each is alone.
     model = AutoModelForImageClassification.from_pretrained(out)
@@ -190,15 +190,15 @@ def test_one_command_trains_all_levels(write, photos, recipe, tmp_path, capsys):
         torch.testing.assert_close(output.logits, alone(images).logits, atol=2e-6, rtol=1e-5)
 
     # The path is the prediction of each level's own model.
-    picture = photos / "test" / "001.red" / "0.png"
-    path = explain_path(out, picture)
+    image = photos / "test" / "001.red" / "0.png"
+    path = explain_path(out, image)
     for level, explanation in path.explanations.items():
         pipe = pipeline(
             "image-classification",
             model=str(out / "levels" / level),
             pipeline_class=PromptCAMImageClassificationPipeline,
         )
-        best = pipe(str(picture), trait_maps=True, top_k=1)[0]
+        best = pipe(str(image), trait_maps=True, top_k=1)[0]
         assert path.nodes[level] == best["label"]
         traits = explanation.classes[0]
         assert traits.probability == pytest.approx(best["score"], abs=1e-6)
@@ -293,9 +293,9 @@ def birds(write, tmp_path):
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def images(tmp_path):
     random = np.random.default_rng(5)
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for index in range(2):
         colour = random.integers(0, 256, 3)
@@ -304,10 +304,10 @@ def pictures(tmp_path):
     return folder
 
 
-def test_conflicts_with_the_tree_are_named(birds, pictures):
+def test_conflicts_with_the_tree_are_named(birds, images):
     parents = {"Blue Jay": "Cyanocitta", "Steller's Jay": "Cyanocitta", "Common Raven": "Corvus"}
     parents |= {"House Sparrow": "Passer", "Cyanocitta": "Corvidae", "Corvus": "Corvidae", "Passer": "Passeridae"}
-    path = explain_path(birds, pictures / "00.png")
+    path = explain_path(birds, images / "00.png")
     assert list(path.nodes) == ["family", "genus", "species"]
     seen = []
     # As if each combination of nodes had been predicted.
@@ -333,11 +333,11 @@ def test_conflicts_with_the_tree_are_named(birds, pictures):
     assert len(seen) == 2 * 3 * 4 and sum(seen) == 4
 
 
-def test_a_path_is_told_as_data_and_drawn(birds, pictures):
-    path = explain_path(birds, pictures / "00.png", kind="evidence")
+def test_a_path_is_told_as_data_and_drawn(birds, images):
+    path = explain_path(birds, images / "00.png", kind="evidence")
     assert isinstance(path, TaxonomyPath)
     told = json.loads(path.to_json())
-    assert told["image"] == str(pictures / "00.png") and told["consistent"] == path.consistent
+    assert told["image"] == str(images / "00.png") and told["consistent"] == path.consistent
     assert told["kind"] == "evidence" and told["image_size"] == {"width": 60, "height": 40}
     assert [step["level"] for step in told["path"]] == ["family", "genus", "species"]
     for step, (level, explanation) in zip(told["path"], path.explanations.items(), strict=True):
@@ -346,7 +346,7 @@ def test_a_path_is_told_as_data_and_drawn(birds, pictures):
         assert step["head_order"] == list(explanation.classes[0].head_order)
     rows = path.to_rows()
     assert [row["level"] for row in rows] == ["family"] * 4 + ["genus"] * 4 + ["species"] * 4
-    assert {row["image"] for row in rows} == {str(pictures / "00.png")}
+    assert {row["image"] for row in rows} == {str(images / "00.png")}
 
     figure = path.figure(heads=2)
     texts = [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
@@ -383,13 +383,13 @@ def test_whole_paths_are_counted(birds, tmp_path):
             self.config = SimpleNamespace(id2label=dict(enumerate(tree.nodes(level))))
             yield
 
-    pictures = [{"pixel_values": torch.tensor(index), "labels": label} for index, label in enumerate(labels)]
-    counted = evaluate_paths(Answers(), pictures, names, tree, batch_size=2)
+    images = [{"pixel_values": torch.tensor(index), "labels": label} for index, label in enumerate(labels)]
+    counted = evaluate_paths(Answers(), images, names, tree, batch_size=2)
     assert counted == {"num_images": 5, "all_levels_right": 2 / 5, "consistent": 3 / 5}
 
 
 @pytest.mark.parametrize("agnostic", [0, 2])
-def test_layers_that_levels_share_run_once(pictures, agnostic):
+def test_layers_that_levels_share_run_once(images, agnostic):
     levels = {"family": ["Corvidae", "Passeridae"], "genus": ["Cyanocitta", "Corvus", "Passer"]}
     model = tiny_model(
         id2label=dict(enumerate(levels["family"])),
@@ -409,12 +409,12 @@ def test_layers_that_levels_share_run_once(pictures, agnostic):
             calls[index] += 1
 
         layer.mlp.register_forward_hook(count)
-    path = explain_path(model, pictures / "00.png", tree, image_processor=processor)
+    path = explain_path(model, images / "00.png", tree, image_processor=processor)
     # Agnostic prompts are a level's own, and change every layer. The last layer's are class prompts, with the ranking.
     assert calls[:2] == ([1, 1] if agnostic == 0 else [2, 2])
     for level, explanation in path.explanations.items():
         with model.using_prompts(level):
-            alone = explain(model, pictures / "00.png", image_processor=processor)
+            alone = explain(model, images / "00.png", image_processor=processor)
         assert [score.label for score in explanation.scores] == [score.label for score in alone.scores]
         assert explanation.prediction.logit == pytest.approx(alone.prediction.logit, abs=1e-5)
         np.testing.assert_allclose(explanation.classes[0].maps, alone.classes[0].maps, atol=1e-6)
@@ -423,19 +423,19 @@ def test_layers_that_levels_share_run_once(pictures, agnostic):
         assert explanation.image.size == (60, 40)
 
 
-def test_a_published_tree_is_found_on_the_hub(birds, pictures, tmp_path):
+def test_a_published_tree_is_found_on_the_hub(birds, images, tmp_path):
     (birds / "levels" / "genus").mkdir(parents=True)
     (birds / "levels" / "genus" / "results.json").write_text("{}")
     (birds / "results.json").write_text(json.dumps({"levels": {"genus": {}}}))
-    expected = explain_path(birds, pictures / "00.png")
+    expected = explain_path(birds, images / "00.png")
     with serve() as hub, connect(hub, tmp_path / "home"):
         publication = publish(birds, "org/birds", license="mit")
         assert hub.files("org/birds")["taxonomy.csv"] == (birds / "taxonomy.csv").read_bytes()
         assert "taxonomy.csv" in publication.files
         assert not [name for name in hub.files("org/birds") if "/" in name or name == "results.json"]
-        path = explain_path("org/birds", pictures / "00.png")
+        path = explain_path("org/birds", images / "00.png")
         assert path.nodes == expected.nodes and path.conflicts == expected.conflicts
-        answer = run("org/birds", pictures / "00.png", "--out", tmp_path / "paths")
+        answer = run("org/birds", images / "00.png", "--out", tmp_path / "paths")
         assert answer.exit_code == 0 and "species: " in answer.stdout
         tiny_model().save_pretrained(tmp_path / "plain")
         build_image_processor(32).save_pretrained(tmp_path / "plain")
@@ -446,20 +446,20 @@ def test_a_published_tree_is_found_on_the_hub(birds, pictures, tmp_path):
         find_taxonomy("org/elsewhere")
 
 
-def test_the_model_stays_as_it_was(birds, pictures):
+def test_the_model_stays_as_it_was(birds, images):
     model = PromptCAMForImageClassification.from_pretrained(birds)
-    explain_path(model, pictures / "00.png", birds / "taxonomy.csv", image_processor=build_image_processor(32))
+    explain_path(model, images / "00.png", birds / "taxonomy.csv", image_processor=build_image_processor(32))
     assert model.prompts_in_use == "species"
 
 
-def test_models_and_trees_that_do_not_fit_are_refused(birds, pictures, model_folder, write):
-    picture = pictures / "00.png"
+def test_models_and_trees_that_do_not_fit_are_refused(birds, images, model_folder, write):
+    image = images / "00.png"
     with pytest.raises(FileNotFoundError, match=r"model has no taxonomy\.csv; give the tree"):
-        explain_path(model_folder, picture)
+        explain_path(model_folder, image)
     with pytest.raises(ValueError, match="prompt sets 'default', and none of them is a level of the taxonomy: 'spec"):
-        explain_path(model_folder, picture, birds / "taxonomy.csv")
+        explain_path(model_folder, image, birds / "taxonomy.csv")
     with pytest.raises(ValueError, match="set 'genus' has a class 'Corvus', and the taxonomy has no such genus"):
-        explain_path(birds, picture, write(BIRDS.replace("Corvus,", "Raben,"), "other.csv"))
+        explain_path(birds, image, write(BIRDS.replace("Corvus,", "Raben,"), "other.csv"))
 
 
 def run(*arguments):
@@ -468,25 +468,25 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_the_command_writes_figure_and_data(birds, pictures, tmp_path):
+def test_the_command_writes_figure_and_data(birds, images, tmp_path):
     out = tmp_path / "paths"
-    (pictures / "broken.png").write_bytes(b"nothing")
-    answer = run(birds, pictures / "00.png", pictures / "broken.png", "--out", out, "--heads", 2)
+    (images / "broken.png").write_bytes(b"nothing")
+    answer = run(birds, images / "00.png", images / "broken.png", "--out", out, "--heads", 2)
     assert answer.exit_code == 1 and "broken.png" in answer.stderr
     assert {path.name for path in out.iterdir()} == {f"00.path.{suffix}" for suffix in ("png", "json", "csv")}
-    expected = explain_path(birds, pictures / "00.png")
+    expected = explain_path(birds, images / "00.png")
     assert str(expected) in answer.stdout
     told = json.loads((out / "00.path.json").read_text())
     assert [step["label"] for step in told["path"]] == list(expected.nodes.values())
     assert Image.open(out / "00.path.png").width > 300
-    assert run(birds, pictures / "00.png", "--out", out).exit_code == 2  # not written over
+    assert run(birds, images / "00.png", "--out", out).exit_code == 2  # not written over
 
 
-def test_mistakes_get_one_sentence(birds, pictures, model_folder, tmp_path):
+def test_mistakes_get_one_sentence(birds, images, model_folder, tmp_path):
     for arguments, message in [
-        ((model_folder, pictures), "has no taxonomy.csv; give the tree"),
-        ((birds, pictures, "--tree", tmp_path / "none.csv"), "There is no taxonomy file"),
-        ((birds, pictures, "--heads", 9), "heads=9: the model has 4 heads"),
+        ((model_folder, images), "has no taxonomy.csv; give the tree"),
+        ((birds, images, "--tree", tmp_path / "none.csv"), "There is no taxonomy file"),
+        ((birds, images, "--heads", 9), "heads=9: the model has 4 heads"),
     ]:
         answer = run(*arguments, "--out", tmp_path / "out")
         assert answer.exit_code == 2 and message in " ".join(answer.stderr.split())

@@ -48,7 +48,7 @@ def test_learns(finished):
 
 
 def test_saved_model_and_processor_do_what_evaluation_did(finished, photos):
-    """Accuracy counted anew, one picture at a time, from the saved folder alone."""
+    """Accuracy counted anew, one image at a time, from the saved folder alone."""
     recipe, result = finished
     model = AutoModelForImageClassification.from_pretrained(recipe.output_dir)
     processor = type(result.image_processor).from_pretrained(recipe.output_dir)
@@ -160,7 +160,7 @@ def test_rate_rises_evenly_and_falls_as_a_cosine(recipe):
     assert log_of(recipe().output_dir, "learning_rate") == expected
 
 
-class Pictures(torch.utils.data.Dataset):
+class Images(torch.utils.data.Dataset):
     """Random pixels."""
 
     def __init__(self, number: int, num_classes: int):
@@ -181,7 +181,7 @@ def new_model(backbone, **fields) -> PromptCAMForImageClassification:
 
 def test_steps_are_those_of_plain_sgd_with_decay_on_everything(recipe, backbone):
     """Three steps against torch's own loop: no clipping, no parameter without decay, the sampler's order."""
-    dataset = Pictures(24, 3)
+    dataset = Images(24, 3)
     recipe = recipe(num_train_epochs=1, warmup_epochs=0, learning_rate=0.5, min_learning_rate=0.5, weight_decay=0.1)
     arguments = training_arguments(recipe)
     arguments.eval_strategy = type(arguments.eval_strategy)("no")
@@ -230,7 +230,7 @@ def test_divergence_is_said(recipe):
 
 
 @pytest.mark.parametrize(("number", "batch_size"), [(20, 8), (16, 8), (3, 8)])
-def test_every_picture_once_an_epoch(number, batch_size):
+def test_every_image_once_an_epoch(number, batch_size):
     sampler = EpochSampler(number, batch_size, seed=5)
     orders = []
     for epoch in range(3):
@@ -256,7 +256,7 @@ def test_checkpoint_of_vit_b_with_200_classes_is_small(tmp_path, recipe, optimiz
     recipe = recipe(optimizer=optimizer, num_train_epochs=1, warmup_epochs=0, train_batch_size=2)
     arguments = training_arguments(recipe)
     arguments.eval_strategy = type(arguments.eval_strategy)("no")
-    PromptCAMTrainer(model, arguments, train_dataset=Pictures(2, 200)).train()
+    PromptCAMTrainer(model, arguments, train_dataset=Images(2, 200)).train()
     (checkpoint,) = complete_checkpoints(recipe.output_dir)
     size = sum(file.stat().st_size for file in checkpoint.iterdir())
     num_trained = 1_843_969  # the official checkpoint's own count
@@ -303,9 +303,9 @@ def test_variants_reach_the_model(recipe):
     assert (config.prompt_dropout, config.drop_path_rate) == (0.2, 0.1)
 
 
-def test_skipped_pictures_are_listed(recipe, photos, tmp_path):
+def test_skipped_images_are_listed(recipe, photos, tmp_path):
     folder = shutil.copytree(photos, tmp_path / "photos")
-    (folder / "train" / "001.red" / "broken.png").write_bytes(b"no picture")
+    (folder / "train" / "001.red" / "broken.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"broken\.png"):
         train(recipe(data=str(folder)))
     assert not (tmp_path / "out").exists()
@@ -346,7 +346,7 @@ def test_upload(recipe, tmp_path):
 
 
 def test_image_size_must_suit_the_backbone(recipe):
-    with pytest.raises(ValueError, match=r"image_size is 64, but the backbone .* takes pictures of 32x32 pixels"):
+    with pytest.raises(ValueError, match=r"image_size is 64, but the backbone .* takes images of 32x32 pixels"):
         train(recipe(image_size=64))
 
 

@@ -21,7 +21,7 @@ RESIZE_MARGIN = 240 / 224
 
 
 class TrainingAugmentation:
-    """The official training recipe: resize a little too large, crop at random, flip half of the pictures.
+    """The official training recipe: resize a little too large, crop at random, flip half of the images.
 
     Resizing, rescaling and normalising are the image processor's own, so only the enlarged size, the place of the crop
     and the flip differ from evaluation. A processor that crops the centre (CLIP's) crops at random instead.
@@ -41,14 +41,14 @@ class TrainingAugmentation:
         crop = settings["crop_size"] if settings.get("do_center_crop") else size
         if not {"height", "width"} <= set(crop):
             raise ValueError(
-                f"The image processor resizes to {size} and so gives pictures of different sizes; training needs one "
+                f"The image processor resizes to {size} and so gives images of different sizes; training needs one "
                 "that resizes or crops to a fixed height and width."
             )
         self.crop_size = (crop["height"], crop["width"])
         self.resize_size = {name: round(side * resize_margin) for name, side in size.items()}
 
     def __call__(self, image: Image.Image, epoch: int, index: int) -> torch.Tensor:
-        """Return the picture's view in `epoch`: `pixel_values`, float32 of (3, rows, cols).
+        """Return the image's view in `epoch`: `pixel_values`, float32 of (3, rows, cols).
 
         `image` is RGB, `index` its number in the data set; both numbers are 0 or more.
         """
@@ -64,7 +64,7 @@ class TrainingAugmentation:
 
 
 class ImageDataset(Dataset):
-    """Labelled pictures as model inputs: a map-style, picklable torch data set.
+    """Labelled images as model inputs: a map-style, picklable torch data set.
 
     Item `i` is `{"pixel_values": float32 of (3, rows, cols), "labels": int}`.
     """
@@ -82,11 +82,11 @@ class ImageDataset(Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
-        """Count the pictures."""
+        """Count the images."""
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Open and transform one picture; raises `UnreadableImageError` and `FileNotFoundError`."""
+        """Open and transform one image; raises `UnreadableImageError` and `FileNotFoundError`."""
         row = self.dataset[index]
         image = open_image(row["image"])
         if isinstance(self.transform, TrainingAugmentation):

@@ -28,7 +28,7 @@ from prompt_cam_hf.training.recipe import load_recipe
 from prompt_cam_hf.training.train import RECIPE_FILE, TrainResult, train
 
 RECIPES = Path(__file__).with_name("recipes")
-MODEL_FOLDER, PICTURES_FOLDER, REPORT_FILE = "model", "birds", "report.json"
+MODEL_FOLDER, IMAGES_FOLDER, REPORT_FILE = "model", "birds", "report.json"
 _DOTS_PER_INCH = 100
 _SPLITS = ("train", "validation", "test")
 
@@ -66,7 +66,7 @@ def run_demo(
     Args:
         folder: New, empty, or of an earlier demonstration with the same settings.
         deep: Train the paper's Deep, not the reduced variant.
-        seed: Of the prompts, the order of the pictures and their augmentation. The birds stay the same.
+        seed: Of the prompts, the order of the images and their augmentation. The birds stay the same.
         birds_per_class: To train on, to choose the best epoch on, and to test on.
         num_proc: Processes that draw birds; one for each processor core by default.
         **settings: Keys of the recipe that win over recipes/birds.yaml or recipes/birds_deep.yaml.
@@ -101,7 +101,7 @@ def run_demo(
     drawn = {folder / name: figure for name, figure in figures.items() if figure is not None}
     for path, figure in drawn.items():
         write_atomically(path, _compact_png(figure))
-    pictures = _save_pictures(test, folder / PICTURES_FOLDER)
+    images = _save_images(test, folder / IMAGES_FOLDER)
     numbers = {
         "variant": "Deep" if deep else "class prompts at the last layer, no class-agnostic prompts, cached features",
         "seed": seed,
@@ -112,7 +112,7 @@ def run_demo(
         "chance": result.metrics["chance"]["top1"],
         "localisation": measure_localisation(reading),
         **removal,
-        "same_after_loading": _answers_agree(result, pictures),
+        "same_after_loading": _answers_agree(result, images),
         "seconds": round(time.time() - start, 1),
     }
     write_atomically(folder / REPORT_FILE, (json.dumps(numbers, indent=2) + "\n").encode())
@@ -125,11 +125,11 @@ def _check_folder(folder: Path) -> None:
 
 
 def _image_data(birds: dict[str, datasets.Dataset]) -> ImageData:
-    pictures = {split: data.select_columns(["image", "label"]) for split, data in birds.items()}
-    return ImageData(**pictures, id2label={label: bird.name for label, bird in enumerate(BIRD_CLASSES)})
+    images = {split: data.select_columns(["image", "label"]) for split, data in birds.items()}
+    return ImageData(**images, id2label={label: bird.name for label, bird in enumerate(BIRD_CLASSES)})
 
 
-def _save_pictures(birds: datasets.Dataset, folder: Path) -> list[Path]:
+def _save_images(birds: datasets.Dataset, folder: Path) -> list[Path]:
     """One bird of each class as a file, to try the commands on."""
     folder.mkdir(exist_ok=True)
     files = []
@@ -141,12 +141,12 @@ def _save_pictures(birds: datasets.Dataset, folder: Path) -> list[Path]:
     return files
 
 
-def _answers_agree(result: TrainResult, pictures: list[Path]) -> bool:
+def _answers_agree(result: TrainResult, images: list[Path]) -> bool:
     """Whether the saved model, loaded as any user would, gives the same classes as the one in memory."""
     settings: dict[str, Any] = {"task": "image-classification", "pipeline_class": PromptCAMImageClassificationPipeline}
     loaded = pipeline(model=str(result.output_dir), **settings)
     trained = pipeline(model=result.model, image_processor=result.image_processor, **settings)
-    files = [str(path) for path in pictures]
+    files = [str(path) for path in images]
     return [best[0]["label"] for best in loaded(files, top_k=1)] == [
         best[0]["label"] for best in trained(files, top_k=1)
     ]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """How is work saved that every epoch would repeat?
 
-Where no prompt enters before layer k, what the first k layers make of a picture never changes. It is computed once,
+Where no prompt enters before layer k, what the first k layers make of an image never changes. It is computed once,
 kept on disk, and training starts from there: the same losses, at the cost of the remaining layers.
 """
 
@@ -36,14 +36,14 @@ DEFAULT_CACHE_DIR = Path(HF_HOME) / "prompt_cam_features"
 
 
 class FeatureDataset(Dataset):
-    """Labelled pictures as the model knows them after its fixed first layers.
+    """Labelled images as the model knows them after its fixed first layers.
 
     Item `i` is `{"prefix_hidden_states": float32 of (tokens, hidden_size), "labels": int}`, of a linear probe float32
     of (features,). Nothing is held in memory but the labels.
     """
 
     def __init__(self, path: str | os.PathLike, labels: list[int]):
-        """Read the file written by `cache_features`, an array (views, pictures, ...)."""
+        """Read the file written by `cache_features`, an array (views, images, ...)."""
         self.path = path
         self.labels = labels
         # Shared with data loader workers that outlive an epoch.
@@ -51,11 +51,11 @@ class FeatureDataset(Dataset):
         self._features: np.ndarray | None = None
 
     def __len__(self) -> int:
-        """Count the pictures."""
+        """Count the images."""
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Read one picture's hidden states, of the view that belongs to the epoch."""
+        """Read one image's hidden states, of the view that belongs to the epoch."""
         if self._features is None:
             self._features = np.load(self.path, mmap_mode="r")
         view = int(self._epoch) % len(self._features)
@@ -77,7 +77,7 @@ class FeatureCollator:
     """Makes a batch, and adds to features what the pixels would have told: the grid of patches."""
 
     def __init__(self, patch_grid: tuple[int, int]):
-        """For pictures of `patch_grid`, (rows, columns)."""
+        """For images of `patch_grid`, (rows, columns)."""
         self.patch_grid = patch_grid
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -98,20 +98,20 @@ def cache_features(
     batch_size: int = 32,
     num_workers: int = 0,
 ) -> FeatureDataset:
-    """Run the model's fixed first layers over all pictures, unless a file for just this case exists already.
+    """Run the model's fixed first layers over all images, unless a file for just this case exists already.
 
-    The file's name is a digest of the pictures' bytes, the preprocessing and augmentation, the backbone and the
+    The file's name is a digest of the images' bytes, the preprocessing and augmentation, the backbone and the
     precision, so that a change of any of them makes a new file. It appears under this name when it is complete. With
     several processes, each computes a part; all must see `cache_dir`.
 
     Args:
         model: On the device to compute on.
-        dataset: The pictures; an augmented view `v` is what the data set gives in epoch `v`.
+        dataset: The images; an augmented view `v` is what the data set gives in epoch `v`.
         cache_dir: The folder for the files; it is made.
-        num_views: Views of each picture, 1 where nothing is drawn at random.
+        num_views: Views of each image, 1 where nothing is drawn at random.
         autocast_dtype: Mixed precision to compute in, as in training.
-        batch_size: Pictures a step and process.
-        num_workers: Processes that read pictures, for each process that computes.
+        batch_size: Images a step and process.
+        num_workers: Processes that read images, for each process that computes.
 
     Raises:
         ValueError: a prompt enters the first layer, so that nothing is fixed.
@@ -155,7 +155,7 @@ def _compute(
     batch_size: int,
     num_workers: int,
 ) -> None:
-    """Fill this process's part of `features`, (views, pictures, ...)."""
+    """Fill this process's part of `features`, (views, images, ...)."""
     process = PartialState()
     num_views, num_images = features.shape[:2]
     first, end = (num_images * (process.process_index + i) // process.num_processes for i in (0, 1))

@@ -52,18 +52,18 @@ class Recipe:
     drop_path_rate: float = _key("Stochastic depth of the last layer, rising evenly from 0.", default=0.1)
 
     # Data
-    data: str = _key("Pictures: a folder with train/ (validation/, test/), a CSV or Parquet file, or a Hub id.")
+    data: str = _key("Images: a folder with train/ (validation/, test/), a CSV or Parquet file, or a Hub id.")
     data_name: str | None = _key("Configuration of a Hub data set.", default=None)
     data_revision: str | None = _key("Branch, tag or commit of a Hub data set.", default=None)
-    image_column: str = _key("Column that holds the picture or its path.", default="image")
+    image_column: str = _key("Column that holds the image or its path.", default="image")
     label_column: str = _key("Column that holds the class.", default="label")
     validation_fraction: float = _key(
         "Part of train to hold out, class by class, where there is no validation split; 0: nothing, keep the "
         "last epoch.",
         default=0.1,
     )
-    skip_unreadable: bool = _key("Leave out pictures that cannot be read and list them.", default=False)
-    image_size: int = _key("Side in pixels to which every picture is squashed.", default=224)
+    skip_unreadable: bool = _key("Leave out images that cannot be read and list them.", default=False)
+    image_size: int = _key("Side in pixels to which every image is squashed.", default=224)
     image_mean: list[float] = field(
         default_factory=lambda: [0.5, 0.5, 0.5],
         metadata={"help": "Mean of red, green and blue (0..1) that is subtracted."},
@@ -79,8 +79,8 @@ class Recipe:
     learning_rate: float = _key("Highest learning rate, reached after the warm-up.", default=0.005)
     momentum: float = _key("Momentum of sgd; adamw does not use it.", default=0.9)
     weight_decay: float = _key("Weight decay on prompts, head and its bias alike.", default=0.001)
-    train_batch_size: int = _key("Pictures a step, over all processes together.", default=16)
-    num_train_epochs: int = _key("Passes over the training pictures.", default=100)
+    train_batch_size: int = _key("Images a step, over all processes together.", default=16)
+    num_train_epochs: int = _key("Passes over the training images.", default=100)
     warmup_epochs: int = _key("Epochs in which the rate rises.", default=20)
     warmup_learning_rate: float = _key("Rate at the start of the warm-up.", default=0.0)
     min_learning_rate: float = _key("Rate at the end of the cosine.", default=1e-6)
@@ -93,15 +93,15 @@ class Recipe:
         default=False,
     )
     eval_every_epochs: int = _key("Epochs between looks at validation; the last epoch counts always.", default=1)
-    eval_batch_size: int = _key("Pictures a step and process in evaluation.", default=32)
+    eval_batch_size: int = _key("Images a step and process in evaluation.", default=32)
     bf16: bool = _key("Mixed precision with bfloat16.", default=False)
     fp16: bool = _key("Mixed precision with float16 (older GPUs).", default=False)
     gradient_checkpointing: bool = _key(
         "Less memory, more time: layers run again in the backward pass.", default=False
     )
-    dataloader_num_workers: int = _key("Processes that read pictures; 0: none of their own.", default=4)
+    dataloader_num_workers: int = _key("Processes that read images; 0: none of their own.", default=4)
     cache_features: bool = _key("Compute once, and keep on disk, what no prompt changes.", default=False)
-    cache_views: int = _key("Augmented views of each picture to cache, used in turn.", default=10)
+    cache_views: int = _key("Augmented views of each image to cache, used in turn.", default=10)
     cache_dir: str | None = _key("Folder of the cached features; empty: with the Hugging Face caches.", default=None)
     include_backbone: bool = _key("Save the backbone with the model, so that it stands alone.", default=True)
     hub_model_id: str | None = _key("Upload the finished model to this Hub repository.", default=None)
@@ -227,7 +227,7 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     shares = arguments.world_size * max(1, arguments.n_gpu) * arguments.gradient_accumulation_steps
     if recipe.train_batch_size % shares:
         raise ValueError(
-            f"train_batch_size counts the pictures of all processes together: {recipe.train_batch_size} cannot be "
+            f"train_batch_size counts the images of all processes together: {recipe.train_batch_size} cannot be "
             f"shared evenly by {shares} (processes x accumulation steps); choose a multiple of {shares}."
         )
     arguments.per_device_train_batch_size = recipe.train_batch_size // shares

@@ -280,7 +280,7 @@ def check_same_recipe(recipe: Recipe, folder: Path) -> None:
 
 
 def load_data(recipe: Recipe) -> ImageData:
-    """The pictures that a recipe names; errors as in `load_image_data`."""
+    """The images that a recipe names; errors as in `load_image_data`."""
     return load_image_data(
         recipe.data,
         name=recipe.data_name,
@@ -302,7 +302,7 @@ def _find_patch_grid(backbone: PreTrainedModel, recipe: Recipe) -> tuple[int, in
     except ValueError as error:
         rows, columns = image_size(backbone.config)
         raise ValueError(
-            f"image_size is {size}, but the backbone {recipe.backbone} takes pictures of {rows}x{columns} pixels."
+            f"image_size is {size}, but the backbone {recipe.backbone} takes images of {rows}x{columns} pixels."
         ) from error
 
 
@@ -313,7 +313,7 @@ def _training_data(
     model: PromptCAMForImageClassification | VPTForImageClassification | LinearProbe,
     arguments: TrainingArguments,
 ) -> tuple[Dataset, Dataset | None]:
-    """Training and validation pictures, or what the fixed first layers make of them."""
+    """Training and validation images, or what the fixed first layers make of them."""
     transform = TrainingAugmentation(image_processor, recipe.seed) if recipe.augmentation else image_processor
     train_images = ImageDataset(data.train, transform)
     eval_images = None if data.validation is None else ImageDataset(data.validation, image_processor)

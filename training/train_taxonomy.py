@@ -4,7 +4,7 @@
     accelerate launch training/taxonomy.py RECIPE.yaml --taxonomy TREE.csv [--key value ...]
     accelerate launch -m prompt_cam_hf.training.train_taxonomy RECIPE.yaml --taxonomy TREE.csv [--key value ...]
 
-Each level is an ordinary run of `training/train.py` with the same pictures under other labels, in `OUTPUT_DIR/levels`;
+Each level is an ordinary run of `training/train.py` with the same images under other labels, in `OUTPUT_DIR/levels`;
 `OUTPUT_DIR` itself gets the model with all prompt sets (Prompt-CAM, Chowdhury et al., CVPR 2025, figure 9).
 """
 
@@ -103,7 +103,7 @@ def train_taxonomy(recipe: Recipe, taxonomy: Taxonomy, data: ImageData | None = 
 
 
 def relabel(data: ImageData, taxonomy: Taxonomy, level: str) -> ImageData:
-    """The same pictures in the same splits, with the nodes of a level for classes, numbered in sorted order."""
+    """The same images in the same splits, with the nodes of a level for classes, numbered in sorted order."""
     if level == taxonomy.leaf_level:
         return data
     nodes = taxonomy.nodes(level)
@@ -129,16 +129,16 @@ def evaluate_paths(
     taxonomy: Taxonomy,
     batch_size: int = 32,
 ) -> dict[str, float]:
-    """Count the pictures whose whole path is right, and those whose predictions are a path of the tree at all.
+    """Count the images whose whole path is right, and those whose predictions are a path of the tree at all.
 
     Where there are several processes, each of them looks at its share.
 
     Args:
         model: With a prompt set for each level.
-        dataset: Pictures with the numbers of their leaf classes.
+        dataset: Images with the numbers of their leaf classes.
         id2label: The leaf classes.
         taxonomy: The tree.
-        batch_size: Pictures that go through the network at once.
+        batch_size: Images that go through the network at once.
 
     Returns:
         `num_images`; `all_levels_right` and `consistent`, shares from 0 to 1.
@@ -251,7 +251,7 @@ def _print_results(result: TaxonomyResult) -> None:
     Console().print(table, markup=False)
     if result.paths is not None:
         right, consistent = (f"{result.paths[share]:.1%}" for share in ("all_levels_right", "consistent"))
-        print(f"Test: {right} of the pictures are right at every level; {consistent} get a path that the tree has")
+        print(f"Test: {right} of the images are right at every level; {consistent} get a path that the tree has")
     print(f"Saved in {result.output_dir}")
 
 

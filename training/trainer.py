@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What does training a Prompt-CAM need beyond transformers' Trainer?
 
-Small checkpoints that are never half written, an order of pictures that no interruption and no number of processes
+Small checkpoints that are never half written, an order of images that no interruption and no number of processes
 changes, and a log that can be read.
 """
 
@@ -47,14 +47,14 @@ def on_main_process(function: Callable[[], Any]) -> Any:
 
 
 class EpochSampler(Sampler[int]):
-    """Every picture once an epoch, in an order that depends on the seed and the epoch alone.
+    """Every image once an epoch, in an order that depends on the seed and the epoch alone.
 
-    The last batch is filled up with the epoch's first pictures, so that all batches weigh the same and several
+    The last batch is filled up with the epoch's first images, so that all batches weigh the same and several
     processes can share each.
     """
 
     def __init__(self, num_samples: int, batch_size: int, seed: int):
-        """Draw from `num_samples` pictures, in batches of `batch_size` over all processes together."""
+        """Draw from `num_samples` images, in batches of `batch_size` over all processes together."""
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.seed = seed
@@ -65,7 +65,7 @@ class EpochSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Count the pictures, those that fill up the last batch included."""
+        """Count the images, those that fill up the last batch included."""
         return math.ceil(self.num_samples / self.batch_size) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
@@ -75,7 +75,7 @@ class EpochSampler(Sampler[int]):
 
 
 class PromptCAMTrainer(Trainer):
-    """Trainer whose checkpoints hold what is trained, and whose order of pictures is reproducible."""
+    """Trainer whose checkpoints hold what is trained, and whose order of images is reproducible."""
 
     model: PreTrainedModel
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Make the pictures of docs/traits on drawn birds: python docs/images/make_trait_figures.py MODEL_FOLDER
+"""Make the images of docs/traits on drawn birds: python docs/images/make_trait_figures.py MODEL_FOLDER
 
 MODEL_FOLDER holds a Prompt-CAM of the classes of `prompt_cam_hf.birds`. The birds are the first of the test split that
 serve the purpose (read rightly, or misread), drawn at 480 pixels.
@@ -27,7 +27,7 @@ ONE_TRAIT = NAMES.index("turquoise crown")
 
 
 def birds(label: int | None = None) -> Iterator[tuple[str, Image.Image]]:
-    """Names and pictures of the test split's birds, of one class or of all."""
+    """Names and images of the test split's birds, of one class or of all."""
     start, step = (0, 1) if label is None else (label, len(NAMES))
     for index in range(start, 20 * len(NAMES), step):
         yield NAMES[index % len(NAMES)], draw_bird(bird_spec("test", index), SIZE)[0]
@@ -42,13 +42,13 @@ def first_bird(classifier: Classifier, label: int | None = None, right: bool = T
 
 
 def save(result: Result, name: str, heads: int, **options: bool) -> None:
-    """Write a picture, and print what the result says."""
+    """Write an image, and print what the result says."""
     result.figure(heads=heads, **options).savefig(FOLDER / name, dpi=100)
     print(name, result, sep="\n", end="\n\n")
 
 
 def main(model: str) -> None:
-    """Make all pictures."""
+    """Make all images."""
     classifier = as_classifier(model)
     _, bird = first_bird(classifier, CROWN_AND_BAR)
     save(explain(classifier, bird), "explain.png", heads=4)

@@ -212,7 +212,7 @@ class VPTForImageClassification(PreTrainedModel):
             patch_grid: Rows and columns of patches in prefix_hidden_states, where they are not the backbone's own.
 
         Raises:
-            ValueError: the pictures have the wrong size, or there are not exactly one of the two inputs.
+            ValueError: the images have the wrong size, or there are not exactly one of the two inputs.
         """
         if (pixel_values is None) == (prefix_hidden_states is None):
             raise ValueError("Give either pixel_values or prefix_hidden_states.")

@@ -197,9 +197,9 @@ def sample_other_spec(rng: np.random.Generator) -> BirdSpec:
 
 
 def counterfactual(spec: BirdSpec, part: str, value: str | None = None) -> BirdSpec:
-    """The same bird in the same picture with one trait changed, or taken away (value None: the natural tint).
+    """The same bird in the same image with one trait changed, or taken away (value None: the natural tint).
 
-    Drawn at the same size, the two pictures differ in pixels of that part's mask only. The label is that of the class
+    Drawn at the same size, the two images differ in pixels of that part's mask only. The label is that of the class
     that the changed bird belongs to, None where it carries the traits of no class, or of several.
 
     Raises:

@@ -54,8 +54,8 @@ def _rows(indices: list[int], split: str, size: int, seed: int, version: int) ->
     del version  # only there to be part of the cache's key
     for index in indices:
         spec = other_bird_spec(index, seed) if split == "other" else bird_spec(split, index, seed)
-        picture, bits = draw_bits(spec, size)
-        row = {"image": _png(picture), "masks": _png(bits), "seed": spec.seed, "values": dict(spec.values)}
+        image, bits = draw_bits(spec, size)
+        row = {"image": _png(image), "masks": _png(bits), "seed": spec.seed, "values": dict(spec.values)}
         if spec.label is not None:
             traits = sum(1 << PARTS.index(part) for part in BIRD_CLASSES[spec.label].parts)
             row |= {"label": spec.label, "discriminative_mask": _png((bits & traits) > 0)}
@@ -102,15 +102,15 @@ def birds_dataset(
     num_proc: int | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> datasets.Dataset:
-    """Labelled birds: per_class pictures of each of BIRD_CLASSES, the same on every machine.
+    """Labelled birds: per_class images of each of BIRD_CLASSES, the same on every machine.
 
     Columns: `image` (RGB, size x size), `label`, `masks` (for `unpack_masks`), `discriminative_mask` (the pixels of
-    the parts that define the class), `seed` and `values` (for `row_spec`). Splits share no picture; a larger per_class
-    begins with the same pictures. Drawn once in num_proc processes (None: one for each processor), then read from the
+    the parts that define the class), `seed` and `values` (for `row_spec`). Splits share no image; a larger per_class
+    begins with the same images. Drawn once in num_proc processes (None: one for each processor), then read from the
     datasets cache, or from cache_dir.
 
     Raises:
-        ValueError: no such split, no picture asked for, or a size below 32.
+        ValueError: no such split, no image asked for, or a size below 32.
     """
     if split not in ("train", "validation", "test"):
         raise ValueError(f"There is no split {split!r}; choose train, validation or test.")
@@ -129,7 +129,7 @@ def other_birds_dataset(
     Columns as in `birds_dataset`, without `label` and `discriminative_mask`.
 
     Raises:
-        ValueError: no picture asked for, or a size below 32.
+        ValueError: no image asked for, or a size below 32.
     """
     return _generate("other", count, size, seed, num_proc, cache_dir)
 

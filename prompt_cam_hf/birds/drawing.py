@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How is a bird drawn? From a spec to a picture and the mask of every part."""
+"""How is a bird drawn? From a spec to an image and the mask of every part."""
 
 import math
 from dataclasses import dataclass
@@ -42,16 +42,16 @@ _CREAM = np.array([236.0, 226.0, 204.0])
 # Bars and spots are dark on the grounds whose channels sum to more than this, pale on the others.
 _BRIGHT = 330
 _DARK_MARKS, _PALE_MARKS = np.array([34.0, 30.0, 32.0]), np.array([240.0, 238.0, 228.0])
-# Body length as a share of the picture's side, before the whole bird is made to fit.
+# Body length as a share of the image's side, before the whole bird is made to fit.
 _SCALE_RANGE = (0.38, 0.56)
-# Free space between the bird and the picture's border, as a share of its side.
+# Free space between the bird and the image's border, as a share of its side.
 _MARGIN = 0.02
 _SOLID = ("body", "head", "tail", "beak", "crest", "toes 0", "toes 1")
 
 
 @dataclass(frozen=True)
 class _Look:
-    """The random draws of one picture; none depends on the bird's values, so changing a value changes nothing else."""
+    """The random draws of one image; none depends on the bird's values, so changing a value changes nothing else."""
 
     pose: Pose
     scale: float
@@ -90,7 +90,7 @@ def _sample_look(rng: np.random.Generator) -> _Look:
 
 
 def _place(look: _Look, size: int) -> tuple[dict[str, np.ndarray], float]:
-    """The bird's outlines in pixels: turned, flipped, scaled to fit and put somewhere in the picture."""
+    """The bird's outlines in pixels: turned, flipped, scaled to fit and put somewhere in the image."""
     shapes = {name: rotated(shape, look.pose.turn) for name, shape in outlines(look.pose).items()}
     if look.flip:
         shapes = {name: shape * (-1, 1) for name, shape in shapes.items()}
@@ -142,7 +142,7 @@ class _Painter:
         return fill(stroke(self.shapes[name], start * self.unit, end * self.unit), self.size)
 
     def add(self, patch: Patch | None, colour: np.ndarray, part: str | None = None, opacity: float = 1.0) -> None:
-        """Lay a patch over what is there; None, which is outside of the picture, is left out."""
+        """Lay a patch over what is there; None, which is outside of the image, is left out."""
         if patch is None:
             return
         if opacity < 1:
@@ -238,7 +238,7 @@ def unpack_masks(mask_image: np.ndarray | Image.Image) -> dict[str, np.ndarray]:
 
 
 def check_size(size: int) -> None:
-    """Refuse pictures too small to show every part.
+    """Refuse images too small to show every part.
 
     Raises:
         ValueError: size is below 32.
@@ -248,7 +248,7 @@ def check_size(size: int) -> None:
 
 
 def draw_bits(spec: BirdSpec, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a bird as arrays: the picture (size, size, 3; uint8, RGB) and the mask image (size, size; uint16).
+    """Draw a bird as arrays: the image (size, size, 3; uint8, RGB) and the mask image (size, size; uint16).
 
     Bit k of the mask image says that part k of PARTS is seen in the pixel: repainting the part changes it. Parts side
     by side share the pixels of their border.
@@ -267,25 +267,25 @@ def draw_bits(spec: BirdSpec, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
     _paint_bird(painter)
     for shape in scene.front:
         painter.add(fill(shape.outline * size, size), shape.colour, opacity=shape.opacity)
-    picture, bits = composite(painter.layers, paint_wash(scene, size))
+    image, bits = composite(painter.layers, paint_wash(scene, size))
     level, down, right, warm = look.light
     y, x = ((np.arange(size) + 0.5) / size - 0.5)[:, None], ((np.arange(size) + 0.5) / size - 0.5)[None, :]
     tone = np.array([1 + warm, 1.0, 1 - warm])[:, None, None]
     grain = (rng.random((size, size)) + rng.random((size, size)) - 1) * look.grain
-    picture = picture * (level + down * y + right * x) * tone + grain
-    return np.clip(picture + 0.5, 0, 255).astype(np.uint8).transpose(1, 2, 0), bits
+    image = image * (level + down * y + right * x) * tone + grain
+    return np.clip(image + 0.5, 0, 255).astype(np.uint8).transpose(1, 2, 0), bits
 
 
 def draw_bird(spec: BirdSpec, size: int = 96) -> tuple[Image.Image, dict[str, np.ndarray]]:
     """Draw a bird in its surroundings.
 
-    Returns the RGB picture, and for each of PARTS the pixels (size, size; bool) that show it.
+    Returns the RGB image, and for each of PARTS the pixels (size, size; bool) that show it.
 
     Raises:
         ValueError: size is below 32.
     """
-    picture, bits = draw_bits(spec, size)
-    return Image.fromarray(picture), unpack_masks(bits)
+    image, bits = draw_bits(spec, size)
+    return Image.fromarray(image), unpack_masks(bits)
 
 
 __all__ = ["check_size", "draw_bird", "draw_bits", "unpack_masks"]

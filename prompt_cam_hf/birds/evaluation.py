@@ -33,7 +33,7 @@ from .classes import BIRD_CLASSES, TRAIT_PARTS, BirdSpec, counterfactual
 from .dataset import row_spec
 from .drawing import draw_bird
 
-# Patches that are blurred together, and pictures that go through the network together.
+# Patches that are blurred together, and images that go through the network together.
 _TOP_PATCHES = 3
 _BATCH_SIZE = 64
 
@@ -147,7 +147,7 @@ def measure_removal(
     reading: BirdReading,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """What becomes of correct predictions when a place, or a trait, is taken out of the picture.
+    """What becomes of correct predictions when a place, or a trait, is taken out of the image.
 
     Args:
         model: The model that gave the reading.
@@ -199,7 +199,7 @@ def _correct_rows(reading: BirdReading) -> np.ndarray:
 
 
 def without_values(spec: BirdSpec, parts: Iterable[str]) -> BirdSpec:
-    """The same bird in the same picture, with the natural tint at some parts."""
+    """The same bird in the same image, with the natural tint at some parts."""
     return reduce(counterfactual, parts, spec)
 
 
@@ -213,7 +213,7 @@ def _parts_to_take(
 
 
 def _without_patches(image: Image.Image, patches: np.ndarray, grid: tuple[int, int]) -> Image.Image:
-    """The picture with the patches of these numbers blurred; its sides are multiples of the grid's."""
+    """The image with the patches of these numbers blurred; its sides are multiples of the grid's."""
     mask = np.zeros(grid, dtype=bool)
     mask.flat[patches] = True
     pixels = np.kron(mask, np.ones((image.height // grid[0], image.width // grid[1]), dtype=bool))

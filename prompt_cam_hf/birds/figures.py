@@ -22,7 +22,7 @@ from .dataset import row_spec
 from .drawing import draw_bird
 from .evaluation import BirdReading, without_values
 
-# Birds are drawn again at this size, so that a picture of 96 pixels need not be enlarged.
+# Birds are drawn again at this size, so that an image of 96 pixels need not be enlarged.
 _SIDE = 240
 _INCHES = 1.9
 # Dark on light and light on dark, and no colour of the maps.
@@ -32,7 +32,7 @@ _EVERY_NTH_CLASS = 4
 
 
 class _Panel(NamedTuple):
-    """A picture, or a map on it, with the true traits' pixels (height, width; bool) outlined."""
+    """An image, or a map on it, with the true traits' pixels (height, width; bool) outlined."""
 
     title: str
     image: Image.Image

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """How do outlines become pixels, and which pixels show which part?
 
-A small anti-aliasing polygon filler and compositor in numpy. Pictures must be the same on every machine and with
+A small anti-aliasing polygon filler and compositor in numpy. Images must be the same on every machine and with
 every version of an imaging library, so only additions, multiplications, divisions and square roots touch pixels (no
 BLAS, no transcendental functions), and vertices are rounded to 1/64 pixel before anything depends on them.
 """
@@ -27,7 +27,7 @@ class Patch:
 
     @property
     def window(self) -> tuple[slice, slice]:
-        """Where the rectangle lies in the picture."""
+        """Where the rectangle lies in the image."""
         rows, cols = self.alpha.shape
         return slice(self.top, self.top + rows), slice(self.left, self.left + cols)
 
@@ -93,7 +93,7 @@ def stroke(points: np.ndarray, start: float, end: float | None = None) -> np.nda
 
 
 def fill(points: np.ndarray, size: int) -> Patch | None:
-    """Fill a closed outline of (n, 2) vertices (x, y) in pixels; None where nothing of it lies in the picture.
+    """Fill a closed outline of (n, 2) vertices (x, y) in pixels; None where nothing of it lies in the image.
 
     Edges are steeper than area coverage: below 5/16 of a pixel counts as nothing and above 11/16 as all of it, so
     a mask of all pixels that a part touches is hardly wider than the part.
@@ -167,9 +167,9 @@ def _shifted(patch: Patch | None, frame: Patch) -> np.ndarray:
 def composite(layers: list[Layer], ground: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Lay layers, hindmost first, on a ground (3, rows, cols).
 
-    Returns the picture (3, rows, cols), and for every pixel (rows, cols; uint16) the bits of the parts seen in it.
+    Returns the image (3, rows, cols), and for every pixel (rows, cols; uint16) the bits of the parts seen in it.
     """
-    picture = np.zeros_like(ground)
+    image = np.zeros_like(ground)
     parts = np.zeros(ground.shape[1:], dtype=np.uint16)
     still_open = np.ones(ground.shape[1:])
     for layer in reversed(layers):
@@ -179,11 +179,11 @@ def composite(layers: list[Layer], ground: np.ndarray) -> tuple[np.ndarray, np.n
         left = left - share
         nearly_closed = (left < _OPEN) & (share > 0)
         share = np.where(nearly_closed, share + left, share)
-        picture[:, window[0], window[1]] += share * layer.colour
+        image[:, window[0], window[1]] += share * layer.colour
         still_open[window] = np.where(nearly_closed, 0, left)
         if layer.part is not None:
             parts[window] |= (share > 0).astype(np.uint16) << layer.part
-    return picture + still_open * ground, parts
+    return image + still_open * ground, parts
 
 
 __all__ = [

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What surrounds a bird? A painted wash, and clutter in the colours of the traits, so that colour alone tells nothing.
 
-Shapes are outlines in units of the picture's side, (0, 0) top left.
+Shapes are outlines in units of the image's side, (0, 0) top left.
 """
 
 import math

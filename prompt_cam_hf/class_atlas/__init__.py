@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Where do the prompts of all classes look, over a whole data set? Tables, and one page to leaf through.
 
-`pictures` says which pictures and labels, `collect` what is recorded of each, `store` how it survives being killed,
+`images` says which images and labels, `collect` what is recorded of each, `store` how it survives being killed,
 `summary` what it says about classes, `page` what is shown, and `build` puts them together.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How is an atlas made? Look at all pictures part by part, sum up, write tables and a page."""
+"""How is an atlas made? Look at all images part by part, sum up, write tables and a page."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from prompt_cam_hf.class_atlas.collect import MapSums, Options, collect, input_s
 from prompt_cam_hf.class_atlas.page import NUM_CONFUSION_EXAMPLES, NUM_CONFUSIONS, write_page
 from prompt_cam_hf.class_atlas.store import CLASSES, IMAGES, PAGE, PART_SIZE, Store
 from prompt_cam_hf.class_atlas.summary import Summary, class_table, summarize
-from prompt_cam_hf.data.labelled_images import Pictures, Split, read_pictures
+from prompt_cam_hf.data.labelled_images import LabelledImages, Split, read_labelled_images
 from prompt_cam_hf.explanations.ranking import check_ranking
 from prompt_cam_hf.loading import Classifier, ClassifierLike, as_classifier, weights_digest
 from prompt_cam_hf.modeling.backbone_prompt_cam import grid_size
@@ -54,35 +54,35 @@ def atlas(
     image_column: str = "image",
     label_column: str = "label",
 ) -> Atlas:
-    """Sum up where the prompts of all classes look, over any number of pictures.
+    """Sum up where the prompts of all classes look, over any number of images.
 
-    Writes to `out`: `images.parquet` (a row a picture), `classes.parquet` (a row a class) and `index.html`, one page
+    Writes to `out`: `images.parquet` (a row an image), `classes.parquet` (a row a class) and `index.html`, one page
     that needs nothing else. docs/traits/atlas.md describes the columns. Killed at any moment, the same call goes on
-    where it was, and comes to the same results, byte for byte with the same batch size on the same machine. Pictures
+    where it was, and comes to the same results, byte for byte with the same batch size on the same machine. Images
     that cannot be read are listed and left out.
 
     Args:
         model: A folder, a Hub id, a pipeline, or a loaded model (in evaluation mode) with `image_processor`.
-        data: A folder of class folders, a folder of pictures without labels, a CSV or Parquet file, a data set's id on
-            the Hub, or a loaded data set; see `read_pictures`.
+        data: A folder of class folders, a folder of images without labels, a CSV or Parquet file, a data set's id on
+            the Hub, or a loaded data set; see `read_labelled_images`.
         out: The folder for the results; it is made.
         image_processor: For a loaded model.
         split: "train", "validation" or "test"; None: the last of these that the data have.
-        top_heads: So many of a picture's most important heads count as the top ones; at most all heads.
-        num_examples: Pictures that are named and shown for each class; on the page fewer with very many classes.
+        top_heads: So many of an image's most important heads count as the top ones; at most all heads.
+        num_examples: Images that are named and shown for each class; on the page fewer with very many classes.
         method: How heads are ranked; see `rank_heads`.
         blur: As in `rank_heads`.
-        batch_size: Pictures that go through the network at once.
+        batch_size: Images that go through the network at once.
         overwrite: Replace the results of an earlier run in `out`.
         name: Configuration of a data set on the Hub.
         revision: Revision of a data set on the Hub.
-        image_column: Column of pictures or paths.
+        image_column: Column of images or paths.
         label_column: Column of class names or numbers.
 
     Raises:
         FileExistsError: `out` holds results, and `overwrite` is not set.
         FileNotFoundError: the model or the data cannot be found.
-        ValueError: an argument is out of range, the data have no pictures that can be read, or `out` holds an
+        ValueError: an argument is out of range, the data have no images that can be read, or `out` holds an
             unfinished atlas with other settings.
     """
     classifier = as_classifier(model, image_processor)
@@ -96,7 +96,7 @@ def atlas(
         raise ValueError(f"num_examples is {num_examples} and batch_size {batch_size}; at least 0 and 1 are needed.")
     check_ranking(classifier.model, method, blur)
     options = Options(top_heads, method, blur)
-    pictures = read_pictures(
+    images = read_labelled_images(
         data,
         config.id2label,
         split=split,
@@ -105,9 +105,9 @@ def atlas(
         image_column=image_column,
         label_column=label_column,
     )
-    store = Store(out, _settings(classifier, pictures, options), overwrite)
-    parts = -(-len(pictures) // PART_SIZE)
-    sums = _collect_parts(classifier, pictures, options, batch_size, store, parts)
+    store = Store(out, _settings(classifier, images, options), overwrite)
+    parts = -(-len(images) // PART_SIZE)
+    sums = _collect_parts(classifier, images, options, batch_size, store, parts)
     summary = summarize(
         lambda columns: store.rows(parts, columns),
         config.id2label,
@@ -118,41 +118,41 @@ def atlas(
         NUM_CONFUSION_EXAMPLES,
     )
     if summary.num_unreadable == summary.total:
-        raise ValueError(f"None of the {summary.total} pictures can be read: {summary.unreadable[0][1]}")
+        raise ValueError(f"None of the {summary.total} images can be read: {summary.unreadable[0][1]}")
     if summary.num_unreadable:
-        logger.warning("Left out %d pictures that cannot be read; the page lists them.", summary.num_unreadable)
+        logger.warning("Left out %d images that cannot be read; the page lists them.", summary.num_unreadable)
     model_name = Path(config.name_or_path).name or "a Prompt-CAM"
-    page = write_page(classifier, pictures, summary, sums, options, model_name, batch_size)
+    page = write_page(classifier, images, summary, sums, options, model_name, batch_size)
     store.finish(parts, class_table(summary, sums), page)
     return Atlas(store.out / PAGE, store.out / IMAGES, store.out / CLASSES, summary)
 
 
 def _collect_parts(
-    classifier: Classifier, pictures: Pictures, options: Options, batch_size: int, store: Store, parts: int
+    classifier: Classifier, images: LabelledImages, options: Options, batch_size: int, store: Store, parts: int
 ) -> MapSums:
-    """Look at the pictures that no finished part holds; the sums over all of them."""
+    """Look at the images that no finished part holds; the sums over all of them."""
     config = classifier.model.config
     grid = grid_size(config.backbone_config, *input_size(classifier.image_processor))
     empty = MapSums.zeros(config.num_labels, config.backbone_config.num_attention_heads, grid)
     done, sums = store.restore(empty)
     with tqdm(
-        total=len(pictures),
-        initial=min(done * PART_SIZE, len(pictures)),
-        desc="Looking at pictures",
+        total=len(images),
+        initial=min(done * PART_SIZE, len(images)),
+        desc="Looking at images",
         unit="img",
         disable=None,
     ) as progress:
         for part in range(done, parts):
-            start, end = part * PART_SIZE, min((part + 1) * PART_SIZE, len(pictures))
+            start, end = part * PART_SIZE, min((part + 1) * PART_SIZE, len(images))
             rows: list[dict[str, Any]] = []
-            for batch in collect(classifier, pictures, start, end, options, batch_size, sums.add):
+            for batch in collect(classifier, images, start, end, options, batch_size, sums.add):
                 rows += batch
                 progress.update(len(batch))
             store.add_part(part, rows, sums)
     return sums
 
 
-def _settings(classifier: Classifier, pictures: Pictures, options: Options) -> dict[str, Any]:
+def _settings(classifier: Classifier, images: LabelledImages, options: Options) -> dict[str, Any]:
     """What a run must agree on to go on with another's parts; each entry is named in the message when it does not."""
     config = classifier.model.config
     layers = (config.class_prompt_layer, config.first_prompt_layer, config.num_agnostic_prompts)
@@ -161,7 +161,7 @@ def _settings(classifier: Classifier, pictures: Pictures, options: Options) -> d
         "model weights": weights_digest(classifier.model),
         "model settings": _digest([config.id2label, *layers]),
         "image processor": _digest(classifier.image_processor.to_dict()),
-        "pictures": pictures.digest(),
+        "images": images.digest(),
         "top heads": options.top_heads,
         "ranking": f"{options.method}, {options.blur}",
         "part size": PART_SIZE,

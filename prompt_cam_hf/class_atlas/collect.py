@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is recorded about a picture? A row of numbers, and its trait maps, which are added to those of its class."""
+"""What is recorded about an image? A row of numbers, and its trait maps, which are added to those of its class."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,11 +14,11 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 
 from prompt_cam_hf.data.images import UnreadableImageError, open_image
-from prompt_cam_hf.data.labelled_images import Pictures
+from prompt_cam_hf.data.labelled_images import LabelledImages
 from prompt_cam_hf.explanations.ranking import rank_heads_from_state
 from prompt_cam_hf.loading import Classifier
 
-# Batches whose pictures are opened while the model is busy with the one before them.
+# Batches whose images are opened while the model is busy with the one before them.
 _BATCHES_AHEAD = 2
 
 _NUMBERS = pa.list_(pa.float32())
@@ -50,10 +50,10 @@ ROW_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Options:
-    """How pictures are looked at; part of what a resumed atlas must agree on.
+    """How images are looked at; part of what a resumed atlas must agree on.
 
     Attributes:
-        top_heads: So many of a picture's most important heads count as the top ones.
+        top_heads: So many of an image's most important heads count as the top ones.
         method: How heads are ranked; see `rank_heads`.
         blur: As in `rank_heads`.
     """
@@ -65,11 +65,11 @@ class Options:
 
 @dataclass
 class MapSums:
-    """Sums of the trait maps of each class, over the pictures that its statistics rest on.
+    """Sums of the trait maps of each class, over the images that its statistics rest on.
 
     Attributes:
         sums: (classes, heads, rows, cols), float64.
-        counts: (classes,), the number of pictures in each sum.
+        counts: (classes,), the number of images in each sum.
     """
 
     sums: np.ndarray
@@ -81,17 +81,17 @@ class MapSums:
         return cls(np.zeros((num_classes, heads, *grid)), np.zeros(num_classes, np.int64))
 
     def add(self, number: int, maps: np.ndarray) -> None:
-        """Add the maps (heads, rows, cols) of a picture to those of a class."""
+        """Add the maps (heads, rows, cols) of an image to those of a class."""
         self.sums[number] += maps
         self.counts[number] += 1
 
     def mean(self, number: int) -> np.ndarray:
-        """The mean maps of a class, (heads, rows, cols), float32; 0 where it has no picture."""
+        """The mean maps of a class, (heads, rows, cols), float32; 0 where it has no image."""
         return (self.sums[number] / max(self.counts[number], 1)).astype(np.float32)
 
 
 def concentration(maps: np.ndarray) -> np.ndarray:
-    """How little of the picture a map is spread over: 1 - H / log(patches), 0 for an even map, 1 for a single patch.
+    """How little of the image a map is spread over: 1 - H / log(patches), 0 for an even map, 1 for a single patch.
 
     H is the entropy of the map (..., rows, cols) after its sum is made 1; what fell on other tokens does not count.
     """
@@ -105,7 +105,7 @@ def concentration(maps: np.ndarray) -> np.ndarray:
 def clearness(
     probability: float, runner_up_probability: float, on_patches: np.ndarray, concentrated: np.ndarray
 ) -> float:
-    """How good an example a picture is of the class it was taken for, 0 to 1.
+    """How good an example an image is of the class it was taken for, 0 to 1.
 
     The lead in probability over the next class, times the mean over the top heads of the share of attention that is
     on patches times the concentration of the map there. `on_patches` and `concentrated` are of the top heads.
@@ -114,13 +114,13 @@ def clearness(
 
 
 def opened(
-    pictures: Pictures, image_processor: BaseImageProcessor, indices: Iterable[list[int]]
+    images: LabelledImages, image_processor: BaseImageProcessor, indices: Iterable[list[int]]
 ) -> Iterator[list[tuple[int, Image.Image | str, torch.Tensor | None]]]:
-    """Open batches of pictures in threads, a little ahead of their use: (index, picture or reason, pixel values)."""
+    """Open batches of images in threads, a little ahead of their use: (index, image or reason, pixel values)."""
 
     def load(index: int) -> tuple[int, Image.Image | str, torch.Tensor | None]:
         try:
-            image = open_image(pictures.source(index))
+            image = open_image(images.source(index))
         except (UnreadableImageError, OSError) as error:
             return index, str(error), None
         return index, image, image_processor(image, return_tensors="pt")["pixel_values"]
@@ -137,25 +137,25 @@ def opened(
 
 def collect(
     classifier: Classifier,
-    pictures: Pictures,
+    images: LabelledImages,
     start: int,
     end: int,
     options: Options,
     batch_size: int,
     add_maps: Callable[[int, np.ndarray], None],
 ) -> Iterator[list[dict[str, Any]]]:
-    """Look at the pictures from `start` to before `end`, and give the rows of each batch.
+    """Look at the images from `start` to before `end`, and give the rows of each batch.
 
-    A picture's maps and ranking are those of the class that it was taken for. `add_maps` gets the class's number and
-    the maps (heads, rows, cols) of each picture that was taken for its label, or has none.
+    An image's maps and ranking are those of the class that it was taken for. `add_maps` gets the class's number and
+    the maps (heads, rows, cols) of each image that was taken for its label, or has none.
 
     Raises:
-        ValueError: the image processor gives pictures of different sizes.
+        ValueError: the image processor gives images of different sizes.
     """
     names = classifier.model.config.id2label
     size = input_size(classifier.image_processor)
     batches = (list(range(first, min(first + batch_size, end))) for first in range(start, end, batch_size))
-    for batch in opened(pictures, classifier.image_processor, batches):
+    for batch in opened(images, classifier.image_processor, batches):
         readable = [(index, values) for index, _, values in batch if values is not None]
         seen = {}
         if readable:
@@ -163,8 +163,8 @@ def collect(
             seen = dict(zip((index for index, _ in readable), _look(classifier, pixel_values, options), strict=True))
         rows = []
         for index, image, _ in batch:
-            label = pictures.labels[index]
-            row = {"index": index, "image": pictures.name(index), "label": None if label is None else names[label]}
+            label = images.labels[index]
+            row = {"index": index, "image": images.name(index), "label": None if label is None else names[label]}
             if index in seen:
                 numbers, maps = seen[index]
                 row |= _row(numbers, names, label)
@@ -177,13 +177,13 @@ def collect(
 
 
 def input_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
-    """Height and width in pixels of what the image processor makes of a picture."""
+    """Height and width in pixels of what the image processor makes of an image."""
     height, width = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].shape[-2:]
     return height, width
 
 
 def _stack(pixel_values: list[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
-    """Pictures (1, channels, height, width) as one batch.
+    """Images (1, channels, height, width) as one batch.
 
     Raises:
         ValueError: one has not this size.
@@ -191,7 +191,7 @@ def _stack(pixel_values: list[torch.Tensor], size: tuple[int, int]) -> torch.Ten
     for values in pixel_values:
         if tuple(values.shape[-2:]) != size:
             raise ValueError(
-                "The image processor gives pictures of different sizes ({}x{} and {}x{}); an atlas needs one that "
+                "The image processor gives images of different sizes ({}x{} and {}x{}); an atlas needs one that "
                 "resizes or crops to a fixed height and width.".format(*size, *values.shape[-2:])
             )
     return torch.cat(pixel_values)
@@ -201,7 +201,7 @@ def _stack(pixel_values: list[torch.Tensor], size: tuple[int, int]) -> torch.Ten
 def _look(
     classifier: Classifier, pixel_values: torch.Tensor, options: Options
 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """Numbers and maps (heads, rows, cols) of each picture, from one run of the network."""
+    """Numbers and maps (heads, rows, cols) of each image, from one run of the network."""
     model = classifier.model
     state = model.last_layer_state(pixel_values)
     logits = model.last_layer_logits(state).float()
@@ -235,7 +235,7 @@ def _look(
 
 
 def _row(numbers: dict[str, Any], names: Mapping[int, str], label: int | None) -> dict[str, Any]:
-    """A picture's numbers as columns of the table."""
+    """An image's numbers as columns of the table."""
     scores, probabilities = numbers.pop("scores"), numbers.pop("probabilities")
     row = dict(numbers)
     for column, number in (("prediction", row["prediction"]), ("runner_up", row["runner_up"]), ("label", label)):

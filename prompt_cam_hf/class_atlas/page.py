@@ -13,16 +13,16 @@ from tqdm.auto import tqdm
 
 from prompt_cam_hf.class_atlas.collect import MapSums, Options, opened
 from prompt_cam_hf.class_atlas.summary import ClassSummary, Confusion, Example, Summary
-from prompt_cam_hf.data.labelled_images import Pictures
+from prompt_cam_hf.data.labelled_images import LabelledImages
 from prompt_cam_hf.explanations.figures import overlay
 from prompt_cam_hf.explanations.maps import map_box
 from prompt_cam_hf.explanations.ranking import rank_heads_from_state
-from prompt_cam_hf.html import EmbeddedPicture, embed_pixels, embed_thumbnail, render_page
+from prompt_cam_hf.html import EmbeddedImage, embed_pixels, embed_thumbnail, render_page
 from prompt_cam_hf.loading import Classifier
 from prompt_cam_hf.version import __version__
 
-# Bounds of the page's size: 2,600 pictures of 5 kB are 17.3 MB in base64. All else is a few kB a class.
-MAX_PICTURES, MAX_PICTURE_BYTES = 2600, 5000
+# Bounds of the page's size: 2,600 images of 5 kB are 17.3 MB in base64. All else is a few kB a class.
+MAX_IMAGES, MAX_IMAGE_BYTES = 2600, 5000
 MAX_CLASSES = 1000
 _THUMBNAIL_SIDE = 160  # pixels
 _MAX_HEADS_SHOWN = 4
@@ -35,31 +35,31 @@ NUM_CONFUSIONS, NUM_CONFUSION_EXAMPLES = 20, 2
 class ShownMap:
     """A map with its title, and what it shows in words."""
 
-    picture: EmbeddedPicture
+    image: EmbeddedImage
     title: str
     alt: str
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture beside some of its maps."""
+    """An image beside some of its maps."""
 
     name: str
-    picture: EmbeddedPicture
+    image: EmbeddedImage
     maps: list[ShownMap]
     caption: str
 
 
 def write_page(
     classifier: Classifier,
-    pictures: Pictures,
+    images: LabelledImages,
     summary: Summary,
     sums: MapSums,
     options: Options,
     model_name: str,
     batch_size: int,
 ) -> str:
-    """The page as HTML. The pictures that it shows are opened and run through the network again."""
+    """The page as HTML. The images that it shows are opened and run through the network again."""
     names = classifier.model.config.id2label
     shown = sorted(
         sorted(summary.classes, key=lambda found: (-found.labelled - found.predicted, found.number))[:MAX_CLASSES],
@@ -70,7 +70,7 @@ def write_page(
     wanted: list[tuple[Example, tuple[int, ...]]]
     wanted = [(example, (found.number,)) for found, examples in chosen for example in examples]
     wanted += [(e, (c.prediction, c.label)) for c in summary.confusions for e in c.examples]
-    drawn = iter(_draw(classifier, pictures, wanted, heads_shown, options, batch_size))
+    drawn = iter(_draw(classifier, images, wanted, heads_shown, options, batch_size))
     entries = [
         _entry(found, [next(drawn) for _ in examples], sums, heads_shown, options.top_heads)
         for found, examples in chosen
@@ -88,7 +88,7 @@ def write_page(
     return render_page(
         "atlas.html.j2",
         model_name=model_name,
-        origin=pictures.origin,
+        origin=images.origin,
         names=names,
         on_page={found.number for found in shown},
         summary=summary,
@@ -105,9 +105,7 @@ def _choose_examples(
     shown: list[ClassSummary], confusions: list[Confusion], heads_shown: int
 ) -> list[tuple[ClassSummary, list[Example]]]:
     """As many examples of each class as the page has room for; where one is too many, of the largest classes."""
-    room = MAX_PICTURES - sum(
-        (1 + 2 * _HEADS_PER_CONFUSED_CLASS) * len(confusion.examples) for confusion in confusions
-    )
+    room = MAX_IMAGES - sum((1 + 2 * _HEADS_PER_CONFUSED_CLASS) * len(confusion.examples) for confusion in confusions)
     room //= 1 + heads_shown
     count = max((len(found.examples) for found in shown), default=0)
     while count > 1 and sum(min(len(found.examples), count) for found in shown) > room:
@@ -119,18 +117,18 @@ def _choose_examples(
 
 def _draw(
     classifier: Classifier,
-    pictures: Pictures,
+    images: LabelledImages,
     wanted: Sequence[tuple[Example, tuple[int, ...]]],
     heads_shown: int,
     options: Options,
     batch_size: int,
 ) -> Iterator[Drawn]:
-    """Each picture with its class's top maps; or, for two classes, with top maps of each."""
+    """Each image with its class's top maps; or, for two classes, with top maps of each."""
     names = classifier.model.config.id2label
     order = [example.index for example, _ in wanted]
     batches = (order[first : first + batch_size] for first in range(0, len(order), batch_size))
     tasks = iter(tqdm(wanted, desc="Drawing examples", unit="img", disable=None))
-    for batch in opened(pictures, classifier.image_processor, batches):
+    for batch in opened(images, classifier.image_processor, batches):
         for _, image, values in batch:
             example, classes = next(tasks)
             if values is None or isinstance(image, str):
@@ -165,15 +163,15 @@ def _draw(
             )
 
 
-def _embed(image: Image.Image) -> EmbeddedPicture:
-    return embed_thumbnail(image, _THUMBNAIL_SIDE, MAX_PICTURE_BYTES)
+def _embed(image: Image.Image) -> EmbeddedImage:
+    return embed_thumbnail(image, _THUMBNAIL_SIDE, MAX_IMAGE_BYTES)
 
 
 @torch.inference_mode()
 def _look_again(
     classifier: Classifier, pixel_values: torch.Tensor, classes: tuple[int, ...], options: Options
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Maps (k, heads, rows, cols) and orders (k, heads) of k classes on one picture."""
+    """Maps (k, heads, rows, cols) and orders (k, heads) of k classes on one image."""
     model = classifier.model
     state = model.last_layer_state(pixel_values.to(model.device))
     asked = torch.tensor([classes], device=model.device)
@@ -229,4 +227,4 @@ def _entry(
     }
 
 
-__all__ = ["MAX_CLASSES", "MAX_PICTURES", "MAX_PICTURE_BYTES", "strongest_place", "write_page"]
+__all__ = ["MAX_CLASSES", "MAX_IMAGES", "MAX_IMAGE_BYTES", "strongest_place", "write_page"]

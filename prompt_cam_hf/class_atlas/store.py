@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """How does an atlas survive being killed? Finished parts lie in a folder of its own until everything is done.
 
-A part is a Parquet file with the rows of the next so many pictures. After each, the sums of the trait maps so far are
+A part is a Parquet file with the rows of the next so many images. After each, the sums of the trait maps so far are
 written in one file together with the number of finished parts. That number alone says what is done: a part that was
 written after it is made again, and comes out the same.
 """
@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from prompt_cam_hf.class_atlas.collect import ROW_SCHEMA, MapSums
 from prompt_cam_hf.explanations.results import write_atomically
 
-# Pictures in a part: what is lost at most when a run is killed.
+# Images in a part: what is lost at most when a run is killed.
 PART_SIZE = 256
 IMAGES, CLASSES, PAGE = "images.parquet", "classes.parquet", "index.html"
 _FOLDER = "atlas_parts"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What do the rows of all pictures say about each class, and about the classes that are taken for one another?"""
+"""What do the rows of all images say about each class, and about the classes that are taken for one another?"""
 
 import heapq
 from collections import Counter
@@ -15,7 +15,7 @@ from prompt_cam_hf.class_atlas.collect import MapSums
 # Reads the rows from the first to the last, with some columns; can be called again.
 ReadRows = Callable[[list[str]], Iterator[dict[str, Any]]]
 
-# Unreadable pictures that are named one by one.
+# Unreadable images that are named one by one.
 _MAX_UNREADABLE = 100
 
 _SHARES = pa.list_(pa.float32())
@@ -44,7 +44,7 @@ CLASS_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Example:
-    """A picture that is shown: its place in the data, its name, its class number, and how well it shows its point."""
+    """An image that is shown: its place in the data, its name, its class number, and how well it shows its point."""
 
     index: int
     name: str
@@ -55,25 +55,25 @@ class Example:
 
 @dataclass
 class ClassSummary:
-    """A class over all pictures.
+    """A class over all images.
 
-    The figures of heads, and the examples, rest on the `used` pictures: those that were taken for the class and are
+    The figures of heads, and the examples, rest on the `used` images: those that were taken for the class and are
     labelled so, or have no label.
 
     Attributes:
         number: Of the class in the model.
         name: Of the class.
-        labelled: Pictures labelled so.
-        predicted: Pictures taken for it.
-        correct: Pictures both labelled so and taken for it.
-        used: Pictures behind the figures of heads.
-        in_top: (heads,), pictures in which each head is among the top ones.
-        in_sufficient: (heads,), pictures in which each head is in the sufficient set.
+        labelled: Images labelled so.
+        predicted: Images taken for it.
+        correct: Images both labelled so and taken for it.
+        used: Images behind the figures of heads.
+        in_top: (heads,), images in which each head is among the top ones.
+        in_sufficient: (heads,), images in which each head is in the sufficient set.
         sufficient: Sum of the sizes of the sufficient sets.
         on_patches: (heads,), sum of the attention on patches.
         concentrated: (heads,), sum of the maps' concentration.
-        examples: The clearest pictures, the clearest first.
-        mistaken: For each class number that its pictures were taken for wrongly, how often.
+        examples: The clearest images, the clearest first.
+        mistaken: For each class number that its images were taken for wrongly, how often.
     """
 
     number: int
@@ -92,7 +92,7 @@ class ClassSummary:
 
     @property
     def accuracy(self) -> float | None:
-        """The share of its pictures that were recognised; None where there is none."""
+        """The share of its images that were recognised; None where there is none."""
         return self.correct / self.labelled if self.labelled else None
 
     @property
@@ -101,7 +101,7 @@ class ClassSummary:
         return np.argsort(-self.in_top, kind="stable").tolist()
 
     def share(self, total: np.ndarray) -> np.ndarray:
-        """A sum over the used pictures as a mean; 0 where there are none."""
+        """A sum over the used images as a mean; 0 where there are none."""
         return total / max(self.used, 1)
 
 
@@ -117,13 +117,13 @@ class Confusion:
 
 @dataclass
 class Summary:
-    """All that an atlas tells, without pictures.
+    """All that an atlas tells, without images.
 
     Attributes:
         classes: In the order of their numbers.
         confusions: The most frequent ones first.
-        total: Pictures that were looked at, readable or not.
-        unreadable: Name and reason of the first pictures that could not be read.
+        total: Images that were looked at, readable or not.
+        unreadable: Name and reason of the first images that could not be read.
         num_unreadable: How many there are.
     """
 
@@ -135,22 +135,22 @@ class Summary:
 
     @property
     def labelled(self) -> int:
-        """Readable pictures with a label."""
+        """Readable images with a label."""
         return sum(found.labelled for found in self.classes)
 
     @property
     def correct(self) -> int:
-        """Pictures that were taken for what they are labelled with."""
+        """Images that were taken for what they are labelled with."""
         return sum(found.correct for found in self.classes)
 
     @property
     def accuracy(self) -> float | None:
-        """The share of labelled pictures that were recognised; None where there is none."""
+        """The share of labelled images that were recognised; None where there is none."""
         return self.correct / self.labelled if self.labelled else None
 
     @property
     def mean_class_accuracy(self) -> float | None:
-        """The mean over the classes that have pictures, in which rare classes count as much as common ones."""
+        """The mean over the classes that have images, in which rare classes count as much as common ones."""
         rates = [found.accuracy for found in self.classes if found.accuracy is not None]
         return sum(rates) / len(rates) if rates else None
 

@@ -5,7 +5,7 @@ import typer
 
 from prompt_cam_hf.cli import atlas, compare, demo, evaluate, explain, predict, prepare, publish, taxonomy
 
-app = typer.Typer(help="Prompt-CAM: classify pictures, and see which traits decide.", no_args_is_help=True)
+app = typer.Typer(help="Prompt-CAM: classify images, and see which traits decide.", no_args_is_help=True)
 
 
 @app.callback()

@@ -30,26 +30,26 @@ def atlas(
     data: Annotated[
         str,
         typer.Argument(
-            help="Folder of class folders, folder of pictures, CSV or Parquet file, or a data set's id on the Hub."
+            help="Folder of class folders, folder of images, CSV or Parquet file, or a data set's id on the Hub."
         ),
     ],
     out: OutOption,
     split: Annotated[
         SplitName | None, typer.Option(help="By default the last of train, validation and test that there is.")
     ] = None,
-    top_heads: Annotated[int, typer.Option(min=1, help="So many heads of a picture count as its top ones.")] = 3,
-    examples: Annotated[int, typer.Option(min=0, help="Pictures to show of each class.")] = 3,
+    top_heads: Annotated[int, typer.Option(min=1, help="So many heads of an image count as its top ones.")] = 3,
+    examples: Annotated[int, typer.Option(min=0, help="Images to show of each class.")] = 3,
     method: MethodOption = Method.greedy,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that go through the network at once.")] = 8,
-    image_column: Annotated[str, typer.Option(help="Column of pictures or paths, in tables and data sets.")] = "image",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that go through the network at once.")] = 8,
+    image_column: Annotated[str, typer.Option(help="Column of images or paths, in tables and data sets.")] = "image",
     label_column: Annotated[str, typer.Option(help="Column of class names, in tables and data sets.")] = "label",
     overwrite: OverwriteOption = False,
     device: DeviceOption = None,
 ) -> None:
-    """Sum up over many pictures which heads each class rests on, where they look, and what is confused.
+    """Sum up over many images which heads each class rests on, where they look, and what is confused.
 
     Writes images.parquet, classes.parquet and index.html, one page that works offline, to --out. When it was
-    interrupted, the same command goes on. Pictures that cannot be read are listed and left out, and the exit status is
+    interrupted, the same command goes on. Images that cannot be read are listed and left out, and the exit status is
     then 1.
     """
     with one_sentence_errors():
@@ -68,7 +68,7 @@ def atlas(
         )
     summary = result.summary
     rate = f", {summary.accuracy:.1%} recognised" if summary.accuracy is not None else ""
-    print(f"{summary.total - summary.num_unreadable} pictures of {len(summary.classes)} classes{rate}: {result.page}")
+    print(f"{summary.total - summary.num_unreadable} images of {len(summary.classes)} classes{rate}: {result.page}")
     if summary.num_unreadable:
         raise typer.Exit(1)
 

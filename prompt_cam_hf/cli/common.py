@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What do the commands share? Messages, models, pictures and output folders."""
+"""What do the commands share? Messages, models, images and output folders."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from prompt_cam_hf.loading import load_pipeline
 messages = Console(stderr=True)
 
 ModelArgument = Annotated[str, typer.Argument(help="Folder or Hub id of a trained Prompt-CAM.")]
-ImagesArgument = Annotated[list[Path], typer.Argument(help="Pictures, and folders that are searched for them.")]
+ImagesArgument = Annotated[list[Path], typer.Argument(help="Images, and folders that are searched for them.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ...; the best there is by default.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files of an earlier run.")]
 
@@ -38,7 +38,7 @@ def one_sentence_errors() -> Iterator[None]:
 
 
 def open_readable(files: list[Path], readable: list[Path]) -> Iterator[Image.Image]:
-    """Open pictures one after another; add to `readable` which could be opened, and name the others."""
+    """Open images one after another; add to `readable` which could be opened, and name the others."""
     for file in files:
         try:
             image = open_image(file)

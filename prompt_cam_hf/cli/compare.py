@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`prompt-cam compare`: what do classes share on a picture, and what tells them apart?"""
+"""`prompt-cam compare`: what do classes share on an image, and what tells them apart?"""
 
 from pathlib import Path
 from typing import Annotated
@@ -32,11 +32,11 @@ from prompt_cam_hf.explanations.figures import check_head_count
 
 def compare(
     model: ModelArgument,
-    image: Annotated[Path, typer.Argument(help="The picture.")],
+    image: Annotated[Path, typer.Argument(help="The image.")],
     out: OutOption,
     classes: Annotated[list[str] | None, typer.Option(help="A class by its name; give two or more.")] = None,
     true: Annotated[
-        str | None, typer.Option(help="In place of --classes: the class that a misread picture belongs to.")
+        str | None, typer.Option(help="In place of --classes: the class that a misread image belongs to.")
     ] = None,
     heads: HeadsOption = None,
     kind: KindOption = Kind.attention,
@@ -46,7 +46,7 @@ def compare(
     overwrite: OverwriteOption = False,
     device: DeviceOption = None,
 ) -> None:
-    """Compare classes on one picture, or the true class with the predicted one.
+    """Compare classes on one image, or the true class with the predicted one.
 
     Writes NAME.comparison.png, .json and .csv to --out.
     """

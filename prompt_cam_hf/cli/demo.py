@@ -92,7 +92,7 @@ def _print_report(report: "DemoReport") -> None:
     lines = {
         "Model": folder / "model",
         "All numbers": folder / "report.json",
-        "Pictures": ", ".join(str(path) for path in report.figures),
+        "Images": ", ".join(str(path) for path in report.figures),
         "Birds to try": folder / "birds",
     }
     for name, what in lines.items():

@@ -73,39 +73,39 @@ def evaluate(
     preset: Annotated[str, typer.Option(help=f"Of insertion and deletion: {', '.join(PRESETS)}.")] = "rise",
     classes: Annotated[AskedClass, typer.Option(help="Whose map and probability.")] = AskedClass.predicted,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Measure maps on so many pictures only, drawn at random.")
+        int | None, typer.Option(min=1, help="Measure maps on so many images only, drawn at random.")
     ] = None,
     split: Annotated[
         SplitName | None, typer.Option(help="By default the last of train, validation and test that there is.")
     ] = None,
     cub: Annotated[
-        Path | None, typer.Option(help="The unpacked CUB_200_2011 that the pictures come from, for its annotations.")
+        Path | None, typer.Option(help="The unpacked CUB_200_2011 that the images come from, for its annotations.")
     ] = None,
     cub_mask: Annotated[CubMask, typer.Option(help="Which of CUB's annotations.")] = CubMask.segmentation,
     birds_per_class: Annotated[int, typer.Option(min=1, help="Of drawn-birds.")] = 20,
-    image_column: Annotated[str, typer.Option(help="Column of pictures or paths, in tables and data sets.")] = "image",
+    image_column: Annotated[str, typer.Option(help="Column of images or paths, in tables and data sets.")] = "image",
     label_column: Annotated[str, typer.Option(help="Column of class names, in tables and data sets.")] = "label",
-    seed: Annotated[int, typer.Option(min=0, help="Of the order of pictures, and of all that is drawn.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures that go through the network at once.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of images, and of all that is drawn.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images that go through the network at once.")] = 32,
     overwrite: OverwriteOption = False,
     device: DeviceOption = None,
 ) -> None:
     """Measure whether a model is right, and whether its maps are: faithfulness, localisation, specificity, sanity.
 
     Writes evaluation.json, measurements.parquet, curves.svg and index.html, one page that works offline, to --out.
-    When it was interrupted, the same command goes on. Pictures that cannot be read are left out, and the exit status
+    When it was interrupted, the same command goes on. Images that cannot be read are left out, and the exit status
     is then 1. Several processes share the work when the command is started with `accelerate launch -m prompt_cam_hf
     evaluate ...`.
     """
     with one_sentence_errors():
-        pictures: str | datasets.Dataset = data
+        images: str | datasets.Dataset = data
         ground_truth = None if cub is None else _cub_truth(cub, cub_mask)
         if data == DRAWN_BIRDS and not os.path.exists(data):
-            pictures = birds_dataset(split.value if split else "test", birds_per_class)
-            ground_truth, split = _bird_truth(pictures), None
+            images = birds_dataset(split.value if split else "test", birds_per_class)
+            ground_truth, split = _bird_truth(images), None
         found = run_evaluation(
             model,
-            pictures,
+            images,
             out,
             baselines=baseline or (),
             maps=maps,
@@ -151,7 +151,7 @@ def _cub_truth(folder: Path, kind: CubMask) -> GroundTruth:
 
 
 def _print(found: Evaluation) -> None:
-    columns = ("model and map", "metric", "mean [95 % interval]", "pictures", "protocol")
+    columns = ("model and map", "metric", "mean [95 % interval]", "images", "protocol")
     for table in tables(found.means):
         # Metrics as rows: there are more of them than of maps, and lines would grow long.
         rows = [

@@ -77,10 +77,10 @@ def explain(
     overwrite: OverwriteOption = False,
     device: DeviceOption = None,
 ) -> None:
-    """Explain what a model says about pictures: scores, and where the most important heads look.
+    """Explain what a model says about images: scores, and where the most important heads look.
 
-    For each picture, NAME.traits.png, .json and .csv are written to --out, in folders like those of the pictures.
-    Pictures that cannot be read are named on standard error and left out, and the exit status is then 1.
+    For each image, NAME.traits.png, .json and .csv are written to --out, in folders like those of the images.
+    Images that cannot be read are named on standard error and left out, and the exit status is then 1.
     """
     with one_sentence_errors():
         outputs = output_paths(find_images(images), out, "traits", overwrite)
@@ -88,10 +88,10 @@ def explain(
         numbers = find_classes(classifier.model.config.id2label, classes) if classes else None
         check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
         readable: list[Path] = []
-        pictures = open_readable(list(outputs), readable)
+        opened = open_readable(list(outputs), readable)
         # One at a time, so that the last readable file is the one explained.
         for explanation in explain_each(
-            as_classifier(classifier), pictures, numbers, kind=kind.value, method=method.value, batch_size=1
+            as_classifier(classifier), opened, numbers, kind=kind.value, method=method.value, batch_size=1
         ):
             explanation = replace(explanation, source=str(readable[-1]))
             save_result(explanation, outputs[readable[-1]], heads=heads, scale=scale.value, outline=outline)
@@ -101,14 +101,14 @@ def explain(
 
 
 def output_paths(files: Iterable[Path], out: Path, ending: str, overwrite: bool) -> dict[Path, list[Path]]:
-    """Where the results of each picture go; a picture that was given twice stands there once.
+    """Where the results of each image go; an image that was given twice stands there once.
 
-    Inside `out` they lie as the pictures do in their common folder, under the pictures' names without the ending, or
+    Inside `out` they lie as the images do in their common folder, under the images' names without the ending, or
     with it where two would have the same name.
 
     Raises:
         FileExistsError: a result is there already, and `overwrite` is not set.
-        ValueError: a result would replace one of the pictures.
+        ValueError: a result would replace one of the images.
     """
     full = {file: Path(os.path.abspath(file)) for file in files}
     first = {path: file for file, path in reversed(full.items())}
@@ -122,7 +122,7 @@ def output_paths(files: Iterable[Path], out: Path, ending: str, overwrite: bool)
     every = [path for paths in outputs.values() for path in paths]
     for path in every:
         if Path(os.path.abspath(path)) in first:
-            raise ValueError(f"{path} would replace one of the pictures; choose another --out.")
+            raise ValueError(f"{path} would replace one of the images; choose another --out.")
     check_absent(every, overwrite)
     return outputs
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`prompt-cam predict`: which class is in a picture?"""
+"""`prompt-cam predict`: which class is in an image?"""
 
 import csv
 import json
@@ -36,14 +36,14 @@ class OutputFormat(str, Enum):
 def predict(
     model: ModelArgument,
     images: ImagesArgument,
-    top_k: Annotated[int, typer.Option(min=1, help="Classes to name for each picture, best first.")] = 1,
+    top_k: Annotated[int, typer.Option(min=1, help="Classes to name for each image, best first.")] = 1,
     output_format: Annotated[OutputFormat, typer.Option("--format", help="What to print.")] = OutputFormat.table,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures to classify at a time.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images to classify at a time.")] = 8,
     device: DeviceOption = None,
 ) -> None:
-    """Name the class of pictures.
+    """Name the class of images.
 
-    Pictures that cannot be read are named on standard error and left out, and the exit status is then 1.
+    Images that cannot be read are named on standard error and left out, and the exit status is then 1.
     """
     with one_sentence_errors():
         files = find_images(images)
@@ -60,7 +60,7 @@ def predict(
 
 
 def _print_predictions(files: list[Path], answers: list[list[dict[str, Any]]], output_format: OutputFormat) -> None:
-    """Print one row for each picture and class, or one JSON object for each picture."""
+    """Print one row for each image and class, or one JSON object for each image."""
     if output_format is OutputFormat.json:
         rows = [{"image": str(file), "predictions": answer} for file, answer in zip(files, answers, strict=True)]
         print(json.dumps(rows, indent=2, ensure_ascii=False))

@@ -26,12 +26,12 @@ def prepare(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Medicinal Leaf: draws the test part; 0 by default.")] = None,
     skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Leave out listed pictures that are not there.")
+        bool, typer.Option("--skip-missing", help="Leave out listed images that are not there.")
     ] = False,
 ) -> None:
     """Make an image folder of a public data set.
 
-    Pictures are hard-linked where they lie extracted on the same disk, else copied. The same command goes on after an
+    Images are hard-linked where they lie extracted on the same disk, else copied. The same command goes on after an
     interruption. docs/datasets.md has the sources, the licences, and what is unknown.
     """
     with one_sentence_errors():
@@ -64,7 +64,7 @@ def _parse_ranks(chosen: list[str] | None) -> dict[str, list[str]] | None:
 
 
 def _print_counts(plan: Plan) -> None:
-    table = Table("split", "classes", "pictures", "fewest in a class", "most in a class")
+    table = Table("split", "classes", "images", "fewest in a class", "most in a class")
     for split, folders in plan.count().items():
         numbers = list(folders.values())
         table.add_row(split, *(f"{n:,}" for n in (len(numbers), sum(numbers), min(numbers), max(numbers))))

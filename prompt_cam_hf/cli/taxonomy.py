@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""`prompt-cam taxonomy`: which path through the tree does a picture take?"""
+"""`prompt-cam taxonomy`: which path through the tree does an image take?"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -47,10 +47,10 @@ def taxonomy(
     overwrite: OverwriteOption = False,
     device: DeviceOption = None,
 ) -> None:
-    """Follow pictures through a tree: what each level says, and where its most important heads look.
+    """Follow images through a tree: what each level says, and where its most important heads look.
 
-    For each picture, NAME.path.png, .json and .csv are written to --out, in folders like those of the pictures.
-    Pictures that cannot be read are named on standard error and left out, and the exit status is then 1.
+    For each image, NAME.path.png, .json and .csv are written to --out, in folders like those of the images.
+    Images that cannot be read are named on standard error and left out, and the exit status is then 1.
     """
     with one_sentence_errors():
         outputs = output_paths(find_images(images), out, "path", overwrite)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Where are the parts of the animal, really? Readers of CUB's annotations and of the drawn birds' masks.
 
-Everything becomes boolean masks (height, width) of the original picture, which `mask_as_seen` sends the way that the
-picture goes into the model; `prompt_cam_hf.metrics.localization` takes them from there.
+Everything becomes boolean masks (height, width) of the original image, which `mask_as_seen` sends the way that the
+image goes into the model; `prompt_cam_hf.metrics.localization` takes them from there.
 """
 
 import math
@@ -28,10 +28,10 @@ _MAJORITY = 3 * 51
 
 @dataclass(frozen=True)
 class CubAnnotation:
-    """What CUB-200-2011 says of one picture, in pixels of the original: x to the right, y down, from the top left.
+    """What CUB-200-2011 says of one image, in pixels of the original: x to the right, y down, from the top left.
 
     Attributes:
-        image: The picture's path in CUB's folder `images`, such as "017.Cardinal/Cardinal_0001_17057.jpg".
+        image: The image's path in CUB's folder `images`, such as "017.Cardinal/Cardinal_0001_17057.jpg".
         box: left, top, right, bottom of the bird, with fractions.
         parts: x and y of each visible part, by name, such as "left wing".
         segmentation: The file of the bird's segmentation, where it was unpacked beside the rest.
@@ -51,12 +51,12 @@ def read_cub(folder: str | os.PathLike) -> dict[str, CubAnnotation]:
     or beside it.
 
     Returns:
-        One annotation a picture, by file name without folders, which is unique in CUB: pictures that were moved to
+        One annotation an image, by file name without folders, which is unique in CUB: images that were moved to
         other folders find their annotation.
 
     Raises:
         FileNotFoundError: one of the four files is not there.
-        ValueError: a file is not in CUB's form, does not know a picture, or two pictures have one name.
+        ValueError: a file is not in CUB's form, does not know an image, or two images have one name.
     """
     root = Path(folder)
     images = _read_table(root / "images.txt", {"image": str})
@@ -67,7 +67,7 @@ def read_cub(folder: str | os.PathLike) -> dict[str, CubAnnotation]:
     if unknown := set(points["part"]) - set(part_names):
         raise ValueError(f"{points_file} has the part {min(unknown)}, which parts.txt does not name.")
     if missing := set(images.index) - set(boxes.index):
-        raise ValueError(f"{root / 'bounding_boxes.txt'} has no box for picture {min(missing)} of images.txt.")
+        raise ValueError(f"{root / 'bounding_boxes.txt'} has no box for image {min(missing)} of images.txt.")
     seen = points[points["visible"] == 1]
     parts: dict[int, dict[str, tuple[float, float]]] = {number: {} for number in images.index}
     for number, part, x, y in zip(seen.index, seen["part"], seen["x"], seen["y"], strict=True):
@@ -79,7 +79,7 @@ def read_cub(folder: str | os.PathLike) -> dict[str, CubAnnotation]:
         file = None if segmentations is None else segmentations / "segmentations" / Path(image).with_suffix(".png")
         name = Path(image).name
         if name in annotations:
-            raise ValueError(f"{root / 'images.txt'} has two pictures of the name {name}.")
+            raise ValueError(f"{root / 'images.txt'} has two images of the name {name}.")
         annotations[name] = CubAnnotation(image, (x, y, x + width, y + height), parts[number], file)
     return annotations
 
@@ -127,7 +127,7 @@ def segmentation_mask(annotation: CubAnnotation) -> np.ndarray:
 
 
 def box_mask(annotation: CubAnnotation, size: tuple[int, int]) -> np.ndarray:
-    """The pixels in the bird's box, boolean; `size` is the picture's height and width.
+    """The pixels in the bird's box, boolean; `size` is the image's height and width.
 
     A pixel belongs to the box if its centre does.
     """
@@ -145,11 +145,11 @@ def point_mask(
     """Discs around the points of parts, boolean; nothing where none of them is visible.
 
     Args:
-        annotation: Of the picture.
-        size: Height and width of the picture.
+        annotation: Of the image.
+        size: Height and width of the image.
         parts: Which parts; all that are visible by default.
-        radius: In pixels of the picture. By default `POINT_RADIUS` of the side of a square as large as the box, so
-            that a bird has the same share of itself marked in a small and in a large picture.
+        radius: In pixels of the image. By default `POINT_RADIUS` of the side of a square as large as the box, so
+            that a bird has the same share of itself marked in a small and in a large image.
     """
     left, top, right, bottom = annotation.box
     if radius is None:
@@ -190,17 +190,17 @@ def bird_mask(row: Mapping[str, Any], parts: Iterable[str] | None = None) -> np.
 
 
 def mask_as_seen(mask: np.ndarray, image_processor: BaseImageProcessor) -> np.ndarray:
-    """Send a mask through an image processor: resized and cropped as the picture is, boolean, (height, width).
+    """Send a mask through an image processor: resized and cropped as the image is, boolean, (height, width).
 
     A pixel is on the mask if at least half of what it shows is. What a processor crops away is lost, as it is to the
     model; and the maps of any processor lie on the whole of what comes out.
 
     Args:
-        mask: (height, width), boolean, of the original picture.
+        mask: (height, width), boolean, of the original image.
         image_processor: The model's.
     """
-    picture = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)).convert("RGB")
-    inputs = image_processor(picture, do_rescale=False, do_normalize=False, return_tensors="np")
+    image = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)).convert("RGB")
+    inputs = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
     return np.asarray(inputs["pixel_values"])[0, 0] >= 127.5
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Opening pictures, finding them in folders, and the image processor of the official preprocessing.
+"""Opening images, finding them in folders, and the image processor of the official preprocessing.
 
-The official implementation squashes every picture to a fixed size, with mean and standard deviation 0.5.
+The official implementation squashes every image to a fixed size, with mean and standard deviation 0.5.
 """
 
 import os
@@ -19,11 +19,11 @@ ImageSource = str | os.PathLike | bytes | Image.Image | Mapping[str, Any]
 
 
 class UnreadableImageError(ValueError):
-    """A picture that cannot be decoded to its last pixel; the message names the file and the reason."""
+    """An image that cannot be decoded to its last pixel; the message names the file and the reason."""
 
 
 def image_name(source: ImageSource) -> str:
-    """Give the path of a picture, for a message; empty where it has none."""
+    """Give the path of an image, for a message; empty where it has none."""
     if isinstance(source, Mapping):
         source = source.get("path") or b""
     if isinstance(source, Image.Image):
@@ -32,7 +32,7 @@ def image_name(source: ImageSource) -> str:
 
 
 def _open_lazily(source: ImageSource) -> Image.Image:
-    """Open without decoding; the caller closes the picture."""
+    """Open without decoding; the caller closes the image."""
     if isinstance(source, Image.Image):
         return source.copy()
     if isinstance(source, Mapping):
@@ -62,19 +62,19 @@ def _upright_rgb(image: Image.Image) -> Image.Image:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "it is empty or in no picture format that Pillow can read"
+        return "it is empty or in no image format that Pillow can read"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """Open a picture, decode it fully and return it upright, as 8-bit RGB.
+    """Open an image, decode it fully and return it upright, as 8-bit RGB.
 
     `source` is a path, the bytes of an encoded file, a PIL image, or a value of `datasets.Image(decode=False)`: a
     mapping with `path` and `bytes`. The EXIF orientation is applied. The result equals transformers' own `load_image`,
     which pipelines use, so that a model sees in use what it saw in training: an alpha channel is dropped, not blended
-    with a background. Only 16-bit pictures differ: they are scaled to 8 bits, where `load_image` clips them.
+    with a background. Only 16-bit images differ: they are scaled to 8 bits, where `load_image` clips them.
 
-    Raises `FileNotFoundError` for a path that does not exist and `UnreadableImageError` for a picture that is broken,
+    Raises `FileNotFoundError` for a path that does not exist and `UnreadableImageError` for an image that is broken,
     truncated, or has 32-bit pixels.
     """
     try:
@@ -84,22 +84,22 @@ def open_image(source: ImageSource) -> Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise nearly every type there is on broken files
         name = image_name(source) or "given as bytes or pixels"
-        raise UnreadableImageError(f"Cannot read the picture {name}: {_reason(error)}") from error
+        raise UnreadableImageError(f"Cannot read the image {name}: {_reason(error)}") from error
 
 
-def picture_suffixes() -> set[str]:
+def image_suffixes() -> set[str]:
     """List the file endings, in lower case with the dot, of all formats that Pillow can open."""
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
-    """List the pictures among files and, at any depth, in folders, each folder's in sorted order.
+    """List the images among files and, at any depth, in folders, each folder's in sorted order.
 
-    Files are taken as they are given; in folders, hidden files and files that are no pictures are passed over.
+    Files are taken as they are given; in folders, hidden files and files that are no images are passed over.
 
-    Raises `FileNotFoundError` for a path that does not exist, and `ValueError` for a folder without pictures.
+    Raises `FileNotFoundError` for a path that does not exist, and `ValueError` for a folder without images.
     """
-    suffixes = picture_suffixes()
+    suffixes = image_suffixes()
     found: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
@@ -108,15 +108,15 @@ def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
             found.append(path)
             continue
         inside = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
-        pictures = sorted(file for file in inside if file.is_file() and file.suffix.lower() in suffixes)
-        if not pictures:
-            raise ValueError(f"The folder {path} holds no pictures.")
-        found += pictures
+        images = sorted(file for file in inside if file.is_file() and file.suffix.lower() in suffixes)
+        if not images:
+            raise ValueError(f"The folder {path} holds no images.")
+        found += images
     return found
 
 
 def unreadable_reason(source: ImageSource) -> str | None:
-    """Say why `open_image` would refuse a picture, or None where it would not.
+    """Say why `open_image` would refuse an image, or None where it would not.
 
     Faster than `open_image`: a JPEG is decoded at an eighth of its size, for which its file is still read to the end.
     """
@@ -136,7 +136,7 @@ def build_image_processor(
 ) -> BaseImageProcessor:
     """Build the image processor of the official preprocessing, for every backbone.
 
-    A picture is squashed (bilinear, no crop) to `image_size`, one side or (rows, cols) in pixels, scaled to 0..1 and
+    An image is squashed (bilinear, no crop) to `image_size`, one side or (rows, cols) in pixels, scaled to 0..1 and
     normalised with the mean and standard deviation of each channel (red, green, blue). It runs on torchvision where
     that can be imported and on PIL elsewhere; once saved, it loads in both places.
 
@@ -172,7 +172,7 @@ __all__ = [
     "build_image_processor",
     "find_images",
     "image_name",
+    "image_suffixes",
     "open_image",
-    "picture_suffixes",
     "unreadable_reason",
 ]

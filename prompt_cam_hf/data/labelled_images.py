@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which pictures does an atlas look at, and which of the model's classes are they labelled with, if any?"""
+"""Which images does an atlas look at, and which of the model's classes are they labelled with, if any?"""
 
 import hashlib
 import logging
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import datasets
 
-from prompt_cam_hf.data.images import find_images, image_name, picture_suffixes
+from prompt_cam_hf.data.images import find_images, image_name, image_suffixes
 from prompt_cam_hf.data.sources import SourceSplit, read_source, some_of
 from prompt_cam_hf.explanations.class_names import find_class
 
@@ -22,12 +22,12 @@ Split = Literal["train", "validation", "test"]
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures in their order.
+class LabelledImages:
+    """Images in their order.
 
     Attributes:
         images: The column `image`, undecoded, for `open_image`.
-        labels: The number of each picture's class in the model, or None.
+        labels: The number of each image's class in the model, or None.
         origin: Where they come from, in words.
         folder: The folder that they lie in, where there is one; names are shown from there on.
     """
@@ -46,14 +46,14 @@ class Pictures:
         return self.images[index]["image"] or {}
 
     def name(self, index: int) -> str:
-        """A picture's path within the folder; its row, where it has no name."""
+        """An image's path within the folder; its row, where it has no name."""
         name = image_name(self.source(index))
         if self.folder is not None and name.startswith(f"{self.folder}{os.sep}"):
             name = name[len(f"{self.folder}{os.sep}") :]
         return name or f"row {index}"
 
     def digest(self) -> str:
-        """SHA-256 over labels and files (path, size, time of the last change) or encoded pictures, in hexadecimal."""
+        """SHA-256 over labels and files (path, size, time of the last change) or encoded images, in hexadecimal."""
         digest = hashlib.sha256()
         for index, label in enumerate(self.labels):
             source = self.source(index)
@@ -66,7 +66,7 @@ class Pictures:
         return digest.hexdigest()
 
 
-def read_pictures(
+def read_labelled_images(
     data: str | os.PathLike | datasets.Dataset | datasets.DatasetDict,
     id2label: Mapping[int, str],
     *,
@@ -75,29 +75,29 @@ def read_pictures(
     revision: str | None = None,
     image_column: str = "image",
     label_column: str = "label",
-) -> Pictures:
-    """List pictures with the model's classes that they are labelled with.
+) -> LabelledImages:
+    """List images with the model's classes that they are labelled with.
 
     Args:
-        data: What `load_image_data` (`prompt_cam_hf.data.splits`) reads; also a folder with pictures and no class
+        data: What `load_image_data` (`prompt_cam_hf.data.splits`) reads; also a folder with images and no class
             folders, and a `datasets.Dataset` without labels.
-        id2label: The model's classes. Names are compared as `find_class` does, with or without an `NNN.` prefix; a
-            picture of a class that the model does not know counts as unlabelled.
+        id2label: The model's classes. Names are compared as `find_class` does, with or without an `NNN.` prefix; an
+            image of a class that the model does not know counts as unlabelled.
         split: "train", "validation" or "test"; None: the last of these that the data have.
         name: Configuration of a data set on the Hub.
         revision: Revision of a data set on the Hub.
-        image_column: Column of pictures or paths.
+        image_column: Column of images or paths.
         label_column: Column of class names or numbers.
 
     Raises:
         FileNotFoundError: there are no such data.
-        ValueError: there is no such split or column, or there are no pictures.
+        ValueError: there is no such split or column, or there are no images.
     """
     folder = None
     if isinstance(data, str | os.PathLike) and Path(data).expanduser().is_dir():
         folder = Path(data).expanduser()
         if _is_unlabelled(folder):
-            return Pictures(*_without_labels([str(path) for path in find_images([folder])]), folder.name, folder)
+            return LabelledImages(*_without_labels([str(path) for path in find_images([folder])]), folder.name, folder)
     if isinstance(data, datasets.Dataset) and label_column not in data.column_names:
         if image_column not in data.column_names:
             raise ValueError(
@@ -106,22 +106,22 @@ def read_pictures(
             )
         images = data.select_columns(image_column).rename_columns({image_column: "image"})
         images = images.cast_column("image", datasets.Image(decode=False))
-        return Pictures(images, [None] * len(images), "a data set without labels")
+        return LabelledImages(images, [None] * len(images), "a data set without labels")
     found = read_source(data, name=name, revision=revision, image_column=image_column, label_column=label_column)
     chosen = split or list(found)[-1]
     if chosen not in found:
         raise ValueError(f"The data have no split {chosen!r}; they have {', '.join(found)}.")
     origin = "a data set"
     if isinstance(data, str | os.PathLike):
-        # A page is passed on; where its pictures lay on this machine is nobody's business.
+        # A page is passed on; where its images lay on this machine is nobody's business.
         origin = Path(data).name if Path(data).expanduser().exists() else str(data)
     origin += f", split {chosen}" if len(found) > 1 else ""
-    return Pictures(found[chosen].images, _number_labels(found[chosen], id2label, origin), origin, folder)
+    return LabelledImages(found[chosen].images, _number_labels(found[chosen], id2label, origin), origin, folder)
 
 
 def _is_unlabelled(folder: Path) -> bool:
-    """Whether pictures lie in the folder itself and in no folder below it."""
-    suffixes = picture_suffixes()
+    """Whether images lie in the folder itself and in no folder below it."""
+    suffixes = image_suffixes()
     visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
     loose = [path for path in visible if path.is_file() and path.suffix.lower() in suffixes]
     if not loose:
@@ -141,7 +141,7 @@ def _number_labels(found: SourceSplit, id2label: Mapping[int, str], origin: str)
     numbers = {label: _find(id2label, label) for label in sorted(set(found.labels))}
     if unknown := [label for label, number in numbers.items() if number is None]:
         logger.warning(
-            "%s: the model knows %d of %d classes; pictures of the others count as unlabelled: %s.",
+            "%s: the model knows %d of %d classes; images of the others count as unlabelled: %s.",
             origin,
             len(numbers) - len(unknown),
             len(numbers),
@@ -159,4 +159,4 @@ def _find(id2label: Mapping[int, str], label: str) -> int | None:
     return None
 
 
-__all__ = ["Pictures", "Split", "read_pictures"]
+__all__ = ["LabelledImages", "Split", "read_labelled_images"]

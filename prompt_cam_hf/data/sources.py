@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Where do labelled pictures lie, and how are they read? One reader for each kind of source.
+"""Where do labelled images lie, and how are they read? One reader for each kind of source.
 
-Whatever the source, the result maps `train`, `validation` and `test` to a `SourceSplit`. No picture is opened here.
+Whatever the source, the result maps `train`, `validation` and `test` to a `SourceSplit`. No image is opened here.
 """
 
 import logging
@@ -15,7 +15,7 @@ import datasets
 import pandas as pd
 from datasets.exceptions import DatasetNotFoundError
 
-from prompt_cam_hf.data.images import picture_suffixes
+from prompt_cam_hf.data.images import image_suffixes
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def _named_splits(names: Iterable[str], origin: str) -> dict[str, str]:
     return {split: found[split] for split in ("train", "validation", "test") if split in found}
 
 
-# --- Folders of pictures -----------------------------------------------------------------------------------------
+# --- Folders of images -----------------------------------------------------------------------------------------
 
 
 def _visible_folders(folder: Path) -> list[Path]:
@@ -105,31 +105,29 @@ def _read_folder(folder: Path) -> dict[str, SourceSplit]:
 
 
 def _read_class_folders(folder: Path, class_names: list[str]) -> SourceSplit:
-    """Read one split; a picture's class is the folder directly below `folder` that it lies in, at whatever depth.
+    """Read one split; an image's class is the folder directly below `folder` that it lies in, at whatever depth.
 
     This is not left to the image folders of the datasets library: they pass over an empty class, take a file called
     `bird_test.jpg` for part of a test split, and name a class after the innermost folder.
     """
-    suffixes = picture_suffixes()
+    suffixes = image_suffixes()
     files: list[str] = []
     labels: list[str] = []
     empty: list[str] = []
     other: list[str] = []
     for class_folder in _visible_folders(folder):
         inside = _visible_files(class_folder)
-        pictures = [str(path) for path in inside if path.suffix.lower() in suffixes]
+        images = [str(path) for path in inside if path.suffix.lower() in suffixes]
         other += [str(path.relative_to(folder)) for path in inside if path.suffix.lower() not in suffixes]
-        files += pictures
-        labels += [class_folder.name] * len(pictures)
-        if not pictures:
+        files += images
+        labels += [class_folder.name] * len(images)
+        if not images:
             empty.append(class_folder.name)
-    _warn_about("files that are no pictures", other, folder)
+    _warn_about("files that are no images", other, folder)
     if not files:
-        raise ValueError(f"The folder {folder} holds no class folders with pictures; make one folder for each class.")
+        raise ValueError(f"The folder {folder} holds no class folders with images; make one folder for each class.")
     if empty:
-        raise ValueError(
-            f"No pictures of the class {some_of(empty)} in {folder}; add some or remove the empty folder."
-        )
+        raise ValueError(f"No images of the class {some_of(empty)} in {folder}; add some or remove the empty folder.")
     return SourceSplit(_image_rows(files), labels, class_names)
 
 
@@ -187,7 +185,7 @@ def _read_images(table: datasets.Dataset, where: str, folder: Path | None, colum
     if not isinstance(feature, datasets.Image) and not (
         isinstance(feature, dict) and set(feature) == {"bytes", "path"}
     ):
-        raise ValueError(f"The column {column!r} of {where} holds {feature}; wanted are pictures or their paths.")
+        raise ValueError(f"The column {column!r} of {where} holds {feature}; wanted are images or their paths.")
     images = table.select_columns(column)
     if column != "image":
         images = images.rename_column(column, "image")

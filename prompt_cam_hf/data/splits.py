@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which pictures, which classes, which splits? Labelled pictures from where they lie, checked before they are used.
+"""Which images, which classes, which splits? Labelled images from where they lie, checked before they are used.
 
 Classes are numbered as in the official implementation: in the sorted order of their names, over all splits together.
 """
@@ -21,12 +21,12 @@ from prompt_cam_hf.data.sources import SourceSplit, read_source, some_of
 
 logger = logging.getLogger(__name__)
 
-# Pictures that one task of the check takes at a time: enough to cost little, few enough to hold in memory.
+# Images that one task of the check takes at a time: enough to cost little, few enough to hold in memory.
 _CHECK_CHUNK = 32
 
 
 class SkippedImage(NamedTuple):
-    """A picture that cannot be read: its split, its file (or its row, where it has none), and the reason."""
+    """An image that cannot be read: its split, its file (or its row, where it has none), and the reason."""
 
     split: str
     file: str
@@ -35,10 +35,10 @@ class SkippedImage(NamedTuple):
 
 @dataclass
 class ImageData:
-    """Labelled pictures in up to three splits.
+    """Labelled images in up to three splits.
 
     Every split has the columns `image`, a `datasets.Image(decode=False)` for `open_image`, and `label`, a `ClassLabel`
-    of the display names. `id2label` maps class numbers to display names; `skipped` lists the pictures left out.
+    of the display names. `id2label` maps class numbers to display names; `skipped` lists the images left out.
     """
 
     train: datasets.Dataset
@@ -48,7 +48,7 @@ class ImageData:
     skipped: list[SkippedImage] = field(default_factory=list)
 
     def write_skipped(self, path: str | os.PathLike) -> None:
-        """Write the skipped pictures to a CSV file with the columns `split`, `file` and `reason`."""
+        """Write the skipped images to a CSV file with the columns `split`, `file` and `reason`."""
         with open(path, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(SkippedImage._fields)
@@ -89,16 +89,16 @@ def _check_classes(splits: dict[str, datasets.Dataset], class_names: list[str]) 
     present = {split: set(dataset["label"]) for split, dataset in splits.items()}
     everywhere = set().union(*present.values())
     if empty := [name for number, name in enumerate(class_names) if number not in everywhere]:
-        raise ValueError(f"No pictures of the class {some_of(empty)}; add some or remove the class.")
+        raise ValueError(f"No images of the class {some_of(empty)}; add some or remove the class.")
     for split, numbers in present.items():
         if unknown := [class_names[number] for number in sorted(numbers - present["train"])]:
-            raise ValueError(f"Only the {split} split has pictures of the class {some_of(unknown)}; train has none.")
+            raise ValueError(f"Only the {split} split has images of the class {some_of(unknown)}; train has none.")
         if absent := [class_names[number] for number in sorted(everywhere - numbers)]:
-            logger.warning("The %s split has no pictures of the class %s.", split, some_of(absent))
+            logger.warning("The %s split has no images of the class %s.", split, some_of(absent))
 
 
 def find_unreadable_images(dataset: datasets.Dataset, split: str = "train") -> dict[int, SkippedImage]:
-    """Decode every picture in the undecoded column `image` and say what is wrong with which row.
+    """Decode every image in the undecoded column `image` and say what is wrong with which row.
 
     `split` is the name for the result. Runs in threads (Pillow decodes without Python's lock), with a progress bar
     unless those of the datasets library are switched off.
@@ -130,7 +130,7 @@ def _leave_out_unreadable(
         rows = [row for row in range(len(dataset)) if row not in unreadable]
         readable[split] = dataset.select(rows) if unreadable else dataset
     if skipped:
-        count = "1 picture" if len(skipped) == 1 else f"{len(skipped)} pictures"
+        count = "1 image" if len(skipped) == 1 else f"{len(skipped)} images"
         named = some_of(f"{image.file} ({image.reason})" for image in skipped)
         if not skip_unreadable:
             raise ValueError(f"Cannot read {count}: {named}. Repair or remove, or leave out with skip_unreadable.")
@@ -139,9 +139,9 @@ def _leave_out_unreadable(
 
 
 def _hold_out(train: datasets.Dataset, fraction: float, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Split `fraction` of each class off, at least one picture and never the last.
+    """Split `fraction` of each class off, at least one image and never the last.
 
-    The splitters of datasets and scikit-learn cannot do this: they refuse classes of one picture.
+    The splitters of datasets and scikit-learn cannot do this: they refuse classes of one image.
     """
     labels = np.asarray(train["label"])
     random = np.random.default_rng(seed)
@@ -151,7 +151,7 @@ def _hold_out(train: datasets.Dataset, fraction: float, seed: int) -> tuple[data
         held_out += random.permutation(rows)[:count].tolist()
     if not held_out:
         raise ValueError(
-            "No class of train has two pictures, so none can be held out for validation; add a validation split, or "
+            "No class of train has two images, so none can be held out for validation; add a validation split, or "
             "set validation_fraction to 0."
         )
     return train.select(np.setdiff1d(np.arange(len(train)), held_out)), train.select(sorted(held_out))
@@ -168,25 +168,25 @@ def load_image_data(
     seed: int = 0,
     skip_unreadable: bool = False,
 ) -> ImageData:
-    """Load labelled pictures, number their classes, decode every picture once, and hold out a validation part.
+    """Load labelled images, number their classes, decode every image once, and hold out a validation part.
 
     `source` is one of:
 
     - a folder with `train/` and, if there are any, `validation/` (or `val/`, `valid/`, `dev/`) and `test/`, each with
-      one folder a class; or a folder of class folders, all of it train. Pictures may lie deeper within a class folder.
+      one folder a class; or a folder of class folders, all of it train. Images may lie deeper within a class folder.
     - a CSV or Parquet file with a column of paths, relative to the file's folder, and a column of labels; a column
-      `split` divides it. A Parquet file may hold the pictures themselves.
+      `split` divides it. A Parquet file may hold the images themselves.
     - the id of a data set on the Hub (`name` is its configuration), or a folder of Parquet files laid out like one.
     - a `datasets.Dataset` (all of it train) or `DatasetDict`.
 
     Classes are numbered in the sorted order of their names (whole numbers in a table by value); a data set with a
     `ClassLabel` keeps its own numbers. An `NNN.` prefix is cut off for display. Where there is no validation split,
-    `validation_fraction` of each class is held out of train, at least one picture and never the last, drawn by `seed`;
+    `validation_fraction` of each class is held out of train, at least one image and never the last, drawn by `seed`;
     0 holds nothing out.
 
     Raises `FileNotFoundError` for a source that does not exist, and `ValueError` naming the file, class or column for:
-    a missing column or label, no pictures, an empty class, a single class, a class that train lacks, two classes with
-    one display name, and pictures that cannot be read, unless `skip_unreadable` leaves these out.
+    a missing column or label, no images, an empty class, a single class, a class that train lacks, two classes with
+    one display name, and images that cannot be read, unless `skip_unreadable` leaves these out.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction is {validation_fraction}; it has to be at least 0 and below 1.")

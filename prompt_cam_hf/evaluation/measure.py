@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is measured on a picture? One row for each model, map and metric."""
+"""What is measured on an image? One row for each model, map and metric."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from prompt_cam_hf.metrics.scoring import Explainer
 from prompt_cam_hf.metrics.specificity import class_specificity
 
 METRIC_GROUPS = ("faithfulness", "localisation", "specificity", "sanity", "road")
-# Deep copies of a model and a run for each of its layers: dear, and the same story on every picture.
+# Deep copies of a model and a run for each of its layers: dear, and the same story on every image.
 SANITY_IMAGES = 32
 
 # The columns of measurements.parquet; docs/evaluation.md says what they hold.
@@ -61,9 +61,9 @@ class Protocol:
         classes: Whose map and probability faithfulness, ROAD and sanity ask for: the class that the model predicts, or
             the true one where it is known. Localisation and specificity always ask for the true one: the ground truth
             shows its traits.
-        limit: Measure maps on so many pictures, drawn at random; accuracy is measured on all. None: on all.
-        seed: Of the order of pictures and of all that is drawn.
-        batch_size: Pictures that go through a network at once.
+        limit: Measure maps on so many images, drawn at random; accuracy is measured on all. None: on all.
+        seed: Of the order of images and of all that is drawn.
+        batch_size: Images that go through a network at once.
     """
 
     metrics: tuple[str, ...] = ("faithfulness", "localisation", "specificity", "sanity")
@@ -107,14 +107,14 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures as a model sees them.
+    """Images as a model sees them.
 
     Attributes:
         pixel_values: (batch, channels, height, width).
         labels: (batch,), -1 where there is none.
         masks: (batch, height, width), boolean, where the true class's traits are; all False where nothing is known.
             None: there is no ground truth.
-        for_maps: (batch,), boolean: pictures whose maps are measured.
+        for_maps: (batch,), boolean: images whose maps are measured.
         for_sanity: (batch,), boolean, likewise.
     """
 
@@ -151,7 +151,7 @@ _Run = Callable[[Subject, Batch, Explainer, torch.Tensor, Protocol], list[Measur
 
 
 def _measurements(batch: Batch, protocol: Protocol) -> Iterator[tuple[str, torch.Tensor, _Run]]:
-    """Each group of metrics with the pictures that it can be measured on."""
+    """Each group of metrics with the images that it can be measured on."""
     labelled = batch.for_maps & (batch.labels >= 0)
     yield "faithfulness", batch.for_maps, _measure_faithfulness
     yield "road", batch.for_maps, _measure_road

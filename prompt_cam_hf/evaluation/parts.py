@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How does a run survive being killed, and how do several processes share it? Each part of the pictures is a file.
+"""How does a run survive being killed, and how do several processes share it? Each part of the images is a file.
 
 Parts are independent of each other, so any process may make any of them, in any order. A part's file is there as a
 whole or not at all.
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from prompt_cam_hf.evaluation.measure import ROW_SCHEMA
 from prompt_cam_hf.explanations.results import write_atomically
 
-# Pictures in a part: what a process loses at most when it is killed.
+# Images in a part: what a process loses at most when it is killed.
 PART_SIZE = 16
 _FOLDER, _SETTINGS = "evaluation_parts", "settings.json"
 

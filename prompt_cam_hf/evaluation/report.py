@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How is an evaluation shown? As JSON, as curves, and as one page with the best and the worst pictures."""
+"""How is an evaluation shown? As JSON, as curves, and as one page with the best and the worst images."""
 
 import base64
 import io
@@ -16,19 +16,19 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from prompt_cam_hf.data.images import open_image
+from prompt_cam_hf.data.labelled_images import LabelledImages
 from prompt_cam_hf.evaluation.measure import FAITHFULNESS, LOCALISATION, SPECIFICITY
 from prompt_cam_hf.evaluation.subjects import Subject, explainer
 from prompt_cam_hf.explanations.figures import overlay
-from prompt_cam_hf.html import EmbeddedPicture, embed_thumbnail, render_page
+from prompt_cam_hf.html import EmbeddedImage, embed_thumbnail, render_page
 from prompt_cam_hf.version import __version__
 
 if TYPE_CHECKING:
-    from prompt_cam_hf.data.labelled_images import Pictures
     from prompt_cam_hf.evaluation.build import Evaluation
     from prompt_cam_hf.evaluation.summary import Mean
 
 EVALUATION, MEASUREMENTS, CURVES, PAGE = "evaluation.json", "measurements.parquet", "curves.svg", "index.html"
-# By what pictures are called best and worst, where it was measured.
+# By what images are called best and worst, where it was measured.
 _GAP = "insertion less deletion"
 _NUM_EXAMPLES = 4
 _THUMBNAIL_SIDE, _THUMBNAIL_BYTES = 200, 12_000
@@ -52,7 +52,7 @@ def to_json(found: "Evaluation", names: Sequence[str]) -> str:
     content = {
         "model": names[0],
         "map": first_map,
-        "protocol": f"map {first_map or 'none'}, 95 % bootstrap intervals of the mean over pictures",
+        "protocol": f"map {first_map or 'none'}, 95 % bootstrap intervals of the mean over images",
         "data": found.origin,
         "num_images": found.num_images,
         "num_unreadable": found.num_unreadable,
@@ -138,9 +138,9 @@ def draw_curves(found: "Evaluation") -> bytes:
 
 
 def render_report(
-    found: "Evaluation", measurements: Iterable[pa.Table], subjects: Sequence[Subject], pictures: "Pictures"
+    found: "Evaluation", measurements: Iterable[pa.Table], subjects: Sequence[Subject], images: LabelledImages
 ) -> str:
-    """The page as HTML. The pictures that it shows are opened and run through the network again."""
+    """The page as HTML. The images that it shows are opened and run through the network again."""
     subject = subjects[0]
     judged_by, good, bad = _best_and_worst(measurements, subject)
     # As `Protocol` says, other metrics ask for the true class.
@@ -157,18 +157,18 @@ def render_report(
         curves=curves,
         judged_by=judged_by,
         map_name=subject.maps[0] if subject.maps else "",
-        best=[_draw(subject, pictures, index, score, of_prediction) for index, score in good],
-        worst=[_draw(subject, pictures, index, score, of_prediction) for index, score in bad],
+        best=[_draw(subject, images, index, score, of_prediction) for index, score in good],
+        worst=[_draw(subject, images, index, score, of_prediction) for index, score in bad],
         version=__version__,
     )
 
 
-# (index of a picture, what its map scores)
+# (index of an image, what its map scores)
 _Judged = list[tuple[int, float]]
 
 
 def _best_and_worst(measurements: Iterable[pa.Table], subject: Subject) -> tuple[str, _Judged, _Judged]:
-    """What the first map of a model is judged by, its best pictures, best first, and its worst, worst first."""
+    """What the first map of a model is judged by, its best images, best first, and its worst, worst first."""
     if not subject.maps:
         return "", [], []
     scores: dict[str, dict[int, float]] = {}
@@ -187,34 +187,34 @@ def _best_and_worst(measurements: Iterable[pa.Table], subject: Subject) -> tuple
 
 
 class Shown(NamedTuple):
-    """A picture beside its map."""
+    """An image beside its map."""
 
     name: str
     caption: str
-    picture: EmbeddedPicture
-    overlay: EmbeddedPicture
+    image: EmbeddedImage
+    overlay: EmbeddedImage
 
 
-def _draw(subject: Subject, pictures: "Pictures", index: int, score: float, of_prediction: bool) -> Shown:
-    """Draw a picture as the model sees it, squashed or cropped: all of that has a map."""
-    image = open_image(pictures.source(index))
+def _draw(subject: Subject, images: LabelledImages, index: int, score: float, of_prediction: bool) -> Shown:
+    """Draw an image as the model sees it, squashed or cropped: all of that has a map."""
+    image = open_image(images.source(index))
     values = subject.image_processor(image, return_tensors="pt")["pixel_values"].to(subject.model.device)
     seen = subject.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
-    picture = Image.fromarray(np.clip(np.rint(seen), 0, 255).astype(np.uint8).transpose(1, 2, 0))
+    as_seen = Image.fromarray(np.clip(np.rint(seen), 0, 255).astype(np.uint8).transpose(1, 2, 0))
     with torch.no_grad():
         predicted = int(subject.model(values).logits[0].argmax())
-    label = pictures.labels[index]
+    label = images.labels[index]
     asked = predicted if of_prediction or label is None else label
     one_map = explainer(subject.maps[0])(subject.model, values, torch.tensor([asked], device=values.device))[0]
-    drawn = overlay(picture, one_map.relu().detach().cpu().numpy(), float(one_map.max()))
+    drawn = overlay(as_seen, one_map.relu().detach().cpu().numpy(), float(one_map.max()))
     names = subject.model.config.id2label
     caption = f"map of {names[asked]}, taken for {names[predicted]}"
     if label is not None and label != predicted:
         caption += f", labelled {names[label]}"
     return Shown(
-        pictures.name(index),
+        images.name(index),
         f"{caption}: {score:.2f}",
-        embed_thumbnail(picture, _THUMBNAIL_SIDE, _THUMBNAIL_BYTES),
+        embed_thumbnail(as_seen, _THUMBNAIL_SIDE, _THUMBNAIL_BYTES),
         embed_thumbnail(Image.fromarray(drawn), _THUMBNAIL_SIDE, _THUMBNAIL_BYTES),
     )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What do the measurements of all pictures say? Means with confidence intervals, and mean curves."""
+"""What do the measurements of all images say? Means with confidence intervals, and mean curves."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ from scipy.stats import bootstrap
 
 CONFIDENCE = 0.95
 _RESAMPLES = 2000
-# Resamples at a time: bounds memory, whatever the number of pictures.
+# Resamples at a time: bounds memory, whatever the number of images.
 _BOOTSTRAP_BATCH = 50
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A metric of a model, or of one of its maps, over pictures.
+    """A metric of a model, or of one of its maps, over images.
 
     Attributes:
         model: The model's name.
         map: The map's name, "" for metrics of the model itself.
         metric: The metric's name.
-        value: The mean over the pictures.
-        low: Lower end of the 95 % bootstrap interval of the mean; NaN with one picture.
+        value: The mean over the images.
+        low: Lower end of the 95 % bootstrap interval of the mean; NaN with one image.
         high: Its upper end.
-        num_images: Pictures that the metric could be measured on.
+        num_images: Images that the metric could be measured on.
     """
 
     model: str

@@ -84,11 +84,11 @@ class Comparison(Result):
     def __repr__(self) -> str:
         """One line."""
         names = " and ".join(traits.label for traits in self.classes)
-        return f"<Comparison of {names} on {self.explanation.source or 'a picture'}>"
+        return f"<Comparison of {names} on {self.explanation.source or 'an image'}>"
 
     def __str__(self) -> str:
         """Scores, and for each head its rank for each class and the overlap of their maps."""
-        source, prediction = self.explanation.source or "picture", self.explanation.prediction
+        source, prediction = self.explanation.source or "image", self.explanation.prediction
         first = f"{source}: {prediction.label} ({prediction.probability:.1%})"
         if self.true_label is not None:
             first += f", truly {self.true_label}"
@@ -164,9 +164,9 @@ def compare(
 
     Args:
         model: A folder, a Hub id, a pipeline, or a loaded model with `image_processor`.
-        image: The picture.
+        image: The image.
         classes: Names or numbers of two classes or more.
-        true: In place of `classes`: the class that a misread picture belongs to.
+        true: In place of `classes`: the class that a misread image belongs to.
         image_processor: For a loaded model.
         kind: As in `explain`.
         method: As in `explain`.
@@ -174,14 +174,14 @@ def compare(
         interpolate_pos_encoding: As in the model's `forward`.
 
     Raises:
-        ValueError: fewer than two classes, a picture that is read as its true class, or as `explain` does.
-        OSError: the picture or the model cannot be found.
+        ValueError: fewer than two classes, an image that is read as its true class, or as `explain` does.
+        OSError: the image or the model cannot be found.
     """
     if (classes is None) == (true is None):
-        raise ValueError("Give either classes=, two or more, or true=, the class that a misread picture belongs to.")
+        raise ValueError("Give either classes=, two or more, or true=, the class that a misread image belongs to.")
     classifier = as_classifier(model, image_processor)
     id2label = classifier.model.config.id2label
-    picture = open_image(image)
+    opened = open_image(image)
     options: dict[str, Any] = {
         "kind": kind,
         "method": method,
@@ -194,14 +194,14 @@ def compare(
             raise ValueError(f"Only the class {id2label[numbers[0]]!r} was named; a comparison needs two.")
     else:
         (true_number,) = find_classes(id2label, [true])
-        predicted = next(explain_each(classifier, [picture], **options)).prediction
+        predicted = next(explain_each(classifier, [opened], **options)).prediction
         if predicted.number == true_number:
             raise ValueError(
-                f"{image_name(image) or 'The picture'} is read rightly, as {predicted.label!r}; name two classes to "
+                f"{image_name(image) or 'The image'} is read rightly, as {predicted.label!r}; name two classes to "
                 "compare them on it."
             )
         numbers = [true_number, predicted.number]
-    explanation = replace(next(explain_each(classifier, [picture], numbers, **options)), source=image_name(image))
+    explanation = replace(next(explain_each(classifier, [opened], numbers, **options)), source=image_name(image))
     return Comparison(explanation, None if true is None else id2label[numbers[0]])
 
 

@@ -101,9 +101,9 @@ class Explanation(Result):
     """What a model says about an image, and where it looked.
 
     Attributes:
-        image: The picture, upright, RGB, in its own size.
+        image: The image, upright, RGB, in its own size.
         source: Its path; empty where it has none.
-        box: The part of the picture that the maps lie on (left, top, right, bottom in pixels); see `map_box`.
+        box: The part of the image that the maps lie on (left, top, right, bottom in pixels); see `map_box`.
         kind: What the maps show, "attention" or "evidence".
         method: How the heads were ranked, "greedy", "exact" or "shapley".
         scores: All classes, the predicted one first.
@@ -132,7 +132,7 @@ class Explanation(Result):
         """One line."""
         asked = ", ".join(traits.label for traits in self.classes)
         return (
-            f"<Explanation of {self.source or 'a picture'}: {self.prediction.label} "
+            f"<Explanation of {self.source or 'an image'}: {self.prediction.label} "
             f"({self.prediction.probability:.1%}); {self.kind} maps of {asked}>"
         )
 
@@ -140,7 +140,7 @@ class Explanation(Result):
         """The scores, and the ranked heads of each class asked about."""
         asked = [score for score in self.classes if score.rank > len(self.top)]
         parts = [
-            f"{self.source or 'picture'}: {self.prediction.label} ({self.prediction.probability:.1%})",
+            f"{self.source or 'image'}: {self.prediction.label} ({self.prediction.probability:.1%})",
             format_table(
                 ("rank", "class", "probability", "score"),
                 [
@@ -168,7 +168,7 @@ class Explanation(Result):
         return "\n".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the picture, as JSON knows it; maps are nested lists (heads, rows, cols)."""
+        """All but the image, as JSON knows it; maps are nested lists (heads, rows, cols)."""
         return {
             "image": self.source,
             "image_size": {"width": self.image.width, "height": self.image.height},
@@ -209,11 +209,11 @@ class Explanation(Result):
         return rows
 
     def figure(self, heads: int | None = None, outline: bool = False, scale: figures.Scale = "figure") -> Figure:
-        """Draw the picture beside the most important heads' maps, one row a class; see `Result.figure`."""
+        """Draw the image beside the most important heads' maps, one row a class; see `Result.figure`."""
         return figures.plot_explanation(self, heads=heads, outline=outline, scale=scale)
 
     def _peak(self, trait_map: np.ndarray) -> tuple[int, int]:
-        """The middle of the strongest patch, x and y in pixels of the picture."""
+        """The middle of the strongest patch, x and y in pixels of the image."""
         rows, cols = trait_map.shape
         row, col = np.unravel_index(np.argmax(trait_map), trait_map.shape)
         left, top, right, bottom = self.box
@@ -239,22 +239,22 @@ def explain(
 
     Args:
         model: A folder, a Hub id, a pipeline, or a loaded model (in evaluation mode) with `image_processor`.
-        images: A picture (a path, bytes, a PIL image, of any size and shape), a folder that is searched for pictures,
-            or several pictures.
-        classes: Names or numbers of the classes asked about; None: each picture's predicted class.
+        images: An image (a path, bytes, a PIL image, of any size and shape), a folder that is searched for images,
+            or several images.
+        classes: Names or numbers of the classes asked about; None: each image's predicted class.
         image_processor: For a loaded model.
         kind: "attention" (the paper's maps) or "evidence" (signed); see `prompt_cam_hf.explanations.maps`.
         method: How heads are ranked; see `rank_heads`.
         blur: As in `rank_heads`.
         interpolate_pos_encoding: As in the model's `forward`.
-        batch_size: Pictures that go through the network at once.
+        batch_size: Images that go through the network at once.
 
     Returns:
-        An `Explanation`; a list of them where several pictures or a folder were given.
+        An `Explanation`; a list of them where several images or a folder were given.
 
     Raises:
-        ValueError: a class does not exist, a picture cannot be read, it is no Prompt-CAM, or an argument is unknown.
-        OSError: a picture or the model cannot be found.
+        ValueError: a class does not exist, an image cannot be read, it is no Prompt-CAM, or an argument is unknown.
+        OSError: an image or the model cannot be found.
     """
     single = False
     if isinstance(images, str | os.PathLike) and Path(images).is_dir():
@@ -290,23 +290,23 @@ def explain_each(
     """Explain images one after another, with no more than a batch of them in memory; arguments as in `explain`."""
     check_kind(kind)
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}; at least one picture has to go through the network at once.")
+        raise ValueError(f"batch_size={batch_size}; at least one image has to go through the network at once.")
     model = classifier.model
     numbers = None if classes is None else find_classes(model.config.id2label, classes)
     remaining = iter(images)
     while sources := list(islice(remaining, batch_size)):
-        pictures = [open_image(source) for source in sources]
-        processed = [classifier.image_processor(picture, return_tensors="pt")["pixel_values"] for picture in pictures]
-        # Some image processors keep a picture's shape, and only pictures of one shape fit into a batch.
-        for _, group in groupby(range(len(pictures)), key=lambda index: processed[index].shape):
+        opened = [open_image(source) for source in sources]
+        processed = [classifier.image_processor(image, return_tensors="pt")["pixel_values"] for image in opened]
+        # Some image processors keep an image's shape, and only images of one shape fit into a batch.
+        for _, group in groupby(range(len(opened)), key=lambda index: processed[index].shape):
             members = list(group)
             pixel_values = torch.cat([processed[index] for index in members]).to(model.device)
             with torch.no_grad():
                 state = model.last_layer_state(pixel_values, interpolate_pos_encoding)
             answers = read_state(model, state, numbers, kind, method, blur)
             for index, (scores, traits) in zip(members, answers, strict=True):
-                box = map_box(model, classifier.image_processor, pictures[index])
-                yield Explanation(pictures[index], image_name(sources[index]), box, kind, method, scores, traits)
+                box = map_box(model, classifier.image_processor, opened[index])
+                yield Explanation(opened[index], image_name(sources[index]), box, kind, method, scores, traits)
 
 
 def read_state(

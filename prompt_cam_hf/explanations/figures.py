@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How are trait maps drawn? On the original picture, on one scale, with the attention that they leave out said."""
+"""How are trait maps drawn? On the original image, on one scale, with the attention that they leave out said."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,17 +37,17 @@ _MEANING_OF_DIFFERENCE: Mapping[MapKind, str] = {
 def overlay(
     image: Image.Image, trait_map: np.ndarray, vmax: float, *, signed: bool = False, box: Box | None = None
 ) -> np.ndarray:
-    """Lay a trait map over a picture, which becomes grey.
+    """Lay a trait map over an image, which becomes grey.
 
     Args:
-        image: The original picture, of any size.
+        image: The original image, of any size.
         trait_map: One number for each patch, (rows, cols).
         vmax: The value that gets the brightest colour; 0 gets none.
         signed: Values below 0 have colours too, the strongest at -vmax.
-        box: The part of the picture that the map covers, from `map_box`; what the model did not see turns pale.
+        box: The part of the image that the map covers, from `map_box`; what the model did not see turns pale.
 
     Returns:
-        An RGB picture of the same size, uint8, (height, width, 3).
+        An RGB image of the same size, uint8, (height, width, 3).
     """
     strength = resize_map(trait_map, image.size, box) / max(vmax, np.finfo(np.float32).tiny)
     if signed:
@@ -60,13 +60,13 @@ def overlay(
         colours = mpl.colormaps[_COLOUR_MAP](strength)[..., :3]
         opacity = 0.25 + 0.6 * strength[..., None]
     grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None] / 255
-    picture = (1 - opacity) * grey + opacity * colours
+    pixels = (1 - opacity) * grey + opacity * colours
     if box is not None:
         left, top, right, bottom = (max(round(side), 0) for side in box)
-        unseen = np.ones(picture.shape[:2], bool)
+        unseen = np.ones(pixels.shape[:2], bool)
         unseen[top:bottom, left:right] = False
-        picture[unseen] = 0.3 * grey[unseen] + 0.7
-    return np.rint(255 * picture).astype(np.uint8)
+        pixels[unseen] = 0.3 * grey[unseen] + 0.7
+    return np.rint(255 * pixels).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,9 @@ class _Style:
             return f"{value:{sign}.2g}"
         return f"{value:{sign}.{0 if abs(value) >= 0.1 else 1 if abs(value) >= 0.01 else 2}%}"
 
-    def picture(self) -> Panel:
-        """The picture as it is."""
-        return Panel(np.asarray(self.image.convert("RGB")), "picture")
+    def image_panel(self) -> Panel:
+        """The image as it is."""
+        return Panel(np.asarray(self.image.convert("RGB")), "image")
 
     def draw(self, trait_map: np.ndarray, *title: str) -> Panel:
         """One map as a panel, with its title's lines."""
@@ -115,7 +115,7 @@ class _Style:
         return Panel(pixels, "\n".join(title), outline, (-0.5, 0.5) if self.signed else (0.5,))
 
     def colour_bar(self) -> ColourBar:
-        """What the colours mean, as they look on a mid-grey picture."""
+        """What the colours mean, as they look on a mid-grey image."""
         label = (_MEANING_OF_DIFFERENCE if self.difference else _MEANING)[self.kind]
         label += "; each map on its own scale" if self.scale == "head" else "; one scale for all maps"
         if self.outline:
@@ -148,14 +148,14 @@ def plot_trait_maps(
     outline: bool = False,
     scale: Scale = "figure",
 ) -> Figure:
-    """Draw a picture beside the attention maps of one class.
+    """Draw an image beside the attention maps of one class.
 
     Args:
-        image: The original picture.
+        image: The original image.
         trait_maps: (heads, rows, cols), as in the pipeline's answer or one class of `PromptCAMOutput.trait_maps`.
         heads: The heads to draw, in this order; all by default. The first `k` of the pipeline's `head_order` are the
             most important ones.
-        title: The class, or what else belongs over the picture.
+        title: The class, or what else belongs over the image.
         vmax: Attention of the brightest colour; the strongest of the drawn maps by default. One scale serves all maps
             of a figure: a weak head looks weak.
         outline: Outline what reaches half of the scale.
@@ -176,7 +176,7 @@ def plot_trait_maps(
     panels = [
         style.draw(trait_maps[head], f"head {head}", f"{trait_maps[head].sum():.0%} on patches") for head in heads
     ]
-    return draw_rows([Row(title or "", [style.picture(), *panels])], [style.colour_bar()])
+    return draw_rows([Row(title or "", [style.image_panel(), *panels])], [style.colour_bar()])
 
 
 def plot_explanation(
@@ -204,7 +204,7 @@ def plot_comparison(
         rows.append(Row(f"{letter}: {_heading(traits)}{truth}", _class_panels(style, traits, order)))
     overlap = comparison.overlap
     panels = [style.draw(shared[head], f"head {head}", f"{overlap[head]:.0%} shared") for head in order]
-    rows.append(Row(f"shared by {', '.join(letters[:-1])} and {letters[-1]}", [style.picture(), *panels]))
+    rows.append(Row(f"shared by {', '.join(letters[:-1])} and {letters[-1]}", [style.image_panel(), *panels]))
     difference = replace(style, difference=True)
     apart = list(zip(letters, comparison.own, strict=True))
     # Of two classes, the second one's difference is the first one's with the other sign.
@@ -212,7 +212,7 @@ def plot_comparison(
         others = [other for other in letters if other != letter]
         title = f"{letter} - {others[0]}" if len(others) == 1 else f"{letter} - the most of {', '.join(others)}"
         panels = [difference.draw(own[head], f"head {head}") for head in order]
-        rows.append(Row(title, [style.picture(), *panels]))
+        rows.append(Row(title, [style.image_panel(), *panels]))
     return draw_rows(rows, [style.colour_bar(), difference.colour_bar()])
 
 
@@ -230,9 +230,9 @@ def plot_removal(
     ):
         traits, best = explanation.classes[0], explanation.prediction
         verdict = "predicted" if traits.rank == 1 else f"predicted: {best.label} ({best.probability:.1%})"
-        picture, *panels = _class_panels(replace(style, image=explanation.image), traits, order)
-        picture = replace(picture, title=told, outline=removal.mask.astype(np.float32))
-        rows.append(Row(f"{when}: {traits.label} ({traits.probability:.1%}), {verdict}", [picture, *panels]))
+        first, *panels = _class_panels(replace(style, image=explanation.image), traits, order)
+        first = replace(first, title=told, outline=removal.mask.astype(np.float32))
+        rows.append(Row(f"{when}: {traits.label} ({traits.probability:.1%}), {verdict}", [first, *panels]))
     return draw_rows(rows, [style.colour_bar()])
 
 
@@ -247,7 +247,7 @@ def _heading(traits: "ClassTraits") -> str:
 
 
 def _class_panels(style: _Style, traits: "ClassTraits", order: Sequence[int]) -> list[Panel]:
-    panels = [style.picture()]
+    panels = [style.image_panel()]
     for head in order:
         evidence = f": {traits.maps[head].sum():+.2f}" if style.kind == "evidence" else ""
         on_patches = f"{traits.attention_on_patches[head]:.0%} on patches"

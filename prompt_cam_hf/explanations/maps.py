@@ -19,7 +19,7 @@ from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState, check_clas
 MapKind = Literal["attention", "evidence"]
 MAP_KINDS = ("attention", "evidence")
 
-# A box in pixels of a picture, as Pillow's `crop` takes it: left, top, right, bottom; here with fractions.
+# A box in pixels of an image, as Pillow's `crop` takes it: left, top, right, bottom; here with fractions.
 Box = tuple[float, float, float, float]
 
 
@@ -143,18 +143,18 @@ def check_kind(kind: str) -> None:
 
 
 def map_box(model: PromptCAMForImageClassification, image_processor: BaseImageProcessor, image: Image.Image) -> Box:
-    """The part of a picture that its maps lie on: not all of it, where the image processor crops.
+    """The part of an image that its maps lie on: not all of it, where the image processor crops.
 
-    Most processors squash the whole picture. CLIP's resizes the shorter side and cuts out the middle; the rest was
+    Most processors squash the whole image. CLIP's resizes the shorter side and cuts out the middle; the rest was
     never seen. Pixels at the right and bottom that fill no patch were not seen either.
 
     Args:
         model: The model.
         image_processor: The model's.
-        image: The original picture, upright.
+        image: The original image, upright.
 
     Returns:
-        left, top, right, bottom in pixels of the picture, with fractions.
+        left, top, right, bottom in pixels of the image, with fractions.
 
     Raises:
         ValueError: the image processor resizes in a way that is not known.
@@ -176,7 +176,7 @@ def map_box(model: PromptCAMForImageClassification, image_processor: BaseImagePr
     if settings.get("do_center_crop"):
         seen = (settings["crop_size"]["width"], settings["crop_size"]["height"])
     patch_height, patch_width = patch_size(model.config.backbone_config)
-    # In pixels of the resized picture, then in those of the original.
+    # In pixels of the resized image, then in those of the original.
     left, top = ((whole - part) / 2 for whole, part in zip(resized, seen, strict=True))
     right, bottom = left + seen[0] // patch_width * patch_width, top + seen[1] // patch_height * patch_height
     across, down = width / resized[0], height / resized[1]
@@ -184,12 +184,12 @@ def map_box(model: PromptCAMForImageClassification, image_processor: BaseImagePr
 
 
 def resize_map(trait_map: np.ndarray, size: tuple[int, int], box: Box | None = None) -> np.ndarray:
-    """Lay a map on a picture: (rows, cols) to (height, width), float32, bicubic.
+    """Lay a map on an image: (rows, cols) to (height, width), float32, bicubic.
 
     Args:
         trait_map: (rows, cols).
-        size: Width and height of the picture in pixels, as Pillow's `image.size`.
-        box: The part of the picture that the map covers, from `map_box`; all of it by default. The rest is 0.
+        size: Width and height of the image in pixels, as Pillow's `image.size`.
+        box: The part of the image that the map covers, from `map_box`; all of it by default. The rest is 0.
     """
     left, top, right, bottom = (0, 0, *size) if box is None else (round(side) for side in box)
     trait_map = np.asarray(trait_map, dtype=np.float32)
@@ -211,7 +211,7 @@ def strong_region(
 
     Args:
         trait_map: (rows, cols); of evidence, what raises the score counts.
-        size: Width and height of the picture in pixels.
+        size: Width and height of the image in pixels.
         box: As in `resize_map`.
         level: The share, above 0 and below 1. Attention is often so sharp that half of its peak is one patch of a
             trait that covers several.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What becomes of a prediction when a trait is taken out of the picture?
+"""What becomes of a prediction when a trait is taken out of the image?
 
 The paper does it by hand (section 4: the red spot on a blackbird's wing). Here a region is filled from what is around.
 """
@@ -28,19 +28,19 @@ _MAX_DIRECT_PIXELS = 20_000
 
 
 def remove_region(image: Image.Image, mask: np.ndarray, method: RemovalMethod = "inpaint") -> Image.Image:
-    """Take a region out of a picture; pixels outside it stay as they are, to the bit.
+    """Take a region out of an image; pixels outside it stay as they are, to the bit.
 
     - "blur": a Gaussian blur as wide as half the root of the region's area. Its own colours stay in it, spread out.
-    - "mean": the mean colour of the rest of the picture.
+    - "mean": the mean colour of the rest of the image.
     - "inpaint": the smoothest fill from the border inwards (Laplace's equation, each channel for itself).
 
     Args:
-        image: The picture, upright as `open_image` gives it.
-        mask: (height, width), bool; True where the picture is filled.
+        image: The image, upright as `open_image` gives it.
+        mask: (height, width), bool; True where the image is filled.
         method: See above.
 
     Returns:
-        The picture, RGB, of the same size.
+        The image, RGB, of the same size.
 
     Raises:
         ValueError: the mask has another shape or type, holds no pixel or all of them, or `method` is unknown.
@@ -50,11 +50,11 @@ def remove_region(image: Image.Image, mask: np.ndarray, method: RemovalMethod = 
     mask = np.asarray(mask)
     if mask.shape != (image.height, image.width) or mask.dtype != bool:
         raise ValueError(
-            f"The mask is {mask.dtype} of shape {mask.shape}; it must be bool of the picture's (height, width), "
+            f"The mask is {mask.dtype} of shape {mask.shape}; it must be bool of the image's (height, width), "
             f"{(image.height, image.width)}."
         )
     if mask.all() or not mask.any():
-        raise ValueError(f"The mask holds {'all' if mask.all() else 'no'} pixels; it must hold a part of the picture.")
+        raise ValueError(f"The mask holds {'all' if mask.all() else 'no'} pixels; it must hold a part of the image.")
     pixels = np.array(image.convert("RGB"))
     if method == "blur":
         blurred = image.convert("RGB").filter(ImageFilter.GaussianBlur(float(np.sqrt(mask.sum())) / 2))
@@ -75,12 +75,12 @@ def _fill_smoothly(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _solve(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    if not mask.any():  # a coarse picture of a thin region
+    if not mask.any():  # a coarse image of a thin region
         return pixels
     height, width = mask.shape
     numbers = np.full((height + 2, width + 2), -1)
     numbers[1:-1, 1:-1][mask] = np.arange(mask.sum())
-    # Beside the picture there is no neighbour (weight 0), so the fill meets the edge at a right angle.
+    # Beside the image there is no neighbour (weight 0), so the fill meets the edge at a right angle.
     weights = np.pad(np.ones(mask.shape), 1)
     colours = np.pad(pixels, ((1, 1), (1, 1), (0, 0)))
     count = int(mask.sum())
@@ -105,7 +105,7 @@ def _solve(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _coarse_solution(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The solution for a picture of half the size, enlarged."""
+    """The solution for an image of half the size, enlarged."""
     height, width = mask.shape
     half = ((width + 1) // 2, (height + 1) // 2)
 
@@ -123,15 +123,15 @@ def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarra
     """A rectangle as a mask, bool (height, width).
 
     Args:
-        size: Width and height of the picture.
+        size: Width and height of the image.
         box: left, top, right, bottom in pixels, right and bottom excluded, as Pillow's `crop` takes it.
 
     Raises:
-        ValueError: the box is empty or reaches over the picture's edge.
+        ValueError: the box is empty or reaches over the image's edge.
     """
     if len(box) != 4 or not (0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]):
         raise ValueError(
-            f"The box {tuple(box)} does not lie in the picture of {size[0]}x{size[1]} pixels; give left, top, right, "
+            f"The box {tuple(box)} does not lie in the image of {size[0]}x{size[1]} pixels; give left, top, right, "
             "bottom, with right and bottom excluded."
         )
     left, top, right, bottom = map(int, box)
@@ -142,11 +142,11 @@ def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarra
 
 @dataclass(frozen=True, repr=False)
 class Removal(Result):
-    """A prediction before and after a region was taken out of the picture.
+    """A prediction before and after a region was taken out of the image.
 
     Attributes:
-        before: The explanation of the picture as it was, of one class.
-        after: The explanation of the changed picture, of the same class; its `image` is that picture.
+        before: The explanation of the image as it was, of one class.
+        after: The explanation of the changed image, of the same class; its `image` is that image.
         mask: (height, width), bool; the region.
         method: How it was filled.
     """
@@ -167,7 +167,7 @@ class Removal(Result):
         """One line."""
         before, after = self.before.prediction, self.after.prediction
         return (
-            f"<Removal from {self.before.source or 'a picture'}: {before.label} ({before.probability:.1%}) became "
+            f"<Removal from {self.before.source or 'an image'}: {before.label} ({before.probability:.1%}) became "
             f"{after.label} ({after.probability:.1%})>"
         )
 
@@ -188,8 +188,8 @@ class Removal(Result):
         ]
         columns = ("class", "probability before", "after", "score before", "after", "change")
         return (
-            f"{self.before.source or 'picture'}: {before.label} ({before.probability:.1%}) {change} "
-            f"{after.label} ({after.probability:.1%}) without {self.mask.mean():.1%} of the picture ({self.method})\n"
+            f"{self.before.source or 'image'}: {before.label} ({before.probability:.1%}) {change} "
+            f"{after.label} ({after.probability:.1%}) without {self.mask.mean():.1%} of the image ({self.method})\n"
             + format_table(columns, rows)
         )
 
@@ -221,7 +221,7 @@ class Removal(Result):
         ]
 
     def figure(self, heads: int | None = None, outline: bool = False, scale: figures.Scale = "figure") -> Figure:
-        """Draw both pictures beside the maps of the heads that mattered most before; see `Result.figure`."""
+        """Draw both images beside the maps of the heads that mattered most before; see `Result.figure`."""
         return figures.plot_removal(self, heads=heads, outline=outline, scale=scale)
 
 
@@ -236,15 +236,15 @@ def remove_trait(
     kind: MapKind = "attention",
     interpolate_pos_encoding: bool = False,
 ) -> Removal:
-    """Take a region out of a picture, and see what the model says then.
+    """Take a region out of an image, and see what the model says then.
 
         print(remove_trait("my_model", "bird.jpg"))
         remove_trait("my_model", "bird.jpg", (40, 30, 90, 75), method="mean").save("before_and_after.png")
 
     Args:
         model: A folder, a Hub id, a pipeline, or a loaded model with `image_processor`.
-        image: The picture.
-        region: A box (left, top, right, bottom) in pixels of the upright picture; a mask (height, width), bool; or
+        image: The image.
+        region: A box (left, top, right, bottom) in pixels of the upright image; a mask (height, width), bool; or
             "top head": where the map of the class's most important head has at least a quarter of its highest value.
         class_name: The class whose traits are looked at; None: the one predicted before.
         image_processor: For a loaded model.
@@ -254,14 +254,14 @@ def remove_trait(
 
     Raises:
         ValueError: the region does not fit, or as `explain` does.
-        OSError: the picture or the model cannot be found.
+        OSError: the image or the model cannot be found.
     """
     classifier = as_classifier(model, image_processor)
-    picture = open_image(image)
+    opened = open_image(image)
     options: dict[str, Any] = {"kind": kind, "interpolate_pos_encoding": interpolate_pos_encoding}
-    before = replace(next(explain_each(classifier, [picture], class_name, **options)), source=image_name(image))
+    before = replace(next(explain_each(classifier, [opened], class_name, **options)), source=image_name(image))
     mask = _region_mask(before, region)
-    changed = remove_region(picture, mask, method)
+    changed = remove_region(opened, mask, method)
     after = next(explain_each(classifier, [changed], before.classes[0].number, **options))
     return Removal(before, replace(after, source=before.source), mask, method)
 
@@ -279,7 +279,7 @@ def _region_mask(
         head = traits.head_order[0]
         mask = strong_region(traits.maps[head], size, explanation.box)
         if mask.all():
-            raise ValueError(f"The map of the top head, {head}, covers the whole picture; give a box or a mask.")
+            raise ValueError(f"The map of the top head, {head}, covers the whole image; give a box or a mask.")
         return mask
     return box_mask(size, region)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""How do titled rows of pictures become a figure in which nothing is cut and nothing overlaps?
+"""How do titled rows of images become a figure in which nothing is cut and nothing overlaps?
 
-All sizes are in inches and every line of text is measured, whatever the shape of the pictures and the length of names.
+All sizes are in inches and every line of text is measured, whatever the shape of the images and the length of names.
 """
 
 import math
@@ -16,8 +16,8 @@ from matplotlib.textpath import TextPath
 
 OUTLINE_COLOUR = "#7fffd4"
 
-_PANEL_SIDE = 1.9  # of a square picture; others have the same area
-_MAX_WIDTH, _MAX_HEIGHT = 2.4, 3.4  # of pictures that are far from square
+_PANEL_SIDE = 1.9  # of a square image; others have the same area
+_MAX_WIDTH, _MAX_HEIGHT = 2.4, 3.4  # of images that are far from square
 _MIN_CELL = 1.5  # room for the longest line over a panel
 _PANELS_PER_LINE = 5
 _MARGIN, _GAP, _LINE_GAP, _ROW_GAP = 0.12, 0.1, 0.08, 0.14
@@ -29,7 +29,7 @@ _TITLE_LINE_HEIGHT = 1.3 * _TITLE_FONT / 72
 
 @dataclass(frozen=True)
 class Panel:
-    """A picture with short lines over it.
+    """An image with short lines over it.
 
     Attributes:
         pixels: (height, width, 3), uint8; all panels of a figure have one size.

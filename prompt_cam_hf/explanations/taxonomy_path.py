@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which path through a tree of life does a picture take, and which traits decide at each level?
+"""Which path through a tree of life does an image take, and which traits decide at each level?
 
 A tree is a CSV file: its first column is the class, the next ones the levels above it, and the header names them. One
 prompt set for each level, all on the same frozen backbone, reads the path from the root to the leaf (Prompt-CAM,
@@ -34,7 +34,7 @@ class TaxonomyPath(Result):
     """What a model says about an image at every level, and where it looked.
 
     Attributes:
-        source: The picture's path; empty where it has none.
+        source: The image's path; empty where it has none.
         taxonomy: The tree.
         explanations: For each level, from the root to the leaf, the `Explanation` of the node predicted there.
     """
@@ -60,7 +60,7 @@ class TaxonomyPath(Result):
 
     def __str__(self) -> str:
         """A line for each level."""
-        lines = [f"{self.source or 'picture'}: {'a path of the tree' if self.consistent else 'no path of the tree'}"]
+        lines = [f"{self.source or 'image'}: {'a path of the tree' if self.consistent else 'no path of the tree'}"]
         for level, explanation in self.explanations.items():
             conflict = f", which {self.conflicts[level]}" if level in self.conflicts else ""
             best = explanation.prediction
@@ -68,7 +68,7 @@ class TaxonomyPath(Result):
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the picture, as JSON knows it; `path` has an entry for each level, from the root to the leaf."""
+        """All but the image, as JSON knows it; `path` has an entry for each level, from the root to the leaf."""
         path = []
         for level, explanation in self.explanations.items():
             told = explanation.to_dict()
@@ -87,7 +87,7 @@ class TaxonomyPath(Result):
     def figure(
         self, heads: int | None = None, outline: bool = False, scale: Literal["figure", "head"] = "figure"
     ) -> Figure:
-        """Draw the picture beside the most important heads' maps, one row a level; arguments as in `Explanation`."""
+        """Draw the image beside the most important heads' maps, one row a level; arguments as in `Explanation`."""
         first = next(iter(self.explanations.values()))
         rows = tuple(self._row(level, explanation.classes[0]) for level, explanation in self.explanations.items())
         return figures.plot_explanation(replace(first, classes=rows), heads=heads, outline=outline, scale=scale)
@@ -117,7 +117,7 @@ def explain_path(
 
     Args:
         model: A folder, a Hub id, a pipeline, or a loaded model (in evaluation mode) with `image_processor`.
-        image: A picture: a path, bytes or a PIL image, of any size and shape.
+        image: An image: a path, bytes or a PIL image, of any size and shape.
         taxonomy: The tree, or its file; None: the one that was saved with the model.
         image_processor: For a loaded model.
         kind: As in `prompt_cam_hf.explanations.explain.explain`.
@@ -127,7 +127,7 @@ def explain_path(
 
     Raises:
         ValueError: the model's prompt sets are not levels of the tree, or `explain` refuses an argument.
-        OSError: the picture, the model or the tree cannot be found.
+        OSError: the image, the model or the tree cannot be found.
     """
     classifier = as_classifier(model, image_processor)
     network = classifier.model
@@ -138,16 +138,16 @@ def explain_path(
     for level in levels:
         with network.using_prompts(level):
             _check_nodes(taxonomy, level, network.config.id2label)
-    picture, source = open_image(image), image_name(image)
-    box = map_box(network, classifier.image_processor, picture)
-    pixel_values = classifier.image_processor(picture, return_tensors="pt")["pixel_values"].to(network.device)
+    opened, source = open_image(image), image_name(image)
+    box = map_box(network, classifier.image_processor, opened)
+    pixel_values = classifier.image_processor(opened, return_tensors="pt")["pixel_values"].to(network.device)
     with torch.no_grad():
         states = network.last_layer_states(pixel_values, levels, interpolate_pos_encoding)
     explanations = {}
     for level, state in states.items():
         with network.using_prompts(level):
             ((scores, traits),) = read_state(network, state, None, kind, method, blur)
-        explanations[level] = Explanation(picture, source, box, kind, method, scores, traits)
+        explanations[level] = Explanation(opened, source, box, kind, method, scores, traits)
     return TaxonomyPath(source, taxonomy, explanations)
 
 

@@ -36,8 +36,8 @@ _HUB_DATASET = re.compile(r"https://huggingface\.co/datasets/([\w.-]+/[\w.-]+)/?
 
 
 @dataclass(frozen=True)
-class GalleryPicture:
-    """A picture of trait maps in the repository.
+class GalleryImage:
+    """An image of trait maps in the repository.
 
     Attributes:
         file: Its name there.
@@ -67,7 +67,7 @@ class PromptCAMModelCardData(ModelCardData):
         accuracy_notes: Sentences below the table: how the epoch was chosen, who measured.
         evaluation: value, and perhaps low, high, num_images and protocol, by metric.
         evaluation_notes: Sentences below the table.
-        gallery: Pictures of trait maps.
+        gallery: Images of trait maps.
         gallery_license: Licence of their photos.
         recipe: Settings of the training.
         recipe_notes: Sentences above the settings.
@@ -77,7 +77,7 @@ class PromptCAMModelCardData(ModelCardData):
         **metadata: Further fields of `huggingface_hub.ModelCardData`.
 
     Raises:
-        ValueError: there are pictures, but nothing is said about the licence of their photos.
+        ValueError: there are images, but nothing is said about the licence of their photos.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class PromptCAMModelCardData(ModelCardData):
         accuracy_notes: Sequence[str] = (),
         evaluation: Mapping[str, Mapping[str, Any]] | None = None,
         evaluation_notes: Sequence[str] = (),
-        gallery: Sequence[GalleryPicture] = (),
+        gallery: Sequence[GalleryImage] = (),
         gallery_license: str | None = None,
         recipe: Mapping[str, Any] | None = None,
         recipe_notes: Sequence[str] = (),
@@ -202,7 +202,7 @@ def read_card_data(
         "class_names": [model.config.id2label[index] for index in range(model.config.num_labels)],
         "backbone": model.config.backbone_name_or_path if is_hub_id(model.config.backbone_name_or_path) else None,
         "backbone_revision": model.config.backbone_revision,
-        "model_facts": _describe_model(model) | _describe_pictures(image_processor),
+        "model_facts": _describe_model(model) | _describe_images(image_processor),
         "num_images": results.get("num_images"),
         "accuracy": {name: results[name] for name in ("validation", "test", "chance") if name in results},
         "accuracy_notes": _describe_choice(results),
@@ -256,7 +256,7 @@ def _describe_model(model: PromptCAMForImageClassification) -> dict[str, str]:
     }
 
 
-def _describe_pictures(image_processor: BaseImageProcessor) -> dict[str, str]:
+def _describe_images(image_processor: BaseImageProcessor) -> dict[str, str]:
     settings = image_processor.to_dict()
     size = settings.get("crop_size") if settings.get("do_center_crop") else settings.get("size")
     if not size or not {"height", "width"} <= set(size):
@@ -264,7 +264,7 @@ def _describe_pictures(image_processor: BaseImageProcessor) -> dict[str, str]:
     text = f"{size['height']}x{size['width']} pixels"
     if settings.get("do_normalize"):
         text += f", mean {_numbers(settings['image_mean'])}, standard deviation {_numbers(settings['image_std'])}"
-    return {"Pictures": text}
+    return {"Images": text}
 
 
 def _numbers(values: Sequence[float]) -> str:
@@ -380,4 +380,4 @@ def _cell(text: str) -> str:
     return " ".join(str(text).split()).replace("|", "\\|")
 
 
-__all__ = ["GalleryPicture", "PromptCAMModelCardData", "read_card_data", "render_card"]
+__all__ = ["GalleryImage", "PromptCAMModelCardData", "read_card_data", "render_card"]

@@ -21,7 +21,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from prompt_cam_hf.data.images import open_image
 from prompt_cam_hf.explanations.figures import plot_trait_maps
 from prompt_cam_hf.explanations.taxonomy_path import TAXONOMY_FILE
-from prompt_cam_hf.hub.card import GalleryPicture, read_card_data, render_card
+from prompt_cam_hf.hub.card import GalleryImage, read_card_data, render_card
 from prompt_cam_hf.modeling import (
     PromptCAMConfig,
     PromptCAMForImageClassification,
@@ -39,7 +39,7 @@ from prompt_cam_hf.modeling.hub_prompt_cam import (
 )
 
 # A card is no album, and a figure of more heads no longer fits a page.
-MAX_GALLERY_PICTURES = 8
+MAX_GALLERY_IMAGES = 8
 _GALLERY_HEADS = 4
 _DOTS_PER_INCH = 120
 
@@ -149,8 +149,8 @@ def _stage(
     if has_card:
         card = _own_card(folder, staged, [*gallery, *facts])
     else:
-        pictures = make_gallery(model, image_processor, gallery, staged)
-        data = read_card_data(folder, repo_id, model, image_processor, prompts_only, gallery=pictures, **facts)
+        images = make_gallery(model, image_processor, gallery, staged)
+        data = read_card_data(folder, repo_id, model, image_processor, prompts_only, gallery=images, **facts)
         card = render_card(data)
     save_repository(staged, model, image_processor, card, include_backbone=not prompts_only)
     if (folder / TAXONOMY_FILE).is_file():
@@ -164,25 +164,25 @@ def make_gallery(
     image_processor: BaseImageProcessor,
     photos: Sequence[str | os.PathLike],
     folder: Path,
-) -> list[GalleryPicture]:
+) -> list[GalleryImage]:
     """Draw photos beside the trait maps of their predicted classes, for a card.
 
     Args:
         model: The model.
         image_processor: Its image processor.
-        photos: At most `MAX_GALLERY_PICTURES`.
-        folder: The pictures go into its folder trait_maps.
+        photos: At most `MAX_GALLERY_IMAGES`.
+        folder: The images go into its folder trait_maps.
 
     Raises:
         ValueError: there are too many photos, or one cannot be read.
         FileNotFoundError: there is no such photo.
     """
-    if len(photos) > MAX_GALLERY_PICTURES:
-        raise ValueError(f"A card shows {MAX_GALLERY_PICTURES} photos at most; {len(photos)} were given.")
+    if len(photos) > MAX_GALLERY_IMAGES:
+        raise ValueError(f"A card shows {MAX_GALLERY_IMAGES} photos at most; {len(photos)} were given.")
     pipe = PromptCAMImageClassificationPipeline(
         model=model, image_processor=image_processor, task="image-classification"
     )
-    pictures = []
+    images = []
     for number, photo in enumerate(photos, 1):
         image = open_image(photo)
         answer = pipe(image, trait_maps=True, top_k=1)[0]
@@ -192,8 +192,8 @@ def make_gallery(
         file = f"{GALLERY_FOLDER}/{number}.png"
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / file, dpi=_DOTS_PER_INCH)
-        pictures.append(GalleryPicture(file, f"{answer['label']}, score {answer['score']:.0%}"))
-    return pictures
+        images.append(GalleryImage(file, f"{answer['label']}, score {answer['score']:.0%}"))
+    return images
 
 
 def _load(folder: Path) -> tuple[PromptCAMForImageClassification, BaseImageProcessor, bool]:
@@ -219,7 +219,7 @@ def _load(folder: Path) -> tuple[PromptCAMForImageClassification, BaseImageProce
 
 
 def _own_card(folder: Path, staged: Path, given: Sequence[Any]) -> ModelCard:
-    """The card that somebody wrote, and the pictures beside it."""
+    """The card that somebody wrote, and the images beside it."""
     path = folder / CARD_FILE
     if given:
         raise ValueError(
@@ -248,4 +248,4 @@ def _check_loads(staged: Path, model: PromptCAMForImageClassification) -> None:
         raise ValueError("What would be uploaded does not load as the same model; nothing was published.")
 
 
-__all__ = ["MAX_GALLERY_PICTURES", "Publication", "make_gallery", "publish"]
+__all__ = ["MAX_GALLERY_IMAGES", "Publication", "make_gallery", "publish"]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Does the score rest on the pixels that a map points at? Insertion and deletion, with the protocol by name.
 
-Petsiuk et al. (RISE, BMVC 2018). Insertion shows a blurred picture's pixels sharp again, the map's
+Petsiuk et al. (RISE, BMVC 2018). Insertion shows a blurred image's pixels sharp again, the map's
 strongest first: the score should rise early, so a large area under its curve is good. Deletion takes the pixels away:
 a small area is good. Numbers of different protocols do not compare, so every result carries its preset's name.
 """
@@ -26,7 +26,7 @@ from prompt_cam_hf.metrics.scoring import (
     probabilities_after_replacing,
 )
 
-# RISE blurs with a kernel of 11 pixels and a standard deviation of 5, whatever the picture's size.
+# RISE blurs with a kernel of 11 pixels and a standard deviation of 5, whatever the image's size.
 _BLUR_PIXELS, _BLUR_SIGMA = 11, 5
 
 
@@ -35,11 +35,11 @@ class Preset:
     """A protocol of insertion and deletion.
 
     Attributes:
-        step: How many pixels change between two evaluations. "row": as many as one row of the picture has, so 224 at
-            224 pixels, and as many steps as the picture has rows. "patch": as many as one cell of the map covers,
+        step: How many pixels change between two evaluations. "row": as many as one row of the image has, so 224 at
+            224 pixels, and as many steps as the image has rows. "patch": as many as one cell of the map covers,
             which is a patch for maps on the patch grid, and as many steps as the map has cells.
         deleted: What a deleted pixel becomes. "zeros": zero in pixel_values, the mean colour of the processor's
-            normalisation. "black": black in the picture.
+            normalisation. "black": black in the image.
     """
 
     step: Literal["row", "patch"]
@@ -85,7 +85,7 @@ def insertion(
     preset: str = "rise",
     batch_size: int = 32,
 ) -> FaithfulnessCurve:
-    """Follow the probability of a class while a blurred picture gets its pixels back, the map's strongest first.
+    """Follow the probability of a class while a blurred image gets its pixels back, the map's strongest first.
 
     The blur is that of RISE's published code: pixel_values with zeros beyond the border, under a Gaussian kernel of 11
     pixels and standard deviation 5. Pixels are ordered by `prompt_cam_hf.metrics.scoring.pixel_ranks`, which says what
@@ -95,9 +95,9 @@ def insertion(
         model: The classifier, in evaluation mode.
         pixel_values: (batch, channels, height, width), from the image processor.
         maps: (batch, rows, cols), one map an image; higher is stronger.
-        classes: (batch,), such as the true classes. None: the predicted class of the whole picture.
+        classes: (batch,), such as the true classes. None: the predicted class of the whole image.
         preset: A key of `PRESETS`.
-        batch_size: So many pictures go through the model at once.
+        batch_size: So many images go through the model at once.
 
     Raises:
         ValueError: the preset is unknown, or classes or maps do not fit the images.
@@ -118,7 +118,7 @@ def deletion(
     image_mean: Sequence[float] | None = None,
     image_std: Sequence[float] | None = None,
 ) -> FaithfulnessCurve:
-    """Follow the probability of a class while a picture loses its pixels, the map's strongest first.
+    """Follow the probability of a class while an image loses its pixels, the map's strongest first.
 
     Args:
         model: As in `insertion`, and so the next arguments.
@@ -143,7 +143,7 @@ def deletion(
 
 
 def blur(pixel_values: torch.Tensor) -> torch.Tensor:
-    """The picture from which insertion starts, of the same shape."""
+    """The image from which insertion starts, of the same shape."""
     impulse = np.zeros(_BLUR_PIXELS)
     impulse[_BLUR_PIXELS // 2] = 1
     # RISE blurs an impulse in an 11 x 11 box, reflected at its border: not quite a Gaussian that is cut off.
@@ -159,7 +159,7 @@ def blur(pixel_values: torch.Tensor) -> torch.Tensor:
 def black(
     pixel_values: torch.Tensor, image_mean: Sequence[float] | None, image_std: Sequence[float] | None
 ) -> torch.Tensor:
-    """Black pictures as an image processor would normalise them, of the shape of `pixel_values`.
+    """Black images as an image processor would normalise them, of the shape of `pixel_values`.
 
     Raises:
         ValueError: mean and standard deviation are not one number a channel.
@@ -190,7 +190,7 @@ def _follow(
     preset: Preset,
     batch_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """Classes, curve, area and number of steps from the picture `first` to the picture `last`."""
+    """Classes, curve, area and number of steps from the image `first` to the image `last`."""
     check_one_map_an_image(maps, clean)
     height, width = clean.shape[-2:]
     ranks = pixel_ranks(maps, (height, width))

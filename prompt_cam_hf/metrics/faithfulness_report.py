@@ -3,7 +3,7 @@
 
 Works without a network, as a class or as a script, as `prompt_cam_hf.metrics.classification` does. The model is an
 argument of `compute`; for long runs call `prompt_cam_hf.metrics.faithfulness` batch by batch: this metric keeps all
-pictures until it computes.
+images until it computes.
 """
 
 from collections.abc import Sequence
@@ -24,9 +24,9 @@ Args:
     predictions: (n, rows, cols), one map an image, all of one grid; higher is stronger.
     references: (n,), the class asked about in each image: the true one or the predicted one.
     pixel_values: (n, channels, height, width), from the image processor.
-    model: The classifier, in evaluation mode; pictures go to its device.
+    model: The classifier, in evaluation mode; images go to its device.
     preset: "rise", "rise-black" or "fast"; see prompt_cam_hf.metrics.faithfulness.PRESETS.
-    batch_size: So many pictures go through the model at once.
+    batch_size: So many images go through the model at once.
     image_mean, image_std: Of the image processor, for "rise-black".
 
 Returns:

@@ -18,8 +18,8 @@ def patch_mask(mask: ArrayLike, grid: tuple[int, int], share: float = PATCH_SHAR
     """Which patches show what a mask marks.
 
     Args:
-        mask: (..., height, width), boolean; pixels of the picture, of any size and shape.
-        grid: (rows, cols) of patches that the picture was squashed to. Pixels on a border count in part on each side.
+        mask: (..., height, width), boolean; pixels of the image, of any size and shape.
+        grid: (rows, cols) of patches that the image was squashed to. Pixels on a border count in part on each side.
         share: A patch is on the mask if at least this part of its area is.
 
     Returns:

@@ -71,11 +71,11 @@ def road(
         model: The classifier, in evaluation mode.
         pixel_values: (batch, channels, height, width), from the image processor.
         maps: (batch, rows, cols), one map an image; higher is more relevant.
-        classes: (batch,), such as the true classes. None: the predicted class of the whole picture.
+        classes: (batch,), such as the true classes. None: the predicted class of the whole image.
         percentiles: Which parts of the pixels to remove, in per cent, above 0 and below 100.
         noise: Standard deviation of the noise on what fills the holes, in units of pixel_values.
-        seed: Of the noise, which is the same for all pictures.
-        batch_size: So many pictures go through the model at once.
+        seed: Of the noise, which is the same for all images.
+        batch_size: So many images go through the model at once.
 
     Raises:
         ValueError: classes or maps do not fit the images, or a percentile leaves no pixel or removes none.
@@ -95,8 +95,8 @@ def road(
     for image, rank, label in zip(pixel_values, ranks, classes, strict=True):
         most_first = [rank < count for count in counts]
         least_first = [rank >= height * width - count for count in counts]
-        pictures = torch.stack([impute(image, removed, noise_image) for removed in most_first + least_first])
-        chunks = [class_logits(model, chunk.to(image.device)) for chunk in pictures.split(batch_size)]
+        images = torch.stack([impute(image, removed, noise_image) for removed in most_first + least_first])
+        chunks = [class_logits(model, chunk.to(image.device)) for chunk in images.split(batch_size)]
         logits = torch.cat(chunks)
         curves.append(class_probability(logits, label.expand(len(logits))).cpu().view(2, -1))
     morf, lerf = torch.stack(curves, dim=1)
@@ -112,7 +112,7 @@ def impute(image: torch.Tensor, removed: np.ndarray, noise_image: torch.Tensor) 
         noise_image: (channels, height, width), added where pixels are filled in.
 
     Returns:
-        The picture, on the CPU, in the precision of `image`.
+        The image, on the CPU, in the precision of `image`.
     """
     holes = removed.ravel()
     weights = _neighbour_weights(*removed.shape)

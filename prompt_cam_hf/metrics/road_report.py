@@ -2,7 +2,7 @@
 """Do a model's maps find what its scores rest on, over a data set? ROAD as one `evaluate` metric.
 
 Works without a network, as a class or as a script, as `prompt_cam_hf.metrics.classification` does. For long runs call
-`prompt_cam_hf.metrics.road.road` batch by batch: this metric keeps all pictures until it computes.
+`prompt_cam_hf.metrics.road.road` batch by batch: this metric keeps all images until it computes.
 """
 
 from collections.abc import Sequence
@@ -23,10 +23,10 @@ Args:
     predictions: (n, rows, cols), one map an image, all of one grid; higher is stronger.
     references: (n,), the class asked about in each image: the true one or the predicted one.
     pixel_values: (n, channels, height, width), from the image processor.
-    model: The classifier, in evaluation mode; pictures go to its device.
+    model: The classifier, in evaluation mode; images go to its device.
     percentiles: Which parts of the pixels to remove, in per cent.
     seed: Of the noise on what fills the holes.
-    batch_size: So many pictures go through the model at once.
+    batch_size: So many images go through the model at once.
 
 Returns:
     num_images: n.

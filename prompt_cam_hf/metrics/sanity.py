@@ -39,15 +39,15 @@ class RandomisationTest(NamedTuple):
 
 
 class Stability(NamedTuple):
-    """How much of an explanation is left after a change of the picture that should not matter.
+    """How much of an explanation is left after a change of the image that should not matter.
 
     Attributes:
         classes: (batch,), the class asked about.
-        noise: (batch,), float64: Spearman's rank correlation with the intact picture's explanation, under noise.
-        flip: (batch,), the same for the picture mirrored left to right.
+        noise: (batch,), float64: Spearman's rank correlation with the intact image's explanation, under noise.
+        flip: (batch,), the same for the image mirrored left to right.
         noise_kept: (batch,), boolean: the prediction is the same under noise. Where it is not, another explanation is
             no fault.
-        flip_kept: (batch,), the same for the mirrored picture.
+        flip_kept: (batch,), the same for the mirrored image.
     """
 
     classes: torch.Tensor
@@ -183,16 +183,16 @@ def map_stability(
     noise_std: float = 5.0,
     seed: int = 0,
 ) -> Stability:
-    """Compare maps with those of the picture under noise, and mirrored, where the map is mirrored back.
+    """Compare maps with those of the image under noise, and mirrored, where the map is mirrored back.
 
     Args:
         model: The classifier, in evaluation mode.
         pixel_values: (batch, channels, height, width).
         explain: Makes the maps, as in `parameter_randomisation`.
         image_std: Standard deviation that each channel was normalised with, as in the image processor.
-        classes: (batch,), asked about in all three pictures. None: those predicted on the intact one.
+        classes: (batch,), asked about in all three images. None: those predicted on the intact one.
         noise_std: Standard deviation of the noise, in grey levels of 0 to 255.
-        seed: Of the noise, which is the same for all pictures.
+        seed: Of the noise, which is the same for all images.
 
     Raises:
         ValueError: classes or `image_std` do not fit.
@@ -209,7 +209,7 @@ def head_stability(
     seed: int = 0,
     method: Literal["greedy", "exact", "shapley"] = "greedy",
 ) -> Stability:
-    """Compare the ranking of a Prompt-CAM's heads with that of the picture under noise, and mirrored.
+    """Compare the ranking of a Prompt-CAM's heads with that of the image under noise, and mirrored.
 
     Args:
         model: The model, in evaluation mode.

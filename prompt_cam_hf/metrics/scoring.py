@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What does a classifier say about a picture whose pixels are replaced in the order of a map?
+"""What does a classifier say about an image whose pixels are replaced in the order of a map?
 
 Insertion, deletion and ROAD are this one question with different replacements. A classifier is anything that turns
 pixel_values into logits: a model for image classification of transformers, or a function.
@@ -107,7 +107,7 @@ def probabilities_after_replacing(
         ranks: (batch, height, width), each pixel's place in the order of replacement (`pixel_ranks`).
         counts: (numbers,), how many pixels to replace; each is one evaluation of the model for every image.
         classes: (batch,), the class asked about.
-        batch_size: So many pictures go through the model at once, of the same image or of several.
+        batch_size: So many images go through the model at once, of the same image or of several.
     """
     ranks, counts = ranks.to(original.device), counts.to(original.device)
     evaluations = torch.arange(len(original) * len(counts), device=original.device)
@@ -115,8 +115,8 @@ def probabilities_after_replacing(
     for chunk in evaluations.split(batch_size):
         images = chunk // len(counts)
         replaced = ranks[images] < counts[chunk % len(counts), None, None]
-        pictures = torch.where(replaced[:, None], replacement[images], original[images])
-        probabilities.append(class_probability(class_logits(model, pictures), classes[images]))
+        mixed = torch.where(replaced[:, None], replacement[images], original[images])
+        probabilities.append(class_probability(class_logits(model, mixed), classes[images]))
     return torch.cat(probabilities).view(len(original), -1).cpu()
 
 

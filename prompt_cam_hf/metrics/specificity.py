@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Does a map show the class that it was asked for? The same picture asked by other classes, and with a trait changed.
+"""Does a map show the class that it was asked for? The same image asked by other classes, and with a trait changed.
 
 A map that any class draws alike is saliency: it may sit on the bird, but it shows no trait of a class.
 """
@@ -22,7 +22,7 @@ from prompt_cam_hf.metrics.scoring import (
 
 
 class ClassSpecificity(NamedTuple):
-    """How the maps of one picture differ when other classes ask, for each image of a batch; all on the CPU.
+    """How the maps of one image differ when other classes ask, for each image of a batch; all on the CPU.
 
     Attributes:
         classes: (batch, 3): the given class; the runner-up, which has the highest score among the others; and a random
@@ -138,20 +138,20 @@ def counterfactual_change(
     explain: Explainer | None = None,
     masks: ArrayLike | None = None,
 ) -> CounterfactualChange:
-    """Compare pictures with the same pictures in which one trait was redrawn or taken away.
+    """Compare images with the same images in which one trait was redrawn or taken away.
 
     `prompt_cam_hf.birds.counterfactual` makes such pairs of drawn birds, `remove_trait` of photos.
 
     Args:
         model: The classifier, in evaluation mode.
-        before: pixel_values (batch, channels, height, width) of the pictures as they were.
+        before: pixel_values (batch, channels, height, width) of the images as they were.
         after: The same of the changed ones.
         classes: (batch,), such as the true classes. None: the class predicted before.
         explain: Makes maps as in `class_specificity`; with it give masks.
         masks: (batch, height, width), boolean, where the trait is: on the grid of the maps, or pixels.
 
     Raises:
-        ValueError: the pictures are not in pairs, or only one of `explain` and `masks` is given.
+        ValueError: the images are not in pairs, or only one of `explain` and `masks` is given.
     """
     if before.shape != after.shape:
         raise ValueError(f"before has the shape {tuple(before.shape)} and after {tuple(after.shape)}; pairs need one.")

@@ -52,7 +52,7 @@ def prepare(
 
     Options of single data sets: `taxa` and `without` (iNaturalist) choose categories by rank, as in
     `{"order": ["Lepidoptera"]}`; `test_fraction` (0.2) and `seed` (0) divide Medicinal Leaf, which has no split.
-    `skip_missing` leaves out listed pictures that are not there. `facts` holds the numbers of classes and pictures to
+    `skip_missing` leaves out listed images that are not there. `facts` holds the numbers of classes and images to
     check, the published ones by default. Returns what was done; raises what `open_source`, `make_plan` and
     `write_image_folder` raise.
     """

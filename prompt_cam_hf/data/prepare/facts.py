@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
 """What is published about the paper's thirteen data sets: where they are, under which terms, how many classes and
-pictures? The one place for these numbers.
+images? The one place for these numbers.
 
 `docs/datasets.md` says where each fact is from. What could not be established is left out, never guessed.
 """
@@ -28,7 +28,7 @@ class DatasetFacts:
 
 _NO_LICENCE = "none could be established; read the terms on the page of the data set"
 _INATURALIST = (
-    "non-commercial research and education only; the pictures must not be passed on (terms of the competition)"
+    "non-commercial research and education only; the images must not be passed on (terms of the competition)"
 )
 _INATURALIST_PAGE = "https://github.com/visipedia/inat_comp/tree/master/2021"
 
@@ -50,7 +50,7 @@ FACTS: Mapping[str, DatasetFacts] = {
     "dogs": DatasetFacts(
         title="Stanford Dogs",
         page="http://vision.stanford.edu/aditya86/ImageNetDogs/main.html",
-        licence=f"{_NO_LICENCE}, and those of ImageNet, where the pictures are from",
+        licence=f"{_NO_LICENCE}, and those of ImageNet, where the images are from",
         num_classes=120,
         num_images={"train": (12_000,), "test": (8_580,)},
     ),
@@ -79,12 +79,12 @@ FACTS: Mapping[str, DatasetFacts] = {
     "fish_vista": DatasetFacts(
         title="Fish-Vista",
         page="https://huggingface.co/datasets/imageomics/fish-vista",
-        licence="CC BY-NC 4.0 for the data set; each picture has a licence of its own (column `license`)",
+        licence="CC BY-NC 4.0 for the data set; each image has a licence of its own (column `license`)",
     ),
     "rare_species": DatasetFacts(
         title="Rare Species",
         page="https://huggingface.co/datasets/imageomics/rare-species",
-        licence="CC0 for the compilation; each picture has a licence of its own (metadata/licenses.csv)",
+        licence="CC0 for the compilation; each image has a licence of its own (metadata/licenses.csv)",
         num_classes=400,
         num_images={"train": (11_983,)},
         hub_id="imageomics/rare-species",
@@ -112,7 +112,7 @@ FACTS: Mapping[str, DatasetFacts] = {
     "food101": DatasetFacts(
         title="Food-101",
         page="https://data.vision.ee.ethz.ch/cvl/datasets_extra/food-101/",
-        licence="none: any use beyond scientific fair use must be negotiated with the owners of the pictures",
+        licence="none: any use beyond scientific fair use must be negotiated with the owners of the images",
         num_classes=101,
         num_images={"train": (75_750,), "test": (25_250,)},
     ),

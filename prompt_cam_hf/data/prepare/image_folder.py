@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""How is a plan carried out? Pictures are linked or copied into an image folder that any interruption leaves whole.
+"""How is a plan carried out? Images are linked or copied into an image folder that any interruption leaves whole.
 
-A picture appears in its place complete or not at all, so that the same command goes on after a kill. What the plan
+An image appears in its place complete or not at all, so that the same command goes on after a kill. What the plan
 does not name is never touched.
 """
 
@@ -14,35 +14,35 @@ from pathlib import Path
 from datasets.utils import tqdm
 
 from prompt_cam_hf.data.prepare.archives import Source, SourceFile
-from prompt_cam_hf.data.prepare.plan import Plan, PlannedPicture
+from prompt_cam_hf.data.prepare.plan import Plan, PlannedImage
 from prompt_cam_hf.data.sources import some_of
 
-# Written last: it lists every picture, and says that the folder is complete.
+# Written last: it lists every image, and says that the folder is complete.
 MANIFEST = "manifest.csv"
 _COLUMNS = ("split", "class", "file", "bytes", "source")
 
 
 def write_image_folder(plan: Plan, source: Source, destination: Path) -> None:
-    """Put the pictures of `plan` into `destination`: `SPLIT/CLASS/PICTURE`, and the list `manifest.csv`.
+    """Put the images of `plan` into `destination`: `SPLIT/CLASS/IMAGE`, and the list `manifest.csv`.
 
-    Extracted pictures are hard-linked, and copied where the file system cannot link; those in archives are copied. A
-    picture that is there already, with the right size, stays as it is.
+    Extracted images are hard-linked, and copied where the file system cannot link; those in archives are copied. An
+    image that is there already, with the right size, stays as it is.
 
     Raises:
-        FileExistsError: `destination` holds something that the plan does not, or another file in a picture's place.
+        FileExistsError: `destination` holds something that the plan does not, or another file in an image's place.
         OSError: there is too little space, or writing failed.
         ValueError: `destination` and the source lie in one another, or an archive is damaged.
     """
     _check_destination(plan, source, destination)
-    missing = [picture for picture in plan.pictures if not _is_there(picture, destination)]
+    missing = [image for image in plan.images if not _is_there(image, destination)]
     destination.mkdir(parents=True, exist_ok=True)
-    extracted = next((picture.source for picture in missing if not picture.source.in_archive), None)
+    extracted = next((image.source for image in missing if not image.source.in_archive), None)
     can_link = extracted is not None and _can_link(extracted, destination)
-    to_copy = [picture for picture in missing if picture.source.in_archive or not can_link]
-    _check_space(sum(picture.source.size for picture in to_copy), destination)
+    to_copy = [image for image in missing if image.source.in_archive or not can_link]
+    _check_space(sum(image.source.size for image in to_copy), destination)
     with tqdm(total=len(missing), desc=f"Preparing {plan.facts.title}", unit=" images") as progress:
-        for picture in sorted(missing, key=lambda picture: picture.source.position):
-            _place(picture.source, destination / picture.path, can_link)
+        for image in sorted(missing, key=lambda image: image.source.position):
+            _place(image.source, destination / image.path, can_link)
             progress.update()
     _write_manifest(plan, destination)
 
@@ -55,7 +55,7 @@ def _check_destination(plan: Plan, source: Source, destination: Path) -> None:
         return
     if not destination.is_dir():
         raise FileExistsError(f"{destination} is a file; choose a new folder.")
-    planned = {str(picture.path) for picture in plan.pictures}
+    planned = {str(image.path) for image in plan.images}
     if _is_our_manifest(destination / MANIFEST):
         planned.add(MANIFEST)
     foreign = []
@@ -78,15 +78,15 @@ def _is_our_manifest(path: Path) -> bool:
         return file.readline().strip() == ",".join(_COLUMNS).encode()
 
 
-def _is_there(picture: PlannedPicture, destination: Path) -> bool:
-    path = destination / picture.path
+def _is_there(image: PlannedImage, destination: Path) -> bool:
+    path = destination / image.path
     if not path.exists():
         return False
-    if path.is_file() and (size := path.stat().st_size) == picture.source.size:
+    if path.is_file() and (size := path.stat().st_size) == image.source.size:
         return True
     found = f"has {size} bytes" if path.is_file() else "is no file"
     raise FileExistsError(
-        f"{path} is another file than {picture.source}: it {found}, and not {picture.source.size}; remove it, "
+        f"{path} is another file than {image.source}: it {found}, and not {image.source.size}; remove it, "
         "or choose a new folder."
     )
 
@@ -97,7 +97,7 @@ def _part(path: Path) -> Path:
 
 
 def _can_link(file: SourceFile, folder: Path) -> bool:
-    """Try whether pictures of the source can be hard-linked here."""
+    """Try whether images of the source can be hard-linked here."""
     trial = folder / ".link.part"
     trial.unlink(missing_ok=True)
     try:
@@ -112,7 +112,7 @@ def _check_space(needed: int, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
-            f"{folder} has {free / 1e9:.2f} GB free, and the pictures take {needed / 1e9:.2f} GB; free some space."
+            f"{folder} has {free / 1e9:.2f} GB free, and the images take {needed / 1e9:.2f} GB; free some space."
         )
 
 
@@ -136,10 +136,8 @@ def _write_manifest(plan: Plan, destination: Path) -> None:
     with open(part, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(_COLUMNS)
-        for picture in plan.pictures:
-            writer.writerow(
-                (picture.split, picture.class_folder, picture.path, picture.source.size, picture.source.path)
-            )
+        for image in plan.images:
+            writer.writerow((image.split, image.class_folder, image.path, image.source.size, image.source.path))
     os.replace(part, destination / MANIFEST)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""How does each data set say which picture is of which class, and in which split? One reader for each layout.
+"""How does each data set say which image is of which class, and in which split? One reader for each layout.
 
-A reader turns the lists of a data set into `Listed` pictures; the pictures themselves need not be there yet.
+A reader turns the lists of a data set into `Listed` images; the images themselves need not be there yet.
 """
 
 import csv
@@ -16,17 +16,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.io import loadmat
 
-from prompt_cam_hf.data.images import picture_suffixes
+from prompt_cam_hf.data.images import image_suffixes
 from prompt_cam_hf.data.prepare.archives import Source, SourceFile
 from prompt_cam_hf.data.prepare.flowers import FLOWER_NAMES
 from prompt_cam_hf.data.sources import SPLIT_NAMES
 
 
 class Listed(NamedTuple):
-    """A picture as a list names it.
+    """An image as a list names it.
 
     `number` is the class's place in the data set's own order, from 1, or None where it has no order of its own.
-    `path` is the picture's path, below whatever other folders; with `folder`, exactly below that one. `where` is the
+    `path` is the image's path, below whatever other folders; with `folder`, exactly below that one. `where` is the
     list and the line, for messages.
     """
 
@@ -136,14 +136,14 @@ def _read_cub(source: Source) -> list[Listed]:
 def _read_pet(source: Source) -> list[Listed]:
     listed = []
     names: dict[int, str] = {}
-    form = "a picture's name, ending in _NUMBER, and three numbers"
+    form = "an image's name, ending in _NUMBER, and three numbers"
     for name, split in (("trainval.txt", "train"), ("test.txt", "test")):
-        for where, (breed, picture, number) in _rows(
+        for where, (breed, image, number) in _rows(
             source.require(f"annotations/{name}"), r"(\S+)(_\d+)\s+(\d+)\s+\d+\s+\d+", form
         ):
             if names.setdefault(int(number), breed) != breed:
                 raise ValueError(f"{where}: the class {number} is called {breed}, and {names[int(number)]} before.")
-            listed.append(Listed(split, int(number), _spaced(breed), f"images/{breed}{picture}.jpg", where))
+            listed.append(Listed(split, int(number), _spaced(breed), f"images/{breed}{image}.jpg", where))
     return listed
 
 
@@ -152,17 +152,17 @@ def _read_cars(source: Source) -> list[Listed]:
     (names,) = _mat(meta, "class_names")
     class_names = dict(enumerate(map(str, names), 1))
     listed = []
-    hint = "the labels of the test pictures are a download of their own, beside the devkit"
+    hint = "the labels of the test images are a download of their own, beside the devkit"
     for name, split in (("cars_train_annos.mat", "train"), ("cars_test_annos_withlabels.mat", "test")):
         annotations = source.require(name, hint=hint if split == "test" else "it is in the devkit")
         (rows,) = _mat(annotations, "annotations")
         if not {"fname", "class"} <= set(rows.dtype.names or ()):
-            raise ValueError(f"{annotations} does not give the fields fname and class of each picture.")
+            raise ValueError(f"{annotations} does not give the fields fname and class of each image.")
         for number, row in enumerate(rows, 1):
             where = f"{annotations.path}, row {number}"
             label = int(row["class"])
-            picture = f"cars_{split}/{row['fname']}"
-            listed.append(Listed(split, label, _class_name(class_names, label, where), picture, where))
+            image = f"cars_{split}/{row['fname']}"
+            listed.append(Listed(split, label, _class_name(class_names, label, where), image, where))
     return listed
 
 
@@ -172,12 +172,12 @@ def _read_dogs(source: Source) -> list[Listed]:
         file = source.require(f"{split}_list.mat")
         paths, labels = _mat(file, "file_list", "labels")
         if len(paths) != len(labels):
-            raise ValueError(f"{file} lists {len(paths)} pictures and {len(labels)} labels.")
+            raise ValueError(f"{file} lists {len(paths)} images and {len(labels)} labels.")
         for row, (path, label) in enumerate(zip(map(str, paths), labels, strict=True), 1):
             where = f"{file.path}, row {row}"
             match = re.fullmatch(r"n\d+-(.+)/[^/]+", path)
             if match is None:
-                raise ValueError(f"{where}: wanted is nNUMBER-BREED/PICTURE, got {path!r}.")
+                raise ValueError(f"{where}: wanted is nNUMBER-BREED/IMAGE, got {path!r}.")
             listed.append(Listed(split, int(label), _spaced(match[1]), f"Images/{path}", where))
     return listed
 
@@ -204,7 +204,7 @@ def _read_food101(source: Source) -> list[Listed]:
     listed = []
     for split in ("train", "test"):
         file = source.require(f"{split}.txt", class_list.folder)
-        for where, (path, name) in _rows(file, r"(([^/\s]+)/\S+)", "CLASS/PICTURE without .jpg"):
+        for where, (path, name) in _rows(file, r"(([^/\s]+)/\S+)", "CLASS/IMAGE without .jpg"):
             if name not in numbers:
                 raise ValueError(f"{where}: the class {name} is not in {class_list.path}.")
             listed.append(Listed(split, numbers[name], _spaced(name), f"images/{path}.jpg", where))
@@ -217,10 +217,10 @@ def _read_insects2(source: Source) -> list[Listed]:
     train = source.require("train.txt")
     listed = []
     for name, split in (("train.txt", "train"), ("val.txt", "validation"), ("test.txt", "test")):
-        rows = _rows(source.require(name, train.folder), r"(\S+)\s+(\d+)", "a picture and a class number from 0")
-        for where, (picture, label) in rows:
+        rows = _rows(source.require(name, train.folder), r"(\S+)\s+(\d+)", "an image and a class number from 0")
+        for where, (image, label) in rows:
             number = int(label) + 1  # the lists count from 0, classes.txt from 1
-            listed.append(Listed(split, number, _class_name(names, number, where), f"images/{picture}", where))
+            listed.append(Listed(split, number, _class_name(names, number, where), f"images/{image}", where))
     return listed
 
 
@@ -234,7 +234,7 @@ def _read_fish_vista(source: Source) -> list[Listed]:
             species, path = row.get("standardized_species"), row.get("file_name")
             if not species or not path:
                 raise ValueError(f"{where}: nothing in the column standardized_species or file_name.")
-            # `file_name` has the folder on the Hub; the data set's own instructions move all pictures into one.
+            # `file_name` has the folder on the Hub; the data set's own instructions move all images into one.
             found = path if source.find(path) else f"Images/{PurePosixPath(path).name}"
             listed.append(Listed(split, None, species, found, where))
     return listed
@@ -248,7 +248,7 @@ def _read_inaturalist(
         raise ValueError(f"{source.path} holds both train.json and train_mini.json; keep the one to train on.")
     train = full or mini or source.require("train.json")
     listed: list[Listed] = []
-    # The test pictures of the competition have no public labels: its validation pictures are the ones to test on.
+    # The test images of the competition have no public labels: its validation images are the ones to test on.
     for file, split in ((train, "train"), (source.require("val.json"), "test")):
         try:
             content = json.loads(_text(file))
@@ -278,7 +278,7 @@ def _read_inaturalist(
 
 def _read_birds525(source: Source) -> list[Listed]:
     listed = []
-    for file in source.with_suffixes(picture_suffixes()):
+    for file in source.with_suffixes(image_suffixes()):
         *_, split, name, _ = ("", "", *PurePosixPath(file.path).parts)
         if split in SPLIT_NAMES:
             # One species has two spaces in its name in some splits and one in others.
@@ -291,13 +291,13 @@ def _read_medicinal_leaf(source: Source, test_fraction: float, seed: int) -> lis
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction is {test_fraction}; it has to be between 0 and 1.")
     of_class: dict[str, list[str]] = {}
-    for file in source.with_suffixes(picture_suffixes()):
+    for file in source.with_suffixes(image_suffixes()):
         of_class.setdefault(PurePosixPath(file.path).parent.name, []).append(file.path)
     random = np.random.default_rng(seed)
     listed = []
     for name, paths in sorted(of_class.items()):
         if len(paths) < 2:
-            raise ValueError(f"The class {name!r} has one picture only, {paths[0]}; train and test need one each.")
+            raise ValueError(f"The class {name!r} has one image only, {paths[0]}; train and test need one each.")
         num_test = min(len(paths) - 1, max(1, round(test_fraction * len(paths))))
         test = set(random.permutation(len(paths))[:num_test].tolist())
         listed += [

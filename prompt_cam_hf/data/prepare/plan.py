@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What will be written where? The pictures of a data set, found and counted, each with its place in an image folder.
+"""What will be written where? The images of a data set, found and counted, each with its place in an image folder.
 
 Making a plan reads lists and writes nothing.
 """
@@ -24,8 +24,8 @@ SPLITS = ("train", "validation", "test")
 _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
-class PlannedPicture(NamedTuple):
-    """A picture, and its place: `split`/`class_folder`/`file_name`."""
+class PlannedImage(NamedTuple):
+    """An image, and its place: `split`/`class_folder`/`file_name`."""
 
     split: str
     class_folder: str
@@ -40,15 +40,15 @@ class PlannedPicture(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The pictures of one data set, in the order of their lists. `num_missing` counts those that were left out."""
+    """The images of one data set, in the order of their lists. `num_missing` counts those that were left out."""
 
     facts: DatasetFacts
-    pictures: list[PlannedPicture]
+    images: list[PlannedImage]
     num_missing: int = 0
 
     def count(self) -> dict[str, dict[str, int]]:
-        """Count the pictures: split -> class folder -> pictures, both in order."""
-        counted = Counter((picture.split, picture.class_folder) for picture in self.pictures)
+        """Count the images: split -> class folder -> images, both in order."""
+        counted = Counter((image.split, image.class_folder) for image in self.images)
         return {
             split: {folder: number for (of_split, folder), number in sorted(counted.items()) if of_split == split}
             for split in SPLITS
@@ -60,10 +60,10 @@ class Plan:
         counts = self.count()
         num_classes = len({folder for folders in counts.values() for folder in folders})
         splits = ", ".join(f"{split} {sum(folders.values()):,}" for split, folders in counts.items())
-        size = sum(picture.source.size for picture in self.pictures) / 1e9
+        size = sum(image.source.size for image in self.images) / 1e9
         left_out = f" Not there, and left out: {self.num_missing:,}." if self.num_missing else ""
         return (
-            f"{self.facts.title}: {num_classes} classes; {splits} pictures, {size:.2f} GB.{left_out}\n"
+            f"{self.facts.title}: {num_classes} classes; {splits} images, {size:.2f} GB.{left_out}\n"
             f"Source: {self.facts.page}\nLicence: {self.facts.licence}"
         )
 
@@ -76,14 +76,14 @@ def make_plan(
     skip_missing: bool = False,
     facts: DatasetFacts | None = None,
 ) -> Plan:
-    """Read the lists of `dataset`, find every listed picture and check the numbers against `facts`.
+    """Read the lists of `dataset`, find every listed image and check the numbers against `facts`.
 
     `options` go to the reader of the data set; a value of None stands for its default. `facts` are the published ones
     by default. Numbers are not checked where an option chooses other classes than the published ones.
 
     Raises:
-        FileNotFoundError: a list or, without `skip_missing`, a listed picture is not there.
-        ValueError: the data set takes no such option, a line is wrong, a picture is listed twice, or a number differs.
+        FileNotFoundError: a list or, without `skip_missing`, a listed image is not there.
+        ValueError: the data set takes no such option, a line is wrong, an image is listed twice, or a number differs.
     """
     facts = facts or FACTS[dataset]
     layout = LAYOUTS[dataset]
@@ -92,19 +92,19 @@ def make_plan(
         raise ValueError(f"{facts.title} takes no option {unknown[0]}.")
     listed = layout.read(source, **{**layout.options, **chosen})
     if not listed:
-        raise ValueError(f"{source.path} holds no pictures of {facts.title}.")
+        raise ValueError(f"{source.path} holds no images of {facts.title}.")
     class_folders = _class_folders(listed)
     if not {"taxa", "without"} & chosen.keys():
         _check_numbers(listed, len(set(class_folders.values())), facts, source)
-    found = _find_pictures(listed, source, skip_missing)
-    pictures = [
-        PlannedPicture(
+    found = _find_images(listed, source, skip_missing)
+    images = [
+        PlannedImage(
             entry.split, class_folders[entry.number, entry.class_name], _safe_name(PurePosixPath(file.path).name), file
         )
         for entry, file in found
     ]
-    _check_places(pictures)
-    return Plan(facts, pictures, len(listed) - len(found))
+    _check_places(images)
+    return Plan(facts, images, len(listed) - len(found))
 
 
 def _class_folders(listed: Iterable[Listed]) -> dict[tuple[int | None, str], str]:
@@ -149,12 +149,12 @@ def _check_numbers(listed: Iterable[Listed], num_classes: int, facts: DatasetFac
         if counts[split] not in numbers:
             wanted = " or ".join(f"{number:,}" for number in numbers)
             raise ValueError(
-                f"{facts.title} has {wanted} {split} pictures, and the lists in {source.path} name {counts[split]:,}; "
+                f"{facts.title} has {wanted} {split} images, and the lists in {source.path} name {counts[split]:,}; "
                 "download the data set again."
             )
 
 
-def _find_pictures(listed: Iterable[Listed], source: Source, skip_missing: bool) -> list[tuple[Listed, SourceFile]]:
+def _find_images(listed: Iterable[Listed], source: Source, skip_missing: bool) -> list[tuple[Listed, SourceFile]]:
     found: list[tuple[Listed, SourceFile]] = []
     missing: list[Listed] = []
     first: dict[tuple[int, int], str] = {}
@@ -163,23 +163,23 @@ def _find_pictures(listed: Iterable[Listed], source: Source, skip_missing: bool)
             missing.append(entry)
             continue
         if file.position in first:
-            raise ValueError(f"The picture {entry.path} is listed twice: {first[file.position]}, and {entry.where}.")
+            raise ValueError(f"The image {entry.path} is listed twice: {first[file.position]}, and {entry.where}.")
         first[file.position] = entry.where
         found.append((entry, file))
     if missing and (not skip_missing or not found):
-        count = "1 listed picture is" if len(missing) == 1 else f"{len(missing):,} listed pictures are"
+        count = "1 listed image is" if len(missing) == 1 else f"{len(missing):,} listed images are"
         named = some_of(f"{entry.path} ({entry.where})" for entry in missing)
         raise FileNotFoundError(f"{count} not in {source.path}: {named}.")
     return found
 
 
-def _check_places(pictures: Iterable[PlannedPicture]) -> None:
-    """Raise where two pictures would get one name, on file systems that do not tell capitals apart too."""
-    taken: dict[str, PlannedPicture] = {}
-    for picture in pictures:
-        other = taken.setdefault(str(picture.path).lower(), picture)
-        if other is not picture:
-            raise ValueError(f"{other.source} and {picture.source} would both be kept as {picture.path}.")
+def _check_places(images: Iterable[PlannedImage]) -> None:
+    """Raise where two images would get one name, on file systems that do not tell capitals apart too."""
+    taken: dict[str, PlannedImage] = {}
+    for image in images:
+        other = taken.setdefault(str(image.path).lower(), image)
+        if other is not image:
+            raise ValueError(f"{other.source} and {image.source} would both be kept as {image.path}.")
 
 
-__all__ = ["SPLITS", "Plan", "PlannedPicture", "make_plan"]
+__all__ = ["SPLITS", "Plan", "PlannedImage", "make_plan"]
