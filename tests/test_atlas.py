@@ -620,9 +620,8 @@ def test_maps_of_one_picture_share_a_scale_that_the_strongest_ends(html):
 def test_mean_maps_of_one_class_share_a_scale_that_the_strongest_ends(html, photos):
     rows = [row for row in rows_the_long_way(varied_model(), photos, 3) if not row["unreadable"]]
     seen = 0
-    for section in re.findall('<section class="entry" data-name.*?</section>', html, re.DOTALL):
-        found = Page(section)
-        number = int(found.ids[0].removeprefix("class-"))
+    for number, section in re.findall('<h3 id="class-([0-9]+)">(.*?)</section>', html, re.DOTALL):
+        number, found = int(number), Page(section.partition("</h3>")[2])
         used = [row["maps"] for row in rows if row["label"] == row["prediction"] == number]
         shown = [one for one in found.pictures if one.get("class") == "grid"]
         assert bool(shown) == bool(used)
