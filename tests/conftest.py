@@ -9,6 +9,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from transformers import (
     Dinov2WithRegistersConfig,
     DINOv3ViTConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     SiglipVisionConfig,
     ViTConfig,
 )
@@ -29,6 +31,11 @@ from prompt_cam_hf.data.images import build_image_processor
 IMAGE_SIZE = 32
 NUM_CLASSES = 5
 ID2LABEL = {index: f"class {index}" for index in range(NUM_CLASSES)}
+
+# How near two computations in float32 from equal weights and images must come. Weights mapped from a file lie at
+# another alignment than those made in memory, and each processor has kernels of its own: they add in another order.
+# A wrong weight, layer or image moves numbers of order 1 by far more.
+COMPUTED = {"atol": 1e-5, "rtol": 1e-4}
 
 _SIZES = {
     "hidden_size": 32,
@@ -73,8 +80,47 @@ def tiny_model(family: str = "vit", backbone_fields: dict | None = None, **field
     return model
 
 
+def assert_computed(actual: Any, expected: Any) -> None:
+    """Two computations of the same numbers (tensors, or nested lists, tuples and dictionaries of them) agree."""
+    torch.testing.assert_close(actual, expected, **COMPUTED)
+
+
+def assert_stored(actual: torch.nn.Module, expected: torch.nn.Module) -> None:
+    """Two models hold the same weights, to the bit; those that lie on the disk meanwhile are not looked at."""
+    weights, others = actual.state_dict(), expected.state_dict()
+    assert weights.keys() == others.keys()
+    assert not [name for name in weights if not (weights[name].is_meta or torch.equal(weights[name], others[name]))]
+
+
 def random_images(batch: int = 2, height: int = IMAGE_SIZE, width: int = IMAGE_SIZE) -> torch.Tensor:
     return torch.randn((batch, 3, height, width), generator=torch.Generator().manual_seed(2))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--misalign", type=int, help="Have the weights of loaded models start this many bytes past a multiple of 64."
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _misaligned_weights(pytestconfig):
+    """With `--misalign`: provoke the kernels that processors choose for weights at an odd place."""
+    offset = pytestconfig.getoption("--misalign")
+    from_pretrained = PreTrainedModel.from_pretrained.__func__
+
+    def misaligned(cls, *args, **kwargs):
+        loaded = from_pretrained(cls, *args, **kwargs)
+        for tensor in (loaded[0] if isinstance(loaded, tuple) else loaded).state_dict(keep_vars=True).values():
+            if tensor.device.type == "cpu" and tensor.is_contiguous() and not offset % tensor.itemsize:
+                room = torch.empty(tensor.nbytes + offset, dtype=torch.uint8)
+                assert not room.data_ptr() % 64
+                tensor.data = room[offset:].view(tensor.dtype).view(tensor.shape).copy_(tensor.data)
+        return loaded
+
+    with pytest.MonkeyPatch.context() as patch:
+        if offset is not None:
+            patch.setattr(PreTrainedModel, "from_pretrained", classmethod(misaligned))
+        yield
 
 
 @pytest.fixture

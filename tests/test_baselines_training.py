@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from conftest import assert_computed, assert_stored
 from PIL import Image
 from small_runs import (  # noqa: F401 - fixtures are found by being here
     COLOURS,
@@ -42,7 +43,8 @@ def test_learns_and_trains_its_own_parameters_alone(recipe, backbone, method):
     assert (result.output_dir / "confusion_test.csv").exists()
     again = AutoModelForImageClassification.from_pretrained(result.output_dir)
     pixels = torch.randn(2, 3, 32, 32)
-    assert torch.equal(again(pixels).logits, result.model(pixels).logits)
+    assert_stored(again, result.model)
+    assert_computed(again(pixels).logits, result.model(pixels).logits)
     assert again.config.id2label == {0: "red", 1: "green", 2: "blue"}
 
 

@@ -100,9 +100,27 @@ def test_setup_cfg_lists_every_package():
     assert listed == found
 
 
+# How many models transformers knows for the type, before the import, after it, and after a second one.
+_REGISTRATIONS = """
+import importlib
+from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING as models
+
+def registered():
+    return [model for config, model in models._extra_content.items() if config.model_type == "prompt_cam"]
+
+counts = [len(registered())]
+import prompt_cam_hf
+counts.append(len(registered()))
+importlib.reload(prompt_cam_hf)
+counts.append(len(registered()))
+assert registered() == [prompt_cam_hf.PromptCAMForImageClassification]
+print(*counts)
+"""
+
+
 def test_importing_twice_registers_once():
-    code = (
-        "import importlib, prompt_cam_hf; importlib.reload(prompt_cam_hf); "
-        "from transformers import AutoConfig; print(AutoConfig.for_model.__name__)"
+    run = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", _REGISTRATIONS], cwd="/", capture_output=True, text=True
     )
-    subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True, cwd="/", capture_output=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == "0 1 1"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ID2LABEL, random_images, tiny_backbone_config, tiny_model
+from conftest import ID2LABEL, assert_computed, assert_stored, random_images, tiny_backbone_config, tiny_model
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -33,8 +33,8 @@ CHECKPOINTS = Path(__file__).parent / "checkpoints"
 def assert_same(model, other):
     with torch.no_grad():
         got, expected = (m(random_images(), trait_classes="all") for m in (other, model))
-    assert torch.equal(got.logits, expected.logits)
-    assert torch.equal(got.trait_maps, expected.trait_maps)
+    assert_stored(other, model)
+    assert_computed((got.logits, got.trait_maps), (expected.logits, expected.trait_maps))
 
 
 @pytest.fixture

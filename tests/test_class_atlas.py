@@ -16,11 +16,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import datasets
+import matplotlib as mpl
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ID2LABEL, NUM_CLASSES, random_images, tiny_backbone_config, tiny_model
+from conftest import ID2LABEL, NUM_CLASSES, assert_computed, random_images, tiny_backbone_config, tiny_model
 from PIL import Image
 from transformers import CLIPImageProcessor, ViTForImageClassification
 
@@ -602,6 +603,37 @@ def test_the_pages_images_can_be_opened(html):
         assert max(image.size) <= 160
 
 
+def pixels_of(attributes):
+    """An embedded image, (height, width, 3), from 0 to 1."""
+    content = base64.b64decode(attributes["src"].partition(",")[2])
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB")) / 255
+
+
+def test_maps_of_one_image_share_a_scale_that_the_strongest_ends(html):
+    strips = [Page(strip).images for strip in re.findall("<figure>.*?</figure>", html, re.DOTALL)]
+    assert strips
+    for name, *maps in strips:
+        # Green of the brightest colour, before the losses of WebP: 0.85. In the middle of the scale it is under 0.6.
+        assert max(pixels_of(one)[..., 1].max() for one in maps) > 0.75, name["alt"]
+
+
+def test_mean_maps_of_one_class_share_a_scale_that_the_strongest_ends(html, photos):
+    rows = [row for row in rows_the_long_way(varied_model(), photos, 3) if not row["unreadable"]]
+    seen = 0
+    for number, section in re.findall('<h3 id="class-([0-9]+)">(.*?)</section>', html, re.DOTALL):
+        number, found = int(number), Page(section.partition("</h3>")[2])
+        used = [row["maps"] for row in rows if row["label"] == row["prediction"] == number]
+        shown = [one for one in found.images if one.get("class") == "grid"]
+        assert bool(shown) == bool(used)
+        heads = [int(re.match(r"Mean map of head (\d+)", one["alt"])[1]) for one in shown]
+        expected = [np.mean([maps[head] for maps in used], axis=0) for head in heads]
+        for one, mean in zip(shown, expected, strict=True):
+            colours = mpl.colormaps["inferno"](mean / np.max(expected))[..., :3]
+            np.testing.assert_allclose(pixels_of(one), colours, atol=4 / 255)  # a step of the colour map
+            seen += 1
+    assert seen
+
+
 def test_names_cannot_break_the_page(tmp_path):
     evil = {0: '<script>alert("x")</script>', 1: 'a" onload="b', 2: "c & d", 3: "ü 🐦", 4: "' e"}
     model = varied_model(id2label=evil)
@@ -674,5 +706,5 @@ def test_the_model_is_left_as_it_was(photos, tmp_path):
     model = varied_model()
     before = model(random_images()).logits
     run(photos, tmp_path / "out", model)
-    assert torch.equal(model(random_images()).logits, before)
+    assert_computed(model(random_images()).logits, before)
     assert store.PART_SIZE == build.PART_SIZE == 256

@@ -2,8 +2,10 @@
 """Does the demonstration learn, find the traits, keep what it made, and stay off the network?"""
 
 import json
+import re
 import socket
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -272,16 +274,48 @@ def invoke(*arguments):
     ],
 )
 def test_the_command_prints_numbers_and_places(demo, monkeypatch, arguments, folder):
+    others = count(1)
+
+    def differing(numbers):
+        """Another number for each share, so that none can stand in another's place."""
+        return {
+            name: differing(value) if isinstance(value, dict) else next(others) / 100
+            for name, value in numbers.items()
+        }
+
+    names = ("localisation", "accuracy_left", "predictions_flipped")
+    shares = differing({"accuracy": 0} | {name: demo.report.numbers[name] for name in names})
+
     def fake(where, *, deep, seed):
         assert (deep, seed) == ("--deep" in arguments, 3 if "--seed" in arguments else 0)
-        return DemoReport(where, [where / "trait_hits.png"], demo.report.numbers)
+        return DemoReport(where, [where / "trait_hits.png"], demo.report.numbers | shares)
 
     monkeypatch.setattr(demo_module, "run_demo", fake)
+    monkeypatch.setenv("COLUMNS", "200")  # a row a line
     code, output = invoke(*arguments)
     assert code == 0
-    numbers = demo.report.numbers
-    for value in (numbers["accuracy"], *numbers["localisation"]["pointing_game"].values(), numbers["chance"]):
-        assert f"{value:.1%}" in output
+    hits, mass = (shares["localisation"][name] for name in ("pointing_game", "relevance_mass_accuracy"))
+    left, flipped = shares["accuracy_left"], shares["predictions_flipped"]
+    expected = [
+        ("Birds read correctly", shares["accuracy"]),
+        ("by chance", 1 / 18),
+        ("strongest patch is on the trait", hits["first_head"]),
+        ("the same head, asked by the other classes", hits["other_classes"]),
+        ("any patch of the bird", hits["bird_patches"]),
+        ("any patch", hits["any_patches"]),
+        ("attention that is on the trait", mass["first_head"]),
+        ("the same head, asked by the other classes", mass["other_classes"]),
+        ("spread evenly over the bird", mass["bird_patches"]),
+        ("still right with the first head's 3 strongest patches blurred", left["strongest_patches"]),
+        ("with 3 random patches of the bird blurred", left["bird_patches"]),
+        ("read as another class once the class's traits are gone", flipped["all_traits"]),
+        ("once one of its traits is gone", flipped["one_trait"]),
+        ("once another part's colour is gone", flipped["other_part"]),
+    ]
+    rows = re.findall(r"│ ([^│]+?) +│ +([\d.]+%) │", output)
+    assert len(rows) == len(expected)
+    for (question, share), (words, value) in zip(rows, expected, strict=True):
+        assert question.endswith(words) and share == f"{value:.1%}", question
     assert f"Model: {folder}/model" in output
     assert f"{folder}/trait_hits.png" in output
     assert ("reduced variant" in output) == ("--deep" not in arguments)

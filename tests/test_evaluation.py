@@ -256,22 +256,25 @@ def test_the_files_say_the_same(finished):
 
 
 def test_true_classes_and_a_limit(folders, photos, tmp_path):
-    """Maps of few images, accuracy of all; other sizes of batches give the same."""
-    protocol = Protocol(("faithfulness",), preset="fast", classes="true", limit=5, batch_size=2)
+    """Maps of images drawn at random, accuracy of all; other sizes of batches give the same."""
+    protocol = Protocol(("faithfulness",), preset="fast", classes="true", limit=12, batch_size=5)
     found = quick(folders, photos, tmp_path / "out", protocol=protocol)
     counts = {mean.metric: mean.num_images for mean in found.means}
-    assert counts["accuracy"] == NUM_IMAGES - 1 and 4 <= counts["insertion"] <= 5
-    rows = measured(found.folder)
+    assert counts == {"accuracy": NUM_IMAGES - 1, "insertion": 12, "deletion": 12}
+    rows = {key: row for key, row in measured(found.folder).items() if key[3] in ("insertion", "deletion")}
+    assert {index for index, *_ in rows.values()} != set(range(12))
     model = AutoModelForImageClassification.from_pretrained(folders["prompt_cam"]).eval()
+    kinds = set()
     for (image, _, name, metric), (_, label, value, _) in rows.items():
-        if metric == "insertion":
-            pixel_values = build_image_processor(32)(open_image(photos / image), return_tensors="pt")["pixel_values"]
-            asked = [number for number, text in ID2LABEL.items() if text == label]
-            asked = torch.tensor(asked or [model(pixel_values).logits.argmax()])
-            maps = aggregate_maps(model, pixel_values, asked, name)
-            expected = faithfulness.insertion(model, pixel_values, maps, asked, "fast").auc
-            assert value == pytest.approx(float(expected), abs=1e-5)
-    other = quick(folders, photos, tmp_path / "other", protocol=Protocol(("faithfulness",), "fast", "true", 5))
+        pixel_values = build_image_processor(32)(open_image(photos / image), return_tensors="pt")["pixel_values"]
+        predicted = model(pixel_values).logits.argmax(-1)
+        asked = predicted if label is None else torch.tensor([list(ID2LABEL.values()).index(label)])
+        maps = aggregate_maps(model, pixel_values, asked, name)
+        expected = getattr(faithfulness, metric)(model, pixel_values, maps, asked, "fast").auc
+        assert value == pytest.approx(float(expected), abs=1e-5)
+        kinds.add("unlabelled" if label is None else "right" if asked == predicted else "wrong")
+    assert kinds == {"unlabelled", "right", "wrong"}
+    other = quick(folders, photos, tmp_path / "other", protocol=Protocol(("faithfulness",), "fast", "true", 12))
     assert_same_numbers(found.folder, other.folder)
 
 

@@ -44,6 +44,23 @@ def test_overlay_is_brightest_where_the_map_is():
     assert row // 10 == 1 and column // 10 == 6
 
 
+@pytest.mark.parametrize(
+    ("value", "signed", "opacity", "colour"),
+    [
+        (0.0, False, 0.25, (0.00, 0.00, 0.01)),  # the ends of matplotlib's inferno, and its middle
+        (0.4, False, 0.55, (0.74, 0.21, 0.33)),
+        (0.8, False, 0.85, (0.99, 1.00, 0.64)),
+        (0.0, True, 0.0, (0.87, 0.87, 0.87)),
+        (0.8, True, 0.9, (0.71, 0.02, 0.15)),  # the ends of coolwarm
+        (-0.8, True, 0.9, (0.23, 0.30, 0.75)),
+    ],
+)
+def test_the_stronger_a_value_the_more_its_colour_covers(value, signed, opacity, colour):
+    drawn = overlay(GREY, np.full((2, 2), value), vmax=0.8, signed=signed)
+    expected = [(1 - opacity) * 120 + opacity * 255 * part for part in colour]
+    assert drawn.reshape(-1, 3).tolist() == [pytest.approx(expected, abs=2)] * (80 * 40)
+
+
 def test_signs_have_colours():
     trait_map = np.array([[0.4, 0.0, -0.4]])
     image = overlay(Image.new("RGB", (90, 30), (120, 120, 120)), trait_map, vmax=0.4, signed=True).astype(int)

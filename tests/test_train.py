@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import assert_computed, assert_stored
 from hub_server import connect, serve
 from PIL import Image
 from small_runs import (  # noqa: F401 - fixtures are found by being here
@@ -292,7 +293,8 @@ def test_prompts_only(recipe):
     assert not any(name.startswith("backbone") for name in weights_of(result.output_dir))
     again = PromptCAMForImageClassification.from_pretrained(result.output_dir)
     pixels = torch.randn(2, 3, 32, 32)
-    assert torch.equal(again(pixels).logits, result.model(pixels).logits)
+    assert_stored(again, result.model)
+    assert_computed(again(pixels).logits, result.model(pixels).logits)
 
 
 def test_variants_reach_the_model(recipe):
