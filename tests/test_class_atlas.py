@@ -329,9 +329,9 @@ def killing(*paths):
     replace(*paths)
 os.replace = killing
 sys.path.insert(0, {tests!r})
-import test_atlas
-test_atlas.build.PART_SIZE = 6
-test_atlas.run({photos!r}, {out!r})
+import test_class_atlas
+test_class_atlas.build.PART_SIZE = 6
+test_class_atlas.run({photos!r}, {out!r})
 """
 
 
