@@ -356,7 +356,7 @@ def run_layer(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One layer of the backbone, from its own pieces, with extra tokens to attend to.
 
-    Without memory this is the family's own layer, number for number. Arguments as in `project`, `attend` and
+    Without memory this is the family's own layer, up to rounding. Arguments as in `project`, `attend` and
     `finish_layer`.
 
     Returns:

@@ -42,11 +42,11 @@ def test_same_scores_and_maps(official):
     output = model(official["pixel_values"], trait_classes="all")
     expected = official["class_to_patch_attention"]
     torch.testing.assert_close(output.logits, official["logits"], atol=1e-5, rtol=0)
-    # Fused attention rounds differently; 1e-6 is where float32 ends.
-    torch.testing.assert_close(output.trait_maps.transpose(1, 2).flatten(-2), expected, atol=1e-6, rtol=1e-6)
+    # Fused attention and other processors' kernels round differently: by up to 1.3e-6 was seen.
+    torch.testing.assert_close(output.trait_maps.transpose(1, 2).flatten(-2), expected, atol=5e-6, rtol=0)
     model.set_attn_implementation("eager")
     output = model(official["pixel_values"], trait_classes="all")
-    torch.testing.assert_close(output.trait_maps.transpose(1, 2).flatten(-2), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(output.trait_maps.transpose(1, 2).flatten(-2), expected, atol=5e-6, rtol=0)
 
 
 def test_same_five_training_steps(official):

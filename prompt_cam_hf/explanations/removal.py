@@ -28,7 +28,11 @@ _MAX_DIRECT_PIXELS = 20_000
 
 
 def remove_region(image: Image.Image, mask: np.ndarray, method: RemovalMethod = "inpaint") -> Image.Image:
+<<<<<<< HEAD:prompt_cam_hf/explanations/removal.py
     """Take a region out of an image; pixels outside it stay as they are, to the bit.
+=======
+    """Take a region out of a picture; pixels outside it keep their values.
+>>>>>>> tests10:prompt_cam_hf/removal.py
 
     - "blur": a Gaussian blur as wide as half the root of the region's area. Its own colours stay in it, spread out.
     - "mean": the mean colour of the rest of the image.
