@@ -15,11 +15,12 @@ from matplotlib.figure import Figure
 from transformers.image_processing_utils import BaseImageProcessor
 
 from prompt_cam_hf.data.images import ImageSource, image_name, open_image
-from prompt_cam_hf.explanations import figures
 from prompt_cam_hf.explanations.class_names import find_classes
 from prompt_cam_hf.explanations.explain import ClassTraits, Explanation, RankingMethod, explain_each
+from prompt_cam_hf.explanations.figures import Scale, check_head_count
 from prompt_cam_hf.explanations.maps import MapKind
 from prompt_cam_hf.explanations.results import Result, format_table
+from prompt_cam_hf.explanations.sheet import Row, draw_rows
 from prompt_cam_hf.loading import ClassifierLike, as_classifier
 
 
@@ -137,12 +138,30 @@ class Comparison(Result):
             for row in self.explanation.to_rows()
         ]
 
-    def figure(self, heads: int | None = None, outline: bool = False, scale: figures.Scale = "figure") -> Figure:
+    def figure(self, heads: int | None = None, outline: bool = False, scale: Scale = "figure") -> Figure:
         """Draw a row for each class, for what they share and for what sets them apart; see `Result.figure`.
 
         The columns are `top_heads`.
         """
-        return figures.plot_comparison(self, heads=heads, outline=outline, scale=scale)
+        letters, classes, shared = self.letters, self.classes, self.shared
+        order = self.top_heads(check_head_count(heads, len(shared)))
+        style = self.explanation.style([traits.maps[head] for traits in classes for head in order], outline, scale)
+        rows = []
+        for letter, traits in zip(letters, classes, strict=True):
+            truth = ", the true class" if traits.label == self.true_label else ""
+            rows.append(Row(f"{letter}: {traits.heading}{truth}", traits.draw(style, order)))
+        overlap = self.overlap
+        panels = [style.draw(shared[head], f"head {head}", f"{overlap[head]:.0%} shared") for head in order]
+        rows.append(Row(f"shared by {', '.join(letters[:-1])} and {letters[-1]}", [style.image_panel(), *panels]))
+        difference = replace(style, difference=True)
+        apart = list(zip(letters, self.own, strict=True))
+        # Of two classes, the second one's difference is the first one's with the other sign.
+        for letter, own in apart[: 1 if len(apart) == 2 else None]:
+            others = [other for other in letters if other != letter]
+            title = f"{letter} - {others[0]}" if len(others) == 1 else f"{letter} - the most of {', '.join(others)}"
+            panels = [difference.draw(own[head], f"head {head}") for head in order]
+            rows.append(Row(title, [style.image_panel(), *panels]))
+        return draw_rows(rows, [style.colour_bar(), difference.colour_bar()])
 
 
 def compare(

@@ -10,21 +10,24 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
-from scipy import sparse
-from scipy.sparse.linalg import cg, spsolve
+from scipy.sparse.linalg import cg
 from transformers.image_processing_utils import BaseImageProcessor
 
 from prompt_cam_hf.data.images import ImageSource, image_name, open_image
-from prompt_cam_hf.explanations import figures
 from prompt_cam_hf.explanations.explain import ClassScore, Explanation, explain_each
+from prompt_cam_hf.explanations.figures import Scale, check_head_count
+from prompt_cam_hf.explanations.holes import hole_system, solve_exactly
 from prompt_cam_hf.explanations.maps import MapKind, strong_region
 from prompt_cam_hf.explanations.results import Result, format_table
+from prompt_cam_hf.explanations.sheet import Row, draw_rows
 from prompt_cam_hf.loading import ClassifierLike, as_classifier
 
 RemovalMethod = Literal["blur", "mean", "inpaint"]
 REMOVAL_METHODS = ("blur", "mean", "inpaint")
 # A direct solution takes a fraction of a second up to here; a larger region starts from a coarser solution.
 _MAX_DIRECT_PIXELS = 20_000
+# Laplace's equation on a grid: each pixel is the mean of the four beside it.
+_LAPLACE = {(-1, 0): 1.0, (1, 0): 1.0, (0, -1): 1.0, (0, 1): 1.0}
 
 
 def remove_region(image: Image.Image, mask: np.ndarray, method: RemovalMethod = "inpaint") -> Image.Image:
@@ -77,27 +80,12 @@ def _fill_smoothly(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def _solve(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     if not mask.any():  # a coarse image of a thin region
         return pixels
-    height, width = mask.shape
-    numbers = np.full((height + 2, width + 2), -1)
-    numbers[1:-1, 1:-1][mask] = np.arange(mask.sum())
-    # Beside the image there is no neighbour (weight 0), so the fill meets the edge at a right angle.
-    weights = np.pad(np.ones(mask.shape), 1)
-    colours = np.pad(pixels, ((1, 1), (1, 1), (0, 0)))
-    count = int(mask.sum())
-    matrix, border = sparse.csr_matrix((count, count)), np.zeros((count, 3))
-    for down, right in ((0, 1), (2, 1), (1, 0), (1, 2)):
-        window = (slice(down, down + height), slice(right, right + width))
-        neighbour, weight = numbers[window][mask], weights[window][mask]
-        unknown = neighbour >= 0
-        mine = np.flatnonzero(unknown)
-        links = sparse.csr_matrix((np.ones(len(mine)), (mine, neighbour[unknown])), (count, count))
-        matrix = matrix + sparse.diags(weight) - links
-        border += np.where(unknown[:, None], 0, weight[:, None] * colours[window][mask])
+    matrix, border = hole_system(pixels, mask, _LAPLACE)
     filled = pixels.copy()
-    if count <= _MAX_DIRECT_PIXELS:
-        filled[mask] = spsolve(matrix.tocsc(), border)
+    if len(border) <= _MAX_DIRECT_PIXELS:
+        filled[mask] = solve_exactly(matrix, border)
     else:
-        # What a coarse solution gets wrong is fine detail at the border, which few iterations mend.
+        # A coarse solution is wrong in fine detail at the border only, which few iterations correct.
         start = _coarse_solution(pixels, mask)[mask]
         solved = [cg(matrix, border[:, c], start[:, c], rtol=1e-4, maxiter=100)[0] for c in range(3)]
         filled[mask] = np.stack(solved, axis=-1)
@@ -119,7 +107,7 @@ def _coarse_solution(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.stack([resize(coarse[..., c], mask.shape[::-1], Image.Resampling.BILINEAR) for c in range(3)], axis=-1)
 
 
-def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarray:
+def rectangle_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarray:
     """A rectangle as a mask, bool (height, width).
 
     Args:
@@ -220,9 +208,22 @@ class Removal(Result):
             for old, new in self.scores()
         ]
 
-    def figure(self, heads: int | None = None, outline: bool = False, scale: figures.Scale = "figure") -> Figure:
+    def figure(self, heads: int | None = None, outline: bool = False, scale: Scale = "figure") -> Figure:
         """Draw both images beside the maps of the heads that mattered most before; see `Result.figure`."""
-        return figures.plot_removal(self, heads=heads, outline=outline, scale=scale)
+        before, after = self.before.classes[0], self.after.classes[0]
+        order = before.head_order[: check_head_count(heads, len(before.maps))]
+        style = self.before.style([traits.maps[head] for traits in (before, after) for head in order], outline, scale)
+        rows = []
+        for when, done, explanation in (
+            ("before", "region outlined", self.before),
+            ("after", "region filled", self.after),
+        ):
+            traits, best = explanation.classes[0], explanation.prediction
+            verdict = "predicted" if traits.rank == 1 else f"predicted: {best.label} ({best.probability:.1%})"
+            first, *panels = traits.draw(replace(style, image=explanation.image), order)
+            first = replace(first, title=done, outline=self.mask.astype(np.float32))
+            rows.append(Row(f"{when}: {traits.label} ({traits.probability:.1%}), {verdict}", [first, *panels]))
+        return draw_rows(rows, [style.colour_bar()])
 
 
 def remove_trait(
@@ -281,7 +282,7 @@ def _region_mask(
         if mask.all():
             raise ValueError(f"The map of the top head, {head}, covers the whole image; give a box or a mask.")
         return mask
-    return box_mask(size, region)
+    return rectangle_mask(size, region)
 
 
-__all__ = ["REMOVAL_METHODS", "Removal", "box_mask", "remove_region", "remove_trait"]
+__all__ = ["REMOVAL_METHODS", "Removal", "rectangle_mask", "remove_region", "remove_trait"]

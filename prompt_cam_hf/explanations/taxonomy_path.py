@@ -18,8 +18,8 @@ from transformers.utils import cached_file
 
 from prompt_cam_hf.data.images import ImageSource, image_name, open_image
 from prompt_cam_hf.data.taxonomy_tree import Taxonomy, read_taxonomy
-from prompt_cam_hf.explanations import figures
 from prompt_cam_hf.explanations.explain import ClassTraits, Explanation, RankingMethod, read_state
+from prompt_cam_hf.explanations.figures import Scale
 from prompt_cam_hf.explanations.maps import MapKind, check_kind, map_box
 from prompt_cam_hf.explanations.results import Result
 from prompt_cam_hf.loading import ClassifierLike, as_classifier
@@ -84,13 +84,11 @@ class TaxonomyPath(Result):
             for row in explanation.to_rows()
         ]
 
-    def figure(
-        self, heads: int | None = None, outline: bool = False, scale: Literal["figure", "head"] = "figure"
-    ) -> Figure:
-        """Draw the image beside the most important heads' maps, one row a level; arguments as in `Explanation`."""
+    def figure(self, heads: int | None = None, outline: bool = False, scale: Scale = "figure") -> Figure:
+        """Draw the image beside the most important heads' maps, one row a level; see `Result.figure`."""
         first = next(iter(self.explanations.values()))
         rows = tuple(self._row(level, explanation.classes[0]) for level, explanation in self.explanations.items())
-        return figures.plot_explanation(replace(first, classes=rows), heads=heads, outline=outline, scale=scale)
+        return replace(first, classes=rows).figure(heads, outline, scale)
 
     def _row(self, level: str, traits: ClassTraits) -> ClassTraits:
         conflict = f" [{self.conflicts[level]}]" if level in self.conflicts else ""

@@ -7,14 +7,12 @@ weighted mean of its eight neighbours, with a little noise: removed neighbours t
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import sparse
-from scipy.sparse.linalg import splu
 
+from prompt_cam_hf.explanations.holes import hole_system, solve_exactly
 from prompt_cam_hf.metrics.scoring import (
     Classifier,
     asked_classes,
@@ -28,8 +26,12 @@ PERCENTILES = (10, 20, 30, 40, 50, 60, 70, 80, 90)
 # As in the authors' code: weights of direct and of diagonal neighbours, and the noise in units of pixel_values.
 DIRECT_WEIGHT, DIAGONAL_WEIGHT = 1 / 6, 1 / 12
 NOISE = 0.01
-# Each pair of neighbours once, as (rows down, columns to the right).
-_OFFSETS = {(0, 1): DIRECT_WEIGHT, (1, 0): DIRECT_WEIGHT, (1, 1): DIAGONAL_WEIGHT, (1, -1): DIAGONAL_WEIGHT}
+_NEIGHBOUR_WEIGHTS = {
+    (down, right): DIAGONAL_WEIGHT if down and right else DIRECT_WEIGHT
+    for down in (-1, 0, 1)
+    for right in (-1, 0, 1)
+    if down or right
+}
 
 
 class RoadCurves(NamedTuple):
@@ -114,33 +116,10 @@ def impute(image: torch.Tensor, removed: np.ndarray, noise_image: torch.Tensor) 
     Returns:
         The image, on the CPU, in the precision of `image`.
     """
-    holes = removed.ravel()
-    weights = _neighbour_weights(*removed.shape)
-    values = image.detach().cpu().double().flatten(1).numpy().copy()
-    # In each hole: (sum of the weights of all neighbours) x - (weighted sum of the holes among them) = the rest's sum.
-    inside = weights[holes]
-    system = sparse.diags(np.asarray(inside.sum(axis=1)).ravel()) - inside[:, holes]
-    right_side = inside[:, ~holes] @ values[:, ~holes].T
-    # The system is symmetric and diagonally dominant: without pivoting it is factorised several times as fast.
-    factors = splu(system.tocsc(), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
-    values[:, holes] = factors.solve(right_side).T + noise_image.double().flatten(1).numpy()[:, holes]
-    return torch.from_numpy(values).view(image.shape).to(image.dtype)
-
-
-@lru_cache(maxsize=4)
-def _neighbour_weights(height: int, width: int) -> sparse.csr_matrix:
-    """(pixels, pixels): the weight of each pixel's up to eight neighbours."""
-    numbers = np.arange(height * width).reshape(height, width)
-    first, second, weights = [], [], []
-    for (down, right), weight in _OFFSETS.items():
-        upper, lower = numbers[: height - down], numbers[down:]
-        columns = (slice(None, width - right), slice(right, None)) if right >= 0 else (slice(1, None), slice(None, -1))
-        first.append(upper[:, columns[0]].ravel())
-        second.append(lower[:, columns[1]].ravel())
-        weights.append(np.full(first[-1].size, weight))
-    rows, cols, values = (np.concatenate(parts) for parts in (first, second, weights))
-    matrix = sparse.csr_matrix((values, (rows, cols)), shape=(numbers.size, numbers.size))
-    return matrix + matrix.T
+    pixels = image.detach().cpu().double().permute(1, 2, 0).numpy().copy()
+    noise = noise_image.double().permute(1, 2, 0).numpy()
+    pixels[removed] = solve_exactly(*hole_system(pixels, removed, _NEIGHBOUR_WEIGHTS)) + noise[removed]
+    return torch.from_numpy(pixels).permute(2, 0, 1).to(image.dtype)
 
 
 __all__ = ["DIAGONAL_WEIGHT", "DIRECT_WEIGHT", "NOISE", "PERCENTILES", "RoadCurves", "impute", "road"]
