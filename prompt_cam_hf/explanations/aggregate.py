@@ -9,8 +9,9 @@ from typing import Literal, get_args
 
 import torch
 
+from prompt_cam_hf.explanations.class_names import check_classes
 from prompt_cam_hf.explanations.maps import MapKind, maps_from_state
-from prompt_cam_hf.explanations.ranking import check_classes, rank_heads_from_state
+from prompt_cam_hf.explanations.ranking import rank_heads_from_state
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState
 
@@ -72,7 +73,7 @@ def aggregate_maps(
     with torch.no_grad():
         state = model.last_layer_state(pixel_values, interpolate_pos_encoding)
         logits = model.last_layer_logits(state)
-        asked = check_classes(classes, logits)
+        asked = check_classes(logits.argmax(dim=-1) if classes is None else classes.to(logits.device), *logits.shape)
     maps = maps_from_state(model, state, asked, kind)
     if way == "positive":
         maps = maps.relu()

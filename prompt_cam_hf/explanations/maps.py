@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 
+from prompt_cam_hf.explanations.class_names import check_classes
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.modeling.backbone_prompt_cam import attention_weights, backbone_layers, finish_layer, patch_size
-from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState, check_class_numbers
+from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState
 
 MapKind = Literal["attention", "evidence"]
 MAP_KINDS = ("attention", "evidence")
@@ -52,14 +53,8 @@ def trait_maps(
         state = model.last_layer_state(pixel_values, interpolate_pos_encoding)
         if classes is None:
             classes = model.last_layer_logits(state).argmax(dim=-1)
-        elif classes.ndim not in (1, 2) or len(classes) != len(pixel_values):
-            raise ValueError(
-                f"classes has the shape {tuple(classes.shape)}; it must be (batch,) or (batch, k), with "
-                f"batch={len(pixel_values)}."
-            )
-        check_class_numbers(classes, model.config.num_labels, "classes")
-    classes = classes.to(state.projections.keys.device).view(len(pixel_values), -1)
-    return maps_from_state(model, state, classes, kind)
+    asked = check_classes(classes, len(pixel_values), model.config.num_labels)
+    return maps_from_state(model, state, asked.to(state.projections.keys.device), kind)
 
 
 def maps_from_state(

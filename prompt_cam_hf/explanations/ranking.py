@@ -10,8 +10,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from prompt_cam_hf.explanations.class_names import check_classes
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
-from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState, check_class_numbers
+from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState
 from prompt_cam_hf.modeling.ranking_prompt_cam import BlurredScores, check_blur, rank_heads_greedily
 
 # Beyond this, enumerating all sets of heads is no longer cheap.
@@ -72,7 +73,8 @@ def rank_heads(
     check_ranking(model, method, blur)
     state = model.last_layer_state(pixel_values, interpolate_pos_encoding)
     logits = model.last_layer_logits(state)
-    ranking = rank_heads_from_state(model, state, logits, check_classes(classes, logits), method, blur)
+    asked = check_classes(logits.argmax(dim=-1) if classes is None else classes.to(logits.device), *logits.shape)
+    ranking = rank_heads_from_state(model, state, logits, asked, method, blur)
     if classes is not None and classes.ndim == 2:
         return ranking
     order, scores, sufficient, number = ranking
@@ -129,23 +131,6 @@ def check_ranking(model: PromptCAMForImageClassification, method: str, blur: str
     check_blur(blur)
 
 
-def check_classes(classes: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
-    """Classes as (batch, k), from (batch,), (batch, k) or None for the predicted ones.
-
-    Raises:
-        ValueError: they do not fit the logits (batch, num_labels).
-    """
-    batch, num_labels = logits.shape
-    if classes is None:
-        return logits.argmax(dim=-1, keepdim=True)
-    if classes.ndim not in (1, 2) or classes.shape[0] != batch:
-        raise ValueError(
-            f"classes has the shape {tuple(classes.shape)}; it must be (batch,) or (batch, k), with batch={batch}."
-        )
-    check_class_numbers(classes, num_labels, "classes")
-    return classes.to(logits.device).view(batch, -1)
-
-
 def _rank_greedily(
     model: PromptCAMForImageClassification,
     state: LastLayerState,
@@ -179,21 +164,20 @@ def _score_sets(blurred_scores: BlurredScores, sets: torch.Tensor, classes: torc
 
 
 def _rank_exactly(values: torch.Tensor, sets: torch.Tensor, rivals: torch.Tensor) -> HeadRanking:
-    heads = sets.shape[1]
-    sizes = sets.sum(dim=1)
+    heads, sizes = sets.shape[1], sets.sum(dim=1)
     wins = values > rivals[..., None]
     smallest = torch.where(wins, sizes, heads + 1).amin(dim=-1)
-    is_smallest = wins & (sizes == smallest[..., None])
-    # Where no set wins, all heads stand for it.
-    is_smallest[..., -1] |= smallest > heads
-    best = values.masked_fill(~is_smallest, -torch.inf).argmax(dim=-1)
-    without = (2**heads - 1) - 2 ** torch.arange(heads, device=sets.device)
-    scores = values[..., without]
-    # Members of the set first; among equals, the head first whose own blurring costs most.
-    by_score = scores.argsort(dim=-1, stable=True)
-    membership = sets[best].gather(-1, by_score)
-    order = by_score.gather(-1, (~membership).long().argsort(dim=-1, stable=True))
-    return HeadRanking(order, scores, smallest, torch.where(smallest > heads, 0, is_smallest.sum(dim=-1)))
+    candidates = wins & (sizes == smallest[..., None])
+    num_candidates = candidates.sum(dim=-1)
+    # The last set holds all heads; it stands in where no set wins.
+    candidates[..., -1] |= num_candidates == 0
+    best = sets[values.masked_fill(~candidates, -torch.inf).argmax(dim=-1)]
+    all_but_one = len(sets) - 1 - 2 ** torch.arange(heads, device=sets.device)
+    scores = values[..., all_but_one]
+    # Heads of the best set first; within it and outside, the head first whose own blurring leaves the lowest score.
+    places = scores.argsort(dim=-1, stable=True).argsort(dim=-1)
+    order = (places - heads * best.long()).argsort(dim=-1)
+    return HeadRanking(order, scores, smallest, num_candidates)
 
 
 def _rank_by_shapley_value(values: torch.Tensor, sets: torch.Tensor, rivals: torch.Tensor) -> HeadRanking:
@@ -217,4 +201,4 @@ def _rank_by_shapley_value(values: torch.Tensor, sets: torch.Tensor, rivals: tor
     return HeadRanking(order, scores.to(values.dtype), _count_sufficient(values.gather(-1, members), rivals))
 
 
-__all__ = ["HeadRanking", "check_classes", "check_ranking", "rank_heads", "rank_heads_from_state"]
+__all__ = ["HeadRanking", "check_ranking", "rank_heads", "rank_heads_from_state"]

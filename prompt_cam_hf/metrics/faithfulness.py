@@ -18,7 +18,7 @@ from scipy.ndimage import gaussian_filter1d
 from torch import nn
 
 from prompt_cam_hf.metrics.scoring import (
-    Classifier,
+    Scorer,
     area_under_curve,
     asked_classes,
     check_one_map_an_image,
@@ -78,7 +78,7 @@ class FaithfulnessCurve(NamedTuple):
 
 
 def insertion(
-    model: Classifier,
+    model: Scorer,
     pixel_values: torch.Tensor,
     maps: torch.Tensor,
     classes: torch.Tensor | None = None,
@@ -109,7 +109,7 @@ def insertion(
 
 
 def deletion(
-    model: Classifier,
+    model: Scorer,
     pixel_values: torch.Tensor,
     maps: torch.Tensor,
     classes: torch.Tensor | None = None,
@@ -181,7 +181,7 @@ def _preset(name: str) -> Preset:
 
 
 def _follow(
-    model: Classifier,
+    model: Scorer,
     clean: torch.Tensor,
     first: torch.Tensor,
     last: torch.Tensor,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from prompt_cam_hf.metrics.faithfulness import deletion, insertion
-from prompt_cam_hf.metrics.scoring import Classifier
+from prompt_cam_hf.metrics.scoring import Scorer
 
 _DESCRIPTION = "Insertion and deletion (Petsiuk et al., BMVC 2018) of a classifier's maps, by a protocol with a name."
 
@@ -60,7 +60,7 @@ class FaithfulnessReport(evaluate.Metric):
         predictions: Any,
         references: Any,
         pixel_values: Any,
-        model: Classifier,
+        model: Scorer,
         preset: str = "rise",
         batch_size: int = 32,
         image_mean: Sequence[float] | None = None,

@@ -14,7 +14,7 @@ import torch
 
 from prompt_cam_hf.explanations.holes import hole_system, solve_exactly
 from prompt_cam_hf.metrics.scoring import (
-    Classifier,
+    Scorer,
     asked_classes,
     check_one_map_an_image,
     class_logits,
@@ -55,7 +55,7 @@ class RoadCurves(NamedTuple):
 
 
 def road(
-    model: Classifier,
+    model: Scorer,
     pixel_values: torch.Tensor,
     maps: torch.Tensor,
     classes: torch.Tensor | None = None,

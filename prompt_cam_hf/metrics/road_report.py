@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from prompt_cam_hf.metrics.road import PERCENTILES, road
-from prompt_cam_hf.metrics.scoring import Classifier
+from prompt_cam_hf.metrics.scoring import Scorer
 
 _DESCRIPTION = "ROAD (Rong et al., ICML 2022): pixels are removed in a map's order, and filled in from around them."
 
@@ -58,7 +58,7 @@ class RoadReport(evaluate.Metric):
         predictions: Any,
         references: Any,
         pixel_values: Any,
-        model: Classifier,
+        model: Scorer,
         percentiles: Sequence[float] = PERCENTILES,
         seed: int = 0,
         batch_size: int = 32,

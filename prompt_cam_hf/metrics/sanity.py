@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from prompt_cam_hf.explanations.ranking import rank_heads
-from prompt_cam_hf.metrics.scoring import Classifier, Explainer, asked_classes, class_logits
+from prompt_cam_hf.metrics.scoring import Explainer, Scorer, asked_classes, class_logits
 from prompt_cam_hf.metrics.specificity import other_classes
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 
@@ -148,7 +148,7 @@ def _shuffle(parameter: nn.Parameter, generator: torch.Generator) -> None:
 
 
 def random_class_similarity(
-    model: Classifier,
+    model: Scorer,
     pixel_values: torch.Tensor,
     explain: Explainer,
     classes: torch.Tensor | None = None,
@@ -175,7 +175,7 @@ def random_class_similarity(
 
 
 def map_stability(
-    model: Classifier,
+    model: Scorer,
     pixel_values: torch.Tensor,
     explain: Explainer,
     image_std: Sequence[float],
@@ -231,7 +231,7 @@ def head_stability(
 
 
 def _stability(
-    model: Classifier,
+    model: Scorer,
     pixel_values: torch.Tensor,
     explain: Explainer,
     flip_back: Callable[[torch.Tensor], torch.Tensor],

@@ -14,13 +14,13 @@ from torch import nn
 from prompt_cam_hf.modeling.outputs_prompt_cam import check_class_numbers
 
 # (batch, channels, height, width) -> logits (batch, num_labels), or an output that has them as `logits`.
-Classifier = Callable[[torch.Tensor], Any]
+Scorer = Callable[[torch.Tensor], Any]
 # (model, pixel_values, classes) -> one map an image, (batch, rows, cols); higher is stronger.
 Explainer = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @torch.no_grad()
-def class_logits(model: Classifier, pixel_values: torch.Tensor) -> torch.Tensor:
+def class_logits(model: Scorer, pixel_values: torch.Tensor) -> torch.Tensor:
     """The scores of all classes, float32, (batch, num_labels), on the device of the images."""
     output = model(pixel_values)
     return (output if isinstance(output, torch.Tensor) else output.logits).to(pixel_values.device, torch.float32)
@@ -36,7 +36,7 @@ def class_probability(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tens
     return logits.softmax(dim=-1).gather(-1, classes[:, None])[:, 0]
 
 
-def asked_classes(model: Classifier, pixel_values: torch.Tensor, classes: torch.Tensor | None) -> torch.Tensor:
+def asked_classes(model: Scorer, pixel_values: torch.Tensor, classes: torch.Tensor | None) -> torch.Tensor:
     """The classes to ask about, (batch,): those given, such as the true ones, or for None the predicted ones.
 
     Raises:
@@ -90,7 +90,7 @@ def check_one_map_an_image(maps: torch.Tensor, pixel_values: torch.Tensor) -> No
 
 
 def probabilities_after_replacing(
-    model: Classifier,
+    model: Scorer,
     original: torch.Tensor,
     replacement: torch.Tensor,
     ranks: torch.Tensor,

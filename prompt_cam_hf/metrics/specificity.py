@@ -13,8 +13,8 @@ from torch import nn
 
 from prompt_cam_hf.metrics.localization import relevance_mass_accuracy
 from prompt_cam_hf.metrics.scoring import (
-    Classifier,
     Explainer,
+    Scorer,
     asked_classes,
     class_logits,
     class_probability,
@@ -44,7 +44,7 @@ class ClassSpecificity(NamedTuple):
 
 
 def class_specificity(
-    model: Classifier,
+    model: Scorer,
     pixel_values: torch.Tensor,
     explain: Explainer,
     classes: torch.Tensor,
@@ -131,7 +131,7 @@ class CounterfactualChange(NamedTuple):
 
 
 def counterfactual_change(
-    model: Classifier,
+    model: Scorer,
     before: torch.Tensor,
     after: torch.Tensor,
     classes: torch.Tensor | None = None,
