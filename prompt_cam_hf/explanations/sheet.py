@@ -13,6 +13,7 @@ from functools import lru_cache
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.textpath import TextPath
 
 OUTLINE_COLOUR = "#7fffd4"
@@ -88,8 +89,7 @@ def draw_rows(rows: Sequence[Row], bars: Sequence[ColourBar] = ()) -> Figure:
         line_height = width / aspect + over_panels + 3 * _PAD
         heights.append(len(title) * _TITLE_LINE_HEIGHT + 2 * _PAD + count * line_height + _ROW_GAP)
     heights += [(len(label) + 1) * _LINE_HEIGHT + _BAR_HEIGHT + 5 * _PAD for label in labels]
-    figure = Figure((room, sum(heights)), layout="constrained")
-    figure.get_layout_engine().set(w_pad=_PAD, h_pad=_PAD, wspace=0, hspace=0)
+    figure = Figure((room, sum(heights)), layout=ConstrainedLayoutEngine(w_pad=_PAD, h_pad=_PAD, wspace=0, hspace=0))
     parts = figure.subfigures(len(heights), squeeze=False, height_ratios=heights)[:, 0]
     for part, row, count, title in zip(parts, rows, lines, titles, strict=False):
         part.suptitle("\n".join(title), x=_PAD / room, ha="left", fontsize=_TITLE_FONT)

@@ -8,11 +8,12 @@ Works without a network, as a class or as a script: `evaluate.load(".../prompt_c
 from collections.abc import Callable
 from typing import Any
 
-import datasets
 import evaluate
 import numpy as np
 from sklearn.metrics import confusion_matrix
 from transformers import EvalPrediction
+
+from prompt_cam_hf.metrics.metric_info import metric_info
 
 _DESCRIPTION = "Top-1, top-5 and macro accuracy and the confusion counts of a classifier, from its scores."
 
@@ -33,17 +34,7 @@ class ClassificationReport(evaluate.Metric):
     """Top-1, top-5, macro accuracy (0 to 1) and confusion counts (C, C) from scores (n, C) and true classes (n,)."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="",
-            inputs_description=_INPUTS_DESCRIPTION,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("float32")),
-                    "references": datasets.Value("int64"),
-                }
-            ),
-        )
+        return metric_info(_DESCRIPTION, _INPUTS_DESCRIPTION, predictions=("float32", 1), references=("int64", 0))
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, Any]:
         scores = np.asarray(predictions)

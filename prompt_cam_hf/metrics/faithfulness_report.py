@@ -9,12 +9,10 @@ images until it computes.
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import evaluate
-import numpy as np
-import torch
 
 from prompt_cam_hf.metrics.faithfulness import deletion, insertion
+from prompt_cam_hf.metrics.metric_info import as_batch, metric_info
 from prompt_cam_hf.metrics.scoring import Scorer
 
 _DESCRIPTION = "Insertion and deletion (Petsiuk et al., BMVC 2018) of a classifier's maps, by a protocol with a name."
@@ -42,17 +40,12 @@ class FaithfulnessReport(evaluate.Metric):
     """Mean insertion and deletion of maps (n, rows, cols) for classes (n,) of a model's images; see `inputs`."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="",
-            inputs_description=_INPUTS_DESCRIPTION,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Sequence(datasets.Value("float32"))),
-                    "references": datasets.Value("int64"),
-                    "pixel_values": datasets.Sequence(datasets.Sequence(datasets.Sequence(datasets.Value("float32")))),
-                }
-            ),
+        return metric_info(
+            _DESCRIPTION,
+            _INPUTS_DESCRIPTION,
+            predictions=("float32", 2),
+            references=("int64", 0),
+            pixel_values=("float32", 3),
         )
 
     def _compute(
@@ -66,9 +59,8 @@ class FaithfulnessReport(evaluate.Metric):
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
     ) -> dict[str, Any]:
-        device = getattr(model, "device", torch.device("cpu"))
-        images, maps = (torch.as_tensor(np.asarray(values), device=device) for values in (pixel_values, predictions))
-        arguments = (model, images, maps, torch.as_tensor(np.asarray(references)), preset, batch_size)
+        images, maps, classes = as_batch(model, predictions, references, pixel_values)
+        arguments = (model, images, maps, classes, preset, batch_size)
         inserted, deleted = insertion(*arguments), deletion(*arguments, image_mean, image_std)
         return {
             "preset": preset,

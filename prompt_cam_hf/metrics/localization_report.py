@@ -6,7 +6,6 @@ Works without a network, as a class or as a script, as `prompt_cam_hf.metrics.cl
 
 from typing import Any
 
-import datasets
 import evaluate
 import numpy as np
 
@@ -20,6 +19,7 @@ from prompt_cam_hf.metrics.localization import (
     relevance_rank_accuracy,
     top_k_intersection,
 )
+from prompt_cam_hf.metrics.metric_info import metric_info
 
 _DESCRIPTION = "Localisation of maps against masks: five metrics, and what chance would reach."
 
@@ -42,17 +42,7 @@ class LocalizationReport(evaluate.Metric):
     """Mean localisation of maps (n, rows, cols) against boolean masks (n, height, width); see `inputs`."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="",
-            inputs_description=_INPUTS_DESCRIPTION,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Sequence(datasets.Value("float32"))),
-                    "references": datasets.Sequence(datasets.Sequence(datasets.Value("bool"))),
-                }
-            ),
-        )
+        return metric_info(_DESCRIPTION, _INPUTS_DESCRIPTION, predictions=("float32", 2), references=("bool", 2))
 
     def _compute(self, predictions: Any, references: Any, k: int = 3, share: float = PATCH_SHARE) -> dict[str, float]:
         found = []

@@ -8,11 +8,9 @@ Works without a network, as a class or as a script, as `prompt_cam_hf.metrics.cl
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import evaluate
-import numpy as np
-import torch
 
+from prompt_cam_hf.metrics.metric_info import as_batch, metric_info
 from prompt_cam_hf.metrics.road import PERCENTILES, road
 from prompt_cam_hf.metrics.scoring import Scorer
 
@@ -40,17 +38,12 @@ class RoadReport(evaluate.Metric):
     """Mean ROAD of maps (n, rows, cols) for classes (n,) of a model's images; see `inputs`."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="",
-            inputs_description=_INPUTS_DESCRIPTION,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Sequence(datasets.Value("float32"))),
-                    "references": datasets.Value("int64"),
-                    "pixel_values": datasets.Sequence(datasets.Sequence(datasets.Sequence(datasets.Value("float32")))),
-                }
-            ),
+        return metric_info(
+            _DESCRIPTION,
+            _INPUTS_DESCRIPTION,
+            predictions=("float32", 2),
+            references=("int64", 0),
+            pixel_values=("float32", 3),
         )
 
     def _compute(
@@ -63,9 +56,7 @@ class RoadReport(evaluate.Metric):
         seed: int = 0,
         batch_size: int = 32,
     ) -> dict[str, Any]:
-        device = getattr(model, "device", torch.device("cpu"))
-        images, maps = (torch.as_tensor(np.asarray(values), device=device) for values in (pixel_values, predictions))
-        classes = torch.as_tensor(np.asarray(references))
+        images, maps, classes = as_batch(model, predictions, references, pixel_values)
         found = road(model, images, maps, classes, percentiles, seed=seed, batch_size=batch_size)
         return {
             "num_images": len(images),
