@@ -18,10 +18,10 @@ def find_class(id2label: Mapping[int, str], name: str) -> int:
 
     Args:
         id2label: Names by class number, as in `model.config.id2label`.
-        name: What the user wrote.
+        name: The name as the user wrote it.
 
     Raises:
-        ValueError: no class has this name (the nearest ones are offered), or several do.
+        ValueError: no class has this name (the nearest names are suggested), or several do.
     """
     matches = [number for number, label in id2label.items() if label == name]
     if not matches:
@@ -41,10 +41,10 @@ def find_class(id2label: Mapping[int, str], name: str) -> int:
 
 
 def find_classes(id2label: Mapping[int, str], classes: str | int | Iterable[str | int]) -> list[int]:
-    """The numbers of one class or several, in the given order, each once; numbers are taken as they are.
+    """The numbers of one class or several, in the given order, without repetition. Numbers are checked and kept.
 
     Raises:
-        ValueError: a class does not exist, or there is none.
+        ValueError: a class does not exist, or `classes` is empty.
     """
     found = []
     for wanted in [classes] if isinstance(classes, str | int) else classes:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What do classes share on an image, and what tells them apart?
+"""Comparing classes on one image: what their maps share, and what sets them apart.
 
 The paper (section 4) lays class B's maps on an image of class A to see which traits they share, and the maps of the
 true and of the predicted class side by side to read a mistake. Heads are compared one by one: in the last layer a head
-has the same keys and values for all class prompts, so two prompts that look at one patch through it take in the same.
+has the same keys and values for all class prompts, so two prompts that attend to the same patch receive the same.
 """
 
 from collections.abc import Iterable
@@ -30,15 +30,15 @@ class Comparison(Result):
 
     With m[c] the map of class c in a head, at a patch:
 
-    - shared: the smallest of the m[c]; for evidence, the m[c] of the smallest size where all have one sign, else 0;
-    - own[c]: m[c] less the largest map of the other classes. Above 0 where c alone looks (or finds more than all
-      others), below 0 where another class does. Of two classes, own[A] = m[A] - m[B] = -own[B].
+    - shared: the smallest of the m[c]; for evidence, the m[c] closest to 0 where all have the same sign, and else 0;
+    - own[c]: m[c] minus the largest of the other classes' maps: above 0 where c has more than every other class, below
+      0 where another class has more. With two classes, own[A] = m[A] - m[B] = -own[B].
 
-    Maps, shared and own have one unit and are drawn on one scale.
+    Maps, shared and own have the same unit and are drawn on the same scale.
 
     Attributes:
         explanation: The image, and each class's traits.
-        true_label: The class that a misread image belongs to; None where no mistake was asked about.
+        true_label: The true class of a misclassified image; None unless `compare` was called with `true`.
     """
 
     explanation: Explanation
@@ -70,7 +70,7 @@ class Comparison(Result):
 
     @property
     def overlap(self) -> np.ndarray:
-        """How much of a head's maps is shared, (heads,), 0 to 1: the sum of |shared| over that of the largest |m|."""
+        """The shared part of each head's maps, (heads,), 0 to 1: the sum of |shared| over that of the largest |m|."""
         largest = np.abs(self._maps()).max(axis=0).sum(axis=(-2, -1))
         return np.abs(self.shared).sum(axis=(-2, -1)) / np.maximum(largest, np.finfo(np.float32).tiny)
 
@@ -78,7 +78,7 @@ class Comparison(Result):
         return np.stack([traits.maps for traits in self.classes])
 
     def top_heads(self, count: int) -> tuple[int, ...]:
-        """Heads that matter to any of the classes: the first of each, the second of each, and so on."""
+        """The most important heads of all classes in turn: the first of each, the second of each, and so on."""
         orders = zip(*(traits.head_order for traits in self.classes), strict=True)
         return tuple(dict.fromkeys(head for heads in orders for head in heads))[:count]
 
@@ -178,14 +178,11 @@ def compare(
 ) -> Comparison:
     """Compare classes on one image, or the true class with the predicted one.
 
-        compare("my_model", "blue_jay.jpg", ["Blue Jay", "Steller Jay"]).save("comparison.png")
-        print(compare("my_model", "misread.jpg", true="Blue Jay"))
-
     Args:
         model: A folder, a Hub id, a pipeline, or a loaded model with `image_processor`.
         image: The image.
         classes: Names or numbers of two classes or more.
-        true: In place of `classes`: the class that a misread image belongs to.
+        true: In place of `classes`: the true class of a misclassified image, which is compared with the predicted one.
         image_processor: For a loaded model.
         kind: As in `explain`.
         method: As in `explain`.
@@ -193,11 +190,19 @@ def compare(
         interpolate_pos_encoding: As in the model's `forward`.
 
     Raises:
-        ValueError: fewer than two classes, an image that is read as its true class, or as `explain` does.
+        ValueError: there are fewer than two classes, the prediction is the true class, or `explain` refuses an
+            argument.
         OSError: the image or the model cannot be found.
+
+    Example:
+        >>> from prompt_cam_hf import compare
+        >>> comparison = compare("my_model", "bird.jpg", ["Blue Jay", "Steller Jay"])
+        >>> comparison.overlap  # the shared part of each head's maps
+        >>> comparison.save("comparison.png")
+        >>> print(compare("my_model", "bird.jpg", true="Blue Jay"))  # the true class and the predicted one
     """
     if (classes is None) == (true is None):
-        raise ValueError("Give either classes=, two or more, or true=, the class that a misread image belongs to.")
+        raise ValueError("Give either classes=, two or more, or true=, the true class of a misclassified image.")
     classifier = as_classifier(model, image_processor)
     id2label = classifier.model.config.id2label
     opened = open_image(image)
@@ -216,8 +221,8 @@ def compare(
         predicted = next(explain_each(classifier, [opened], **options)).prediction
         if predicted.number == true_number:
             raise ValueError(
-                f"{image_name(image) or 'The image'} is read rightly, as {predicted.label!r}; name two classes to "
-                "compare them on it."
+                f"{image_name(image) or 'The image'} is classified correctly, as {predicted.label!r}; name two "
+                "classes to compare them on it."
             )
         numbers = [true_number, predicted.number]
     explanation = replace(next(explain_each(classifier, [opened], numbers, **options)), source=image_name(image))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Why did the model say so? The prediction, its scores, and the ranked traits of the classes asked about."""
+"""Explaining images: the prediction, the scores of all classes, and the ranked traits of the classes asked about."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,13 +26,13 @@ from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState
 
 RankingMethod = Literal["greedy", "exact", "shapley"]
-# Classes whose scores are told beside those asked about, as many as transformers' own pipeline names.
+# So many of the best classes are always listed, as many as transformers' own pipeline returns.
 _TOP_CLASSES = 5
 
 
 @dataclass(frozen=True)
 class ClassScore:
-    """How a class did on an image.
+    """The score of a class on an image.
 
     Attributes:
         label: Its name.
@@ -51,15 +51,16 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class ClassTraits(ClassScore):
-    """What a class's prompt found on an image.
+    """The score, the maps and the ranked heads of a class on an image.
 
     Attributes:
         maps: (heads, rows, cols), float32, in head order; of the explanation's kind.
-        attention_on_patches: For each head, the share of its attention that is on patches at all, 0 to 1.
+        attention_on_patches: For each head, the share of its attention that is on patches, 0 to 1.
         head_order: Heads, the most important first.
         head_scores: For each head, in head order, its score in the ranking; see `HeadRanking`.
-        sufficient: So many of the first heads keep the class on top; None where not even all of them put it there.
-        num_smallest_sets: For the method "exact": how many sets of that size keep the class on top.
+        sufficient: The number of heads, taken in order, that keep the class on top when all others are blurred; None
+            where the class is not on top even with all heads.
+        num_smallest_sets: For the method "exact": the number of sets of that size that keep the class on top.
     """
 
     maps: np.ndarray
@@ -113,11 +114,11 @@ def _name_heads(heads: Sequence[int]) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Explanation(Result):
-    """What a model says about an image, and where it looked.
+    """A model's prediction on an image, with the maps of the classes asked about.
 
     Attributes:
         image: The image, upright, RGB, in its own size.
-        source: Its path; empty where it has none.
+        source: Its path, or an empty string.
         box: The part of the image that the maps lie on (left, top, right, bottom in pixels); see `map_box`.
         kind: What the maps show, "attention" or "evidence".
         method: How the heads were ranked, "greedy", "exact" or "shapley".
@@ -183,7 +184,7 @@ class Explanation(Result):
         return "\n".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the image, as JSON knows it; maps are nested lists (heads, rows, cols)."""
+        """Everything but the image, in the types of JSON; maps are nested lists (heads, rows, cols)."""
         return {
             "image": self.source,
             "image_size": {"width": self.image.width, "height": self.image.height},
@@ -256,10 +257,7 @@ def explain(
     interpolate_pos_encoding: bool = False,
     batch_size: int = 8,
 ) -> Explanation | list[Explanation]:
-    """Explain what a model says about images.
-
-        print(explain("my_model", "bird.jpg"))
-        explain("my_model", "bird.jpg", ["Blue Jay", "Cardinal"]).save("traits.png")
+    """Explain a model's predictions on images: scores, trait maps, and the heads that decide.
 
     Args:
         model: A folder, a Hub id, a pipeline, or a loaded model (in evaluation mode) with `image_processor`.
@@ -277,8 +275,17 @@ def explain(
         An `Explanation`; a list of them where several images or a folder were given.
 
     Raises:
-        ValueError: a class does not exist, an image cannot be read, it is no Prompt-CAM, or an argument is unknown.
+        ValueError: a class does not exist, an image cannot be read, the model is not a Prompt-CAM, or an argument has
+            an unknown value.
         OSError: an image or the model cannot be found.
+
+    Example:
+        >>> from prompt_cam_hf import explain
+        >>> explanation = explain("my_model", "bird.jpg", ["Blue Jay", "Cardinal"])
+        >>> print(explanation)
+        >>> explanation.prediction.label
+        >>> explanation.classes[0].maps.shape  # heads, rows, cols
+        >>> explanation.save("traits.png", heads=3)
     """
     single = False
     if isinstance(images, str | os.PathLike) and Path(images).is_dir():
@@ -311,10 +318,10 @@ def explain_each(
     interpolate_pos_encoding: bool = False,
     batch_size: int = 8,
 ) -> Iterator[Explanation]:
-    """Explain images one after another, with no more than a batch of them in memory; arguments as in `explain`."""
+    """Explain images one after another, with at most one batch of them in memory; arguments as in `explain`."""
     check_kind(kind)
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}; at least one image has to go through the network at once.")
+        raise ValueError(f"batch_size={batch_size}; it must be at least one image.")
     model = classifier.model
     numbers = None if classes is None else find_classes(model.config.id2label, classes)
     remaining = iter(images)
@@ -344,7 +351,7 @@ def read_state(
     """The scores of all classes and the traits of those asked about, for each image of a batch.
 
     Args:
-        model: The model, with the prompt set in use that the state is of.
+        model: The model, using the prompt set that the state was computed with.
         state: From its `last_layer_state` or `last_layer_states`.
         numbers: The classes asked about; None: each image's predicted class.
         kind: As in `explain`.

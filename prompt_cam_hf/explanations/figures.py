@@ -32,14 +32,14 @@ _MEANING_OF_DIFFERENCE: Mapping[MapKind, str] = {
 def overlay(
     image: Image.Image, trait_map: np.ndarray, vmax: float, *, signed: bool = False, box: Box | None = None
 ) -> np.ndarray:
-    """Lay a trait map over an image, which becomes grey.
+    """Draw a trait map over an image that is turned grey.
 
     Args:
         image: The original image, of any size.
         trait_map: One number for each patch, (rows, cols).
-        vmax: The value that gets the brightest colour; 0 gets none.
-        signed: Values below 0 have colours too, the strongest at -vmax.
-        box: The part of the image that the map covers, from `map_box`; what the model did not see turns pale.
+        vmax: The value drawn in the brightest colour.
+        signed: Whether values below 0 have colours too, the strongest at -vmax.
+        box: The part of the image that the map covers, from `map_box`; what the model did not see is drawn pale.
 
     Returns:
         An RGB image of the same size, uint8, (height, width, 3).
@@ -161,9 +161,9 @@ def plot_trait_maps(
         trait_maps: (heads, rows, cols), as in the pipeline's answer or one class of `PromptCAMOutput.trait_maps`.
         heads: The heads to draw, in this order; all by default. The first `k` of the pipeline's `head_order` are the
             most important ones.
-        title: The class, or what else belongs over the image.
-        vmax: Attention of the brightest colour; the strongest of the drawn maps by default. One scale serves all maps
-            of a figure: a weak head looks weak.
+        title: A line over the image, such as the class.
+        vmax: The attention drawn in the brightest colour; by default the highest of all drawn maps. All maps share
+            this scale, so a weak head looks weak.
         outline: Outline what reaches half of the scale.
         scale: "figure", or "head" to draw each map on its own scale, which shows weak heads.
 
@@ -186,7 +186,7 @@ def plot_trait_maps(
 
 
 def check_head_count(heads: int | None, available: int) -> int:
-    """How many heads to show: 4 where nothing is said, or all where there are fewer.
+    """The number of heads to show: by default 4, or all where there are fewer.
 
     Raises:
         ValueError: The model has fewer heads, or `heads` is below 1.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which heads does the score of a class rest on, and how many of them would do?
+"""Ranking the last layer's heads by their importance for a class, and counting how many of them suffice.
 
 A head is blurred when its attention from the class prompt is made uniform (Prompt-CAM, Chowdhury et al., CVPR 2025,
 section 3). The network runs once; after that, every set of blurred heads costs one row of its last layer.
@@ -15,25 +15,25 @@ from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState
 from prompt_cam_hf.modeling.ranking_prompt_cam import BlurredScores, check_blur, rank_heads_greedily
 
-# Beyond this, enumerating all sets of heads is no longer cheap.
+# With more heads, trying all sets of them takes too long.
 _MAX_HEADS_TO_ENUMERATE = 16
 # Sets of blurred heads that go through the last layer's MLP at once: enough to be fast, few enough to fit anywhere.
 _ROWS_AT_ONCE = 4096
 
 
 class HeadRanking(NamedTuple):
-    """Heads of the last layer by what they do for the score of a class.
+    """The heads of the last layer, ranked by their importance for the score of a class.
 
-    The shapes are those of `classes` in `rank_heads`, (batch,) or (batch, k), followed by what is given here.
+    The shapes are those of `classes` in `rank_heads`, (batch,) or (batch, k), followed by the axes given here.
 
     Attributes:
         order: (heads,), the most important head first.
         scores: (heads,), in head order. Greedy: the class score left when that head is blurred in its turn. Exact: the
             score left when it alone is blurred. Shapley: the head's share of the score.
-        sufficient: Without further axis: so many of the first heads in `order` keep the class on top when all others
-            are blurred. It is heads + 1 where not even all of them put it there.
-        num_smallest_sets: Without further axis, for the exact method only: how many sets of that size keep the class
-            on top; `order` starts with the one that leaves the highest score.
+        sufficient: No further axis: the number of heads, taken from the start of `order`, that keep the class on top
+            when all others are blurred; heads + 1 where the class is not on top even with all heads.
+        num_smallest_sets: No further axis, for the exact method only: the number of sets of that size that keep the
+            class on top; `order` starts with the set that leaves the highest score.
     """
 
     order: torch.Tensor
@@ -67,8 +67,22 @@ def rank_heads(
             alone, as the paper writes.
         interpolate_pos_encoding: As in the model's `forward`.
 
+    Returns:
+        The ranking for each image, or for each image and class where `classes` is (batch, k).
+
     Raises:
         ValueError: `method` or `blur` is unknown, `classes` does not fit, or there are too many heads to enumerate.
+
+    Example:
+        >>> from PIL import Image
+        >>> from transformers import AutoImageProcessor
+        >>> from prompt_cam_hf import PromptCAMForImageClassification
+        >>> from prompt_cam_hf import rank_heads
+        >>> model = PromptCAMForImageClassification.from_pretrained("my_model")
+        >>> image_processor = AutoImageProcessor.from_pretrained("my_model")
+        >>> pixel_values = image_processor(Image.open("bird.jpg"), return_tensors="pt")["pixel_values"]
+        >>> ranking = rank_heads(model, pixel_values, method="exact")
+        >>> ranking.order[0, : ranking.sufficient[0]]  # the heads that suffice for the prediction
     """
     check_ranking(model, method, blur)
     state = model.last_layer_state(pixel_values, interpolate_pos_encoding)
@@ -90,7 +104,7 @@ def rank_heads_from_state(
     method: Literal["greedy", "exact", "shapley"] = "greedy",
     blur: Literal["tokens", "patches"] = "tokens",
 ) -> HeadRanking:
-    """Rank heads as `rank_heads` does, where the network has been run already.
+    """Rank heads as `rank_heads` does, from a state of the network that is there already.
 
     Args:
         model: The model, in evaluation mode.
@@ -115,7 +129,7 @@ def rank_heads_from_state(
 
 
 def check_ranking(model: PromptCAMForImageClassification, method: str, blur: str) -> None:
-    """Refuse what `rank_heads` cannot do, before anything is computed.
+    """Check the arguments of `rank_heads` before anything is computed.
 
     Raises:
         ValueError: `method` or `blur` is unknown, or there are too many heads to enumerate.
@@ -146,7 +160,7 @@ def _rank_greedily(
 
 
 def _count_sufficient(left: torch.Tensor, rivals: torch.Tensor) -> torch.Tensor:
-    """How many heads survive when they are removed until the class loses: `left` (..., heads + 1), all heads first."""
+    """The number of heads that suffice, from the scores (..., heads + 1) left with all heads, one fewer, ..., none."""
     wins = (left > rivals[..., None]).long().cumprod(dim=-1).sum(dim=-1)
     return left.shape[-1] - wins
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What becomes of a prediction when a trait is taken out of the image?
+"""Removing a trait from an image, and comparing the predictions before and after.
 
-The paper does it by hand (section 4: the red spot on a blackbird's wing). Here a region is filled from what is around.
+The paper does it by hand (section 4: the red spot on a blackbird's wing). Here a region is filled from around it.
 """
 
 from dataclasses import dataclass, replace
@@ -31,11 +31,12 @@ _LAPLACE = {(-1, 0): 1.0, (1, 0): 1.0, (0, -1): 1.0, (0, 1): 1.0}
 
 
 def remove_region(image: Image.Image, mask: np.ndarray, method: RemovalMethod = "inpaint") -> Image.Image:
-    """Take a region out of an image; pixels outside it stay as they are, to the bit.
+    """Remove a region from an image by filling it; pixels outside it do not change.
 
-    - "blur": a Gaussian blur as wide as half the root of the region's area. Its own colours stay in it, spread out.
+    - "blur": a Gaussian blur whose standard deviation is half the root of the region's area. It spreads the region's
+      colours and does not remove them.
     - "mean": the mean colour of the rest of the image.
-    - "inpaint": the smoothest fill from the border inwards (Laplace's equation, each channel for itself).
+    - "inpaint": the smoothest continuation of the border (Laplace's equation, solved for each channel).
 
     Args:
         image: The image, upright as `open_image` gives it.
@@ -46,7 +47,7 @@ def remove_region(image: Image.Image, mask: np.ndarray, method: RemovalMethod = 
         The image, RGB, of the same size.
 
     Raises:
-        ValueError: the mask has another shape or type, holds no pixel or all of them, or `method` is unknown.
+        ValueError: the mask has another shape or type or holds no pixel or all pixels, or `method` is unknown.
     """
     if method not in REMOVAL_METHODS:
         raise ValueError(f'method={method!r} is not known; use "blur", "mean" or "inpaint".')
@@ -70,7 +71,7 @@ def remove_region(image: Image.Image, mask: np.ndarray, method: RemovalMethod = 
 
 
 def _fill_smoothly(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Solve Laplace's equation in the mask, with the pixels around it as border: each is its neighbours' mean."""
+    """Solve Laplace's equation in the mask, with the pixels around it as border."""
     rows, cols = (slice(max(line.min() - 1, 0), line.max() + 2) for line in np.nonzero(mask))
     filled = pixels.copy()
     filled[rows, cols] = _solve(pixels[rows, cols], mask[rows, cols])
@@ -93,7 +94,7 @@ def _solve(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _coarse_solution(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The solution for an image of half the size, enlarged."""
+    """Solve the image at half the size, and enlarge the solution."""
     height, width = mask.shape
     half = ((width + 1) // 2, (height + 1) // 2)
 
@@ -115,7 +116,7 @@ def rectangle_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> np.
         box: left, top, right, bottom in pixels, right and bottom excluded, as Pillow's `crop` takes it.
 
     Raises:
-        ValueError: the box is empty or reaches over the image's edge.
+        ValueError: the box is empty, or a part of it lies outside the image.
     """
     if len(box) != 4 or not (0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]):
         raise ValueError(
@@ -130,7 +131,7 @@ def rectangle_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> np.
 
 @dataclass(frozen=True, repr=False)
 class Removal(Result):
-    """A prediction before and after a region was taken out of the image.
+    """A prediction before and after a region was removed from the image.
 
     Attributes:
         before: The explanation of the image as it was, of one class.
@@ -145,7 +146,7 @@ class Removal(Result):
     method: RemovalMethod
 
     def scores(self) -> list[tuple[ClassScore, ClassScore]]:
-        """Before and after, of the class asked about and all that were among the best at either time."""
+        """Scores before and after, of the class asked about and of the five best classes before and after."""
         label = self.before.classes[0].label
         after = {score.label: score for score in self.after.scores}
         wanted = {label, *(score.label for score in (*self.before.top, *self.after.top))}
@@ -237,25 +238,29 @@ def remove_trait(
     kind: MapKind = "attention",
     interpolate_pos_encoding: bool = False,
 ) -> Removal:
-    """Take a region out of an image, and see what the model says then.
-
-        print(remove_trait("my_model", "bird.jpg"))
-        remove_trait("my_model", "bird.jpg", (40, 30, 90, 75), method="mean").save("before_and_after.png")
+    """Remove a region from an image, and compare the model's predictions before and after.
 
     Args:
         model: A folder, a Hub id, a pipeline, or a loaded model with `image_processor`.
         image: The image.
         region: A box (left, top, right, bottom) in pixels of the upright image; a mask (height, width), bool; or
             "top head": where the map of the class's most important head has at least a quarter of its highest value.
-        class_name: The class whose traits are looked at; None: the one predicted before.
+        class_name: The name or number of the class whose traits are shown; None: the one predicted before.
         image_processor: For a loaded model.
         method: How the region is filled; see `remove_region`.
         kind: As in `explain`.
         interpolate_pos_encoding: As in the model's `forward`.
 
     Raises:
-        ValueError: the region does not fit, or as `explain` does.
+        ValueError: the region does not fit the image, or `explain` refuses an argument.
         OSError: the image or the model cannot be found.
+
+    Example:
+        >>> from prompt_cam_hf import remove_trait
+        >>> removal = remove_trait("my_model", "bird.jpg", region=(10, 5, 30, 25), method="mean")
+        >>> print(removal)
+        >>> removal.after.prediction.label
+        >>> removal.save("before_and_after.png")
     """
     classifier = as_classifier(model, image_processor)
     opened = open_image(image)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How good are a classifier's scores? Top-1, top-5, macro accuracy and the confusion counts, as one `evaluate` metric.
+"""Top-1, top-5 and macro accuracy and the confusion counts of a classifier, as one `evaluate` metric.
 
 Works without a network, as a class or as a script: `evaluate.load(".../prompt_cam_hf/metrics/classification.py")`.
 """
@@ -55,7 +55,7 @@ class ClassificationReport(evaluate.Metric):
 
 def _check_scores(scores: np.ndarray, true_classes: np.ndarray) -> None:
     if scores.ndim != 2:
-        raise ValueError(f"predictions have the shape {scores.shape}; wanted are scores of (images, classes).")
+        raise ValueError(f"predictions have the shape {scores.shape}; they must be (images, classes).")
     num_classes = scores.shape[1]
     broken = np.flatnonzero(~np.isfinite(scores).all(axis=1))
     if len(broken):

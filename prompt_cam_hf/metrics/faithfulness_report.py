@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How faithful are a model's maps over a data set? Insertion and deletion as one `evaluate` metric.
+"""Mean insertion and deletion of a model's maps over a data set, as one `evaluate` metric.
 
 Works without a network, as a class or as a script, as `prompt_cam_hf.metrics.classification` does. The model is an
 argument of `compute`; for long runs call `prompt_cam_hf.metrics.faithfulness` batch by batch: this metric keeps all
@@ -24,7 +24,7 @@ Args:
     pixel_values: (n, channels, height, width), from the image processor.
     model: The classifier, in evaluation mode; images go to its device.
     preset: "rise", "rise-black" or "fast"; see prompt_cam_hf.metrics.faithfulness.PRESETS.
-    batch_size: So many images go through the model at once.
+    batch_size: the number of images that go through the model at once.
     image_mean, image_std: Of the image processor, for "rise-black".
 
 Returns:

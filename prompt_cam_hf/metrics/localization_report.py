@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Do maps point at the right place, over a data set? All metrics of localisation as one `evaluate` metric.
+"""Mean localisation of maps over a data set, by five metrics, as one `evaluate` metric.
 
 Works without a network, as a class or as a script, as `prompt_cam_hf.metrics.classification` does.
 """
@@ -33,8 +33,8 @@ Args:
 Returns:
     pointing_game, relevance_mass_accuracy, relevance_rank_accuracy, top_k_intersection, region_iou: means over the
         images, 0 to 1; see prompt_cam_hf.metrics.localization.
-    chance: the share of patches on the masks, which maps that know nothing reach (not region_iou).
-    num_images: n less the images whose mask is empty; these count nowhere.
+    chance: the share of patches on the masks, which uninformative maps reach in every metric but region_iou.
+    num_images: n minus the images whose mask is empty, which are left out.
 """
 
 

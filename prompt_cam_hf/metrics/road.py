@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Does the score rest on the pixels that a map points at, when what replaces them gives nothing away? ROAD.
+"""ROAD: whether a score depends on the pixels that a map marks, with removed pixels filled in from around them.
 
 Rong et al. (A consistent and efficient evaluation strategy for attribution methods, ICML 2022): pixels that are set to
 one colour leave their outline behind, and its shape alone can tell the class. Here each removed pixel becomes the
@@ -35,7 +35,7 @@ _NEIGHBOUR_WEIGHTS = {
 
 
 class RoadCurves(NamedTuple):
-    """What ROAD found, for each image of a batch; all tensors are on the CPU.
+    """The result of ROAD for each image of a batch; all tensors are on the CPU.
 
     Attributes:
         classes: (batch,), the class whose probability was followed.
@@ -43,8 +43,8 @@ class RoadCurves(NamedTuple):
         morf: (batch, percentiles): the class's softmax probability without that part of the pixels, the
             most relevant removed first; low is good.
         lerf: The same with the least relevant removed first; high is good.
-        combined: (batch,), the mean over the percentiles of (lerf - morf) / 2, from -0.5 to 0.5; high is good, and a
-            map that knows nothing gets about 0.
+        combined: (batch,), the mean over the percentiles of (lerf - morf) / 2, from -0.5 to 0.5; high is good, and
+            an uninformative map gets about 0.
     """
 
     classes: torch.Tensor
@@ -64,7 +64,7 @@ def road(
     seed: int = 0,
     batch_size: int = 32,
 ) -> RoadCurves:
-    """Remove a map's most and least relevant pixels, fill the holes from around them, and ask for the class again.
+    """Remove a map's most and least relevant pixels, fill the holes from around them, and classify the images again.
 
     The combined score is that of pytorch-grad-cam's `ROADCombined`. Equal pixels differ: there a threshold removes all
     of them or none, here they are removed in the order of `prompt_cam_hf.metrics.scoring.pixel_ranks`.
@@ -77,7 +77,7 @@ def road(
         percentiles: Which parts of the pixels to remove, in per cent, above 0 and below 100.
         noise: Standard deviation of the noise on what fills the holes, in units of pixel_values.
         seed: Of the noise, which is the same for all images.
-        batch_size: So many images go through the model at once.
+        batch_size: The number of images that go through the model at once.
 
     Raises:
         ValueError: classes or maps do not fit the images, or a percentile leaves no pixel or removes none.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Do a model's maps find what its scores rest on, over a data set? ROAD as one `evaluate` metric.
+"""Mean ROAD of a model's maps over a data set, as one `evaluate` metric.
 
 Works without a network, as a class or as a script, as `prompt_cam_hf.metrics.classification` does. For long runs call
 `prompt_cam_hf.metrics.road.road` batch by batch: this metric keeps all images until it computes.
@@ -24,7 +24,7 @@ Args:
     model: The classifier, in evaluation mode; images go to its device.
     percentiles: Which parts of the pixels to remove, in per cent.
     seed: Of the noise on what fills the holes.
-    batch_size: So many images go through the model at once.
+    batch_size: the number of images that go through the model at once.
 
 Returns:
     num_images: n.
