@@ -3,6 +3,7 @@
 
 import doctest
 import inspect
+import re
 
 import numpy as np
 import pytest
@@ -41,5 +42,5 @@ def examples_folder(workplace, birds):  # noqa: F811
 def test_examples_run(name, examples_folder):
     examples = doctest.DocTestParser().get_examples(inspect.getdoc(getattr(prompt_cam_hf, name)))
     source = "".join(example.source for example in examples)
-    assert f"from prompt_cam_hf import {name}\n" in source and f"{name}(" in source
+    assert re.search(rf"^from prompt_cam_hf import .*\b{name}\b", source, re.MULTILINE) and f"{name}(" in source
     exec(source, {})

@@ -51,8 +51,7 @@ def trait_maps(
     Example:
         >>> from PIL import Image
         >>> from transformers import AutoImageProcessor
-        >>> from prompt_cam_hf import PromptCAMForImageClassification
-        >>> from prompt_cam_hf import trait_maps
+        >>> from prompt_cam_hf import PromptCAMForImageClassification, trait_maps
         >>> model = PromptCAMForImageClassification.from_pretrained("my_model")
         >>> image_processor = AutoImageProcessor.from_pretrained("my_model")
         >>> pixel_values = image_processor(Image.open("bird.jpg"), return_tensors="pt")["pixel_values"]

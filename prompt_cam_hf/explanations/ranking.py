@@ -76,8 +76,7 @@ def rank_heads(
     Example:
         >>> from PIL import Image
         >>> from transformers import AutoImageProcessor
-        >>> from prompt_cam_hf import PromptCAMForImageClassification
-        >>> from prompt_cam_hf import rank_heads
+        >>> from prompt_cam_hf import PromptCAMForImageClassification, rank_heads
         >>> model = PromptCAMForImageClassification.from_pretrained("my_model")
         >>> image_processor = AutoImageProcessor.from_pretrained("my_model")
         >>> pixel_values = image_processor(Image.open("bird.jpg"), return_tensors="pt")["pixel_values"]
