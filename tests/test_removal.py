@@ -14,7 +14,7 @@ from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.explanations import removal
 from prompt_cam_hf.explanations.explain import explain
 from prompt_cam_hf.explanations.maps import strong_region
-from prompt_cam_hf.explanations.removal import rectangle_mask, remove_region, remove_trait
+from prompt_cam_hf.explanations.removal import box_mask, remove_region, remove_trait
 from prompt_cam_hf.loading import Classifier
 
 
@@ -80,7 +80,7 @@ def test_inpainting_solves_laplaces_equation():
 def test_a_ramp_goes_on_through_the_region():
     x = np.linspace(10, 240, 60)
     image = Image.fromarray(np.rint(np.broadcast_to(x[None, :, None], (40, 60, 3))).astype(np.uint8))
-    mask = rectangle_mask(image.size, (15, 0, 45, 40))
+    mask = box_mask(image.size, (15, 0, 45, 40))
     assert np.abs(np.asarray(remove_region(image, mask)).astype(int) - np.asarray(image)).max() <= 1
 
 
@@ -98,7 +98,7 @@ def test_thin_and_tiny_regions(monkeypatch):
     monkeypatch.setattr(removal, "_MAX_DIRECT_PIXELS", 20)
     ramp = Image.fromarray(np.repeat(np.arange(60, dtype=np.uint8)[None, :, None], 3, axis=2).repeat(40, axis=0))
     for box in ((30, 0, 31, 40), (7, 7, 8, 8)):
-        filled = remove_region(ramp, rectangle_mask(ramp.size, box))
+        filled = remove_region(ramp, box_mask(ramp.size, box))
         assert np.abs(np.asarray(filled).astype(int) - np.asarray(ramp)).max() <= 1
 
 
@@ -116,8 +116,8 @@ def test_masks_and_boxes_that_do_not_fit():
         remove_region(image, blob(), "erase")
     for box in [(0, 0, 61, 10), (1, 2, 3), (5, 5, 5, 10), (-1, 0, 3, 3), (0, 12, 4, 9)]:
         with pytest.raises(ValueError, match="does not lie in the image of 60x40 pixels"):
-            rectangle_mask(image.size, box)
-    assert rectangle_mask((60, 40), (3, 4, 7, 9)).sum() == 4 * 5 and rectangle_mask((60, 40), (3, 4, 7, 9))[8, 3]
+            box_mask(image.size, box)
+    assert box_mask((60, 40), (3, 4, 7, 9)).sum() == 4 * 5 and box_mask((60, 40), (3, 4, 7, 9))[8, 3]
 
 
 @pytest.mark.parametrize("kind", ["attention", "evidence"])
@@ -159,7 +159,7 @@ def test_boxes_and_masks_of_ones_own(classifier):
     image, mask = noise(), blob()
     assert np.array_equal(remove_trait(classifier, image, mask).mask, mask)
     boxed = remove_trait(classifier, image, (3, 4, 20, 30), method="blur")
-    assert np.array_equal(boxed.mask, rectangle_mask(image.size, (3, 4, 20, 30)))
+    assert np.array_equal(boxed.mask, box_mask(image.size, (3, 4, 20, 30)))
     assert boxed.before.classes[0].label == explain(classifier, image).prediction.label
     with pytest.raises(ValueError, match="covers the whole image; give a box or a mask"):
         remove_trait(tiny_model(), image, image_processor=classifier.image_processor)

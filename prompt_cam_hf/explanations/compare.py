@@ -16,9 +16,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from prompt_cam_hf.data.images import ImageSource, image_name, open_image
 from prompt_cam_hf.explanations.class_names import find_classes
-from prompt_cam_hf.explanations.explain import ClassTraits, Explanation, RankingMethod, explain_each
+from prompt_cam_hf.explanations.explain import ClassTraits, Explanation, explain_each
 from prompt_cam_hf.explanations.figures import Scale, check_head_count
 from prompt_cam_hf.explanations.maps import MapKind
+from prompt_cam_hf.explanations.ranking import RankingMethod
 from prompt_cam_hf.explanations.results import Result, format_table
 from prompt_cam_hf.explanations.sheet import Row, draw_rows
 from prompt_cam_hf.loading import ClassifierLike, as_classifier

@@ -18,14 +18,13 @@ from prompt_cam_hf.data.images import ImageSource, find_images, image_name, open
 from prompt_cam_hf.explanations.class_names import find_classes
 from prompt_cam_hf.explanations.figures import MapStyle, Scale, check_head_count
 from prompt_cam_hf.explanations.maps import Box, MapKind, check_kind, map_box, maps_from_state
-from prompt_cam_hf.explanations.ranking import HeadRanking, rank_heads_from_state
+from prompt_cam_hf.explanations.ranking import HeadRanking, RankingMethod, rank_heads_from_state
 from prompt_cam_hf.explanations.results import Result, format_table
 from prompt_cam_hf.explanations.sheet import Panel, Row, draw_rows
 from prompt_cam_hf.loading import Classifier, ClassifierLike, as_classifier
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState
 
-RankingMethod = Literal["greedy", "exact", "shapley"]
 # So many of the best classes are always listed, as many as transformers' own pipeline returns.
 _TOP_CLASSES = 5
 
@@ -402,4 +401,4 @@ def _ranking_fields(ranking: HeadRanking, image: int, row: int) -> dict[str, Any
     }
 
 
-__all__ = ["ClassScore", "ClassTraits", "Explanation", "RankingMethod", "explain", "explain_each", "read_state"]
+__all__ = ["ClassScore", "ClassTraits", "Explanation", "explain", "explain_each", "read_state"]

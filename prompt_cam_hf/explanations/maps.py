@@ -5,7 +5,7 @@
 strongly, and in which direction, each patch changes the class's score.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from prompt_cam_hf.modeling.backbone_prompt_cam import attention_weights, backbo
 from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState
 
 MapKind = Literal["attention", "evidence"]
-MAP_KINDS = ("attention", "evidence")
 
 # A box in pixels of an image, as Pillow's `crop` takes it: left, top, right, bottom; here with fractions.
 Box = tuple[float, float, float, float]
@@ -143,7 +142,7 @@ def check_kind(kind: str) -> None:
     Raises:
         ValueError: `kind` is neither "attention" nor "evidence".
     """
-    if kind not in MAP_KINDS:
+    if kind not in get_args(MapKind):
         raise ValueError(f'kind={kind!r} is not known; use "attention" or "evidence".')
 
 
@@ -239,7 +238,6 @@ def strong_region(
 
 
 __all__ = [
-    "MAP_KINDS",
     "check_kind",
     "map_box",
     "maps_from_state",

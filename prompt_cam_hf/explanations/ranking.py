@@ -6,7 +6,7 @@ section 3). The network runs once; after that, every set of blurred heads costs 
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -14,6 +14,8 @@ from prompt_cam_hf.explanations.class_names import check_classes
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState
 from prompt_cam_hf.modeling.ranking_prompt_cam import BlurredScores, check_blur, rank_heads_greedily
+
+RankingMethod = Literal["greedy", "exact", "shapley"]
 
 # With more heads, trying all sets of them takes too long.
 _MAX_HEADS_TO_ENUMERATE = 16
@@ -47,7 +49,7 @@ def rank_heads(
     model: PromptCAMForImageClassification,
     pixel_values: torch.Tensor,
     classes: torch.Tensor | None = None,
-    method: Literal["greedy", "exact", "shapley"] = "greedy",
+    method: RankingMethod = "greedy",
     blur: Literal["tokens", "patches"] = "tokens",
     interpolate_pos_encoding: bool = False,
 ) -> HeadRanking:
@@ -100,7 +102,7 @@ def rank_heads_from_state(
     state: LastLayerState,
     logits: torch.Tensor,
     classes: torch.Tensor,
-    method: Literal["greedy", "exact", "shapley"] = "greedy",
+    method: RankingMethod = "greedy",
     blur: Literal["tokens", "patches"] = "tokens",
 ) -> HeadRanking:
     """Rank heads as `rank_heads` does, from a state of the network that is there already.
@@ -119,7 +121,10 @@ def rank_heads_from_state(
     check_ranking(model, method, blur)
     rivals = logits[:, None].expand(-1, classes.shape[1], -1).scatter(-1, classes[..., None], -torch.inf).amax(-1)
     if method == "greedy":
-        return _rank_greedily(model, state, classes, blur, logits.gather(1, classes), rivals)
+        order, scores = rank_heads_greedily(model, state, classes, blur)
+        # From all heads sharp to none: what is left after each removal, least important head first.
+        left = torch.cat((logits.gather(1, classes)[..., None], scores.gather(-1, order).flip(-1)), dim=-1)
+        return HeadRanking(order, scores, _count_sufficient(left, rivals))
     blurred_scores = BlurredScores(model, state, classes, blur)
     all_sets = _all_sets(state.projections.keys.shape[1], classes.device)
     values = _score_sets(blurred_scores, all_sets, classes)
@@ -133,7 +138,7 @@ def check_ranking(model: PromptCAMForImageClassification, method: str, blur: str
     Raises:
         ValueError: `method` or `blur` is unknown, or there are too many heads to enumerate.
     """
-    if method not in ("greedy", "exact", "shapley"):
+    if method not in get_args(RankingMethod):
         raise ValueError(f'method={method!r} is not known; use "greedy", "exact" or "shapley".')
     heads = model.config.backbone_config.num_attention_heads
     if method != "greedy" and heads > _MAX_HEADS_TO_ENUMERATE:
@@ -142,20 +147,6 @@ def check_ranking(model: PromptCAMForImageClassification, method: str, blur: str
             'heads are possible. Use method="greedy".'
         )
     check_blur(blur)
-
-
-def _rank_greedily(
-    model: PromptCAMForImageClassification,
-    state: LastLayerState,
-    classes: torch.Tensor,
-    blur: Literal["tokens", "patches"],
-    all_sharp: torch.Tensor,
-    rivals: torch.Tensor,
-) -> HeadRanking:
-    order, scores = rank_heads_greedily(model, state, classes, blur)
-    # From all heads sharp to none: what is left after each removal, least important head first.
-    left = torch.cat((all_sharp[..., None], scores.gather(-1, order).flip(-1)), dim=-1)
-    return HeadRanking(order, scores, _count_sufficient(left, rivals))
 
 
 def _count_sufficient(left: torch.Tensor, rivals: torch.Tensor) -> torch.Tensor:
@@ -214,4 +205,4 @@ def _rank_by_shapley_value(values: torch.Tensor, sets: torch.Tensor, rivals: tor
     return HeadRanking(order, scores.to(values.dtype), _count_sufficient(values.gather(-1, members), rivals))
 
 
-__all__ = ["HeadRanking", "check_ranking", "rank_heads", "rank_heads_from_state"]
+__all__ = ["HeadRanking", "RankingMethod", "check_ranking", "rank_heads", "rank_heads_from_state"]

@@ -5,7 +5,7 @@ The paper does it by hand (section 4: the red spot on a blackbird's wing). Here 
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -23,7 +23,6 @@ from prompt_cam_hf.explanations.sheet import Row, draw_rows
 from prompt_cam_hf.loading import ClassifierLike, as_classifier
 
 RemovalMethod = Literal["blur", "mean", "inpaint"]
-REMOVAL_METHODS = ("blur", "mean", "inpaint")
 # A direct solution takes a fraction of a second up to here; a larger region starts from a coarser solution.
 _MAX_DIRECT_PIXELS = 20_000
 # Laplace's equation on a grid: each pixel is the mean of the four beside it.
@@ -49,7 +48,7 @@ def remove_region(image: Image.Image, mask: np.ndarray, method: RemovalMethod = 
     Raises:
         ValueError: the mask has another shape or type or holds no pixel or all pixels, or `method` is unknown.
     """
-    if method not in REMOVAL_METHODS:
+    if method not in get_args(RemovalMethod):
         raise ValueError(f'method={method!r} is not known; use "blur", "mean" or "inpaint".')
     mask = np.asarray(mask)
     if mask.shape != (image.height, image.width) or mask.dtype != bool:
@@ -108,7 +107,7 @@ def _coarse_solution(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return np.stack([resize(coarse[..., c], mask.shape[::-1], Image.Resampling.BILINEAR) for c in range(3)], axis=-1)
 
 
-def rectangle_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarray:
+def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarray:
     """A rectangle as a mask, bool (height, width).
 
     Args:
@@ -287,7 +286,7 @@ def _region_mask(
         if mask.all():
             raise ValueError(f"The map of the top head, {head}, covers the whole image; give a box or a mask.")
         return mask
-    return rectangle_mask(size, region)
+    return box_mask(size, region)
 
 
-__all__ = ["REMOVAL_METHODS", "Removal", "rectangle_mask", "remove_region", "remove_trait"]
+__all__ = ["Removal", "box_mask", "remove_region", "remove_trait"]

@@ -18,9 +18,10 @@ from transformers.utils import cached_file
 
 from prompt_cam_hf.data.images import ImageSource, image_name, open_image
 from prompt_cam_hf.data.taxonomy_tree import Taxonomy, read_taxonomy
-from prompt_cam_hf.explanations.explain import ClassTraits, Explanation, RankingMethod, read_state
+from prompt_cam_hf.explanations.explain import ClassTraits, Explanation, read_state
 from prompt_cam_hf.explanations.figures import Scale
 from prompt_cam_hf.explanations.maps import MapKind, check_kind, map_box
+from prompt_cam_hf.explanations.ranking import RankingMethod
 from prompt_cam_hf.explanations.results import Result
 from prompt_cam_hf.loading import ClassifierLike, as_classifier
 from prompt_cam_hf.modeling.hub_prompt_cam import explained_load_errors

@@ -8,13 +8,13 @@ randomised does not explain the model. Changes of the image that leave the predi
 import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from prompt_cam_hf.explanations.ranking import rank_heads
+from prompt_cam_hf.explanations.ranking import RankingMethod, rank_heads
 from prompt_cam_hf.metrics.scoring import Explainer, Scorer, asked_classes, class_logits
 from prompt_cam_hf.metrics.specificity import other_classes
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
@@ -207,7 +207,7 @@ def head_stability(
     classes: torch.Tensor | None = None,
     noise_std: float = 5.0,
     seed: int = 0,
-    method: Literal["greedy", "exact", "shapley"] = "greedy",
+    method: RankingMethod = "greedy",
 ) -> Stability:
     """Compare the ranking of a Prompt-CAM's heads with that of the image under noise, and mirrored.
 
