@@ -3,6 +3,7 @@
 
 import ast
 import configparser
+import graphlib
 import importlib
 import inspect
 import pkgutil
@@ -69,6 +70,30 @@ def test_imports_go_one_way(path):
             continue
         assert level or parts[0] == "prompt_cam_hf", f"import {module} would make a second set of classes"
         assert rank(parts) <= rank(own_parts), f"{path.name} imports {module}"
+
+
+def test_nothing_imports_in_a_circle():
+    """Imports inside functions and those for type checking only are counted as any other."""
+    files = {}
+    for path in (path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        # modeling/ and training/ are installed inside the package, under which name they are imported.
+        files[parts if parts[0] == "prompt_cam_hf" else ("prompt_cam_hf", *parts)] = path
+    modules = {".".join(parts).removesuffix(".__init__") for parts in files}
+    graph = {}
+    for parts, path in files.items():
+        imported = graph.setdefault(".".join(parts).removesuffix(".__init__"), set())
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                package = ".".join(filter(None, [*(parts[: -node.level] if node.level else ()), node.module]))
+                names = [f"{package}.{alias.name}" for alias in node.names]
+                imported.update(name if name in modules else package for name in names)
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
 
 
 def test_every_public_name_is_documented():

@@ -119,7 +119,7 @@ def test_mistakes_get_one_sentence_and_write_nothing(model_folder, photos, tmp_p
         (("explain", model_folder, tmp_path / "nowhere"), "There is no file or folder"),
         (("explain", tmp_path / "other", image), "is a model of type 'vit', not a Prompt-CAM"),
         (("compare", model_folder, image, "--classes", "class 1"), "a comparison needs two"),
-        (("compare", model_folder, image, "--true", best), "is read rightly"),
+        (("compare", model_folder, image, "--true", best), "is classified correctly"),
         (("compare", model_folder, image, "--true", "x", "--classes", "y"), "Give either"),
         (("compare", model_folder, image, "--true", "x", "--heads", 9), "the model has 4 heads"),
         (("compare", model_folder, photos / "notes.txt", "--true", "class 1"), "Cannot read the image"),

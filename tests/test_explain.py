@@ -225,7 +225,7 @@ def test_a_misread_image(classifier, photos, tmp_path):
     assert [traits.rank for traits in comparison.classes] == [3, 1]
     assert comparison.true_label == scores[2].label
     assert f"({scores[0].probability:.1%}), truly {scores[2].label}" in str(comparison)
-    with pytest.raises(ValueError, match=r"0\.png is read rightly, as 'class"):
+    with pytest.raises(ValueError, match=r"0\.png is classified correctly, as 'class"):
         compare(classifier, path, true=scores[0].label)
 
     rows = comparison.to_rows()

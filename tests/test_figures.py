@@ -35,6 +35,11 @@ def axes_with_images(figure):
     return [axis for axis in figure.axes if axis.images and not axis.axison]
 
 
+def texts_of(figure):
+    """Titles of rows and labels of colour bars."""
+    return [text for part in figure.subfigs for text in part.texts]
+
+
 def test_overlay_is_brightest_where_the_map_is():
     trait_map = np.zeros((4, 8))
     trait_map[1, 6] = 0.5
@@ -85,7 +90,7 @@ def test_one_scale_for_all_heads():
     assert np.array_equal(images[1], overlay(GREY, maps[1], vmax=0.2))
     assert np.array_equal(images[2], overlay(GREY, maps[0], vmax=0.2))
     assert [axis.get_title() for axis in axes] == ["image", "head 1\n20% on patches", "head 0\n80% on patches"]
-    texts = [text.get_text() for text in figure.texts]
+    texts = [text.get_text() for text in texts_of(figure)]
     assert texts[0] == "Blue Jay" and "one scale for all maps" in " ".join(texts)
     (bar,) = [axis for axis in figure.axes if axis.axison]
     assert [label.get_text() for label in bar.get_xticklabels()] == ["0", "10%", "20%"]
@@ -93,7 +98,7 @@ def test_one_scale_for_all_heads():
     own = plot_trait_maps(GREY, maps, heads=[1, 0], scale="head")
     assert np.array_equal(axes_with_images(own)[1].images[0].get_array(), overlay(GREY, maps[1], vmax=0.05))
     assert axes_with_images(own)[1].get_title() == "head 1\n20% on patches\nmax 5.0%"
-    assert "each map on its own scale" in " ".join(text.get_text() for text in own.texts)
+    assert "each map on its own scale" in " ".join(text.get_text() for text in texts_of(own))
 
 
 def test_a_given_scale_is_kept():
@@ -126,7 +131,9 @@ def test_explanations_are_drawn_head_by_head(classifier):
             assert axis.get_title() == (
                 f"head {head}: {traits.maps[head].sum():+.2f}\n{traits.attention_on_patches[head]:.0%} on patches"
             )
-        assert any(text.get_text().startswith(f"{traits.label} ({traits.probability:.1%})") for text in figure.texts)
+        assert any(
+            text.get_text().startswith(f"{traits.label} ({traits.probability:.1%})") for text in texts_of(figure)
+        )
 
 
 def test_comparisons_are_drawn_on_one_scale(classifier):
@@ -146,7 +153,7 @@ def check_layout(figure):
     """Nothing reaches over the edge, no two texts overlap, no text lies on an image."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
-    texts = [*figure.texts]
+    texts = texts_of(figure)
     for axis in figure.axes:
         texts += [axis.title, *(axis.get_xticklabels() if axis.axison else ())]
     boxes = [text.get_window_extent(renderer) for text in texts if text.get_text()]

@@ -208,7 +208,7 @@ def test_a_map_lies_in_its_box():
 
 def test_strong_regions():
     trait_map = np.full((4, 4), -1.0)
-    with pytest.raises(ValueError, match="above 0 nowhere"):
+    with pytest.raises(ValueError, match="no value above 0"):
         strong_region(trait_map, (40, 40))
     trait_map[0, 3] = 0.4
     region = strong_region(trait_map, (40, 40))

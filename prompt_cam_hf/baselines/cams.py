@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prompt_cam_hf.explanations.ranking import check_classes
+from prompt_cam_hf.explanations.class_names import check_classes
 from prompt_cam_hf.modeling.backbone_prompt_cam import backbone_layers, first_norm, grid_size
 
 from .attention import attention_rollout, raw_attention
@@ -91,7 +91,7 @@ def cam_maps(
         )
     with _evaluation_mode(model):
         activation, logits = _run(model, pixel_values, interpolate_pos_encoding)
-        asked = check_classes(classes, logits)
+        asked = check_classes(logits.argmax(dim=-1) if classes is None else classes.to(logits.device), *logits.shape)
         if method in _GRADIENT_METHODS:
             gradients = _gradients(_scores(logits, asked, similar_classes, alpha), activation)
             maps = torch.stack([_weigh(method, activation, gradient) for gradient in gradients], dim=1)

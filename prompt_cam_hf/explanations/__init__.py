@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Explanations: which traits decide, what classes share, and what becomes of an image without a trait."""
+"""Explanations: the traits that decide, what classes share, and the effect of removing a trait."""

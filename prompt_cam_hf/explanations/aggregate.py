@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How do the maps of all heads become one?
+"""Combining the maps of all heads into one map.
 
 The paper shows heads one by one, and sums up its top heads where a metric needs a single map (section 4); it does not
 say how many. docs/evaluation.md compares the ways below on birds whose traits are known.
@@ -9,8 +9,9 @@ from typing import Literal, get_args
 
 import torch
 
+from prompt_cam_hf.explanations.class_names import check_classes
 from prompt_cam_hf.explanations.maps import MapKind, maps_from_state
-from prompt_cam_hf.explanations.ranking import check_classes, rank_heads_from_state
+from prompt_cam_hf.explanations.ranking import rank_heads_from_state
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState
 
@@ -26,8 +27,8 @@ Aggregation = Literal[
     "evidence_positive",
 ]
 AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
-# On drawn birds it points as well as any other, and of those more of it lies on the trait and leaves with the class;
-# docs/evaluation.md has the numbers.
+# On drawn birds none hits the trait more often, and of the equally good ones this has the largest share on the trait
+# and changes most with the class; docs/evaluation.md has the numbers.
 DEFAULT_AGGREGATION: Aggregation = "attention_shapley"
 _NUM_TOP_HEADS = 3
 
@@ -41,16 +42,16 @@ def aggregate_maps(
     how: Aggregation = DEFAULT_AGGREGATION,
     interpolate_pos_encoding: bool = False,
 ) -> torch.Tensor:
-    """One map of a class on an image, from those of all heads.
+    """Combine the maps of all heads into one map for each class and image.
 
-    The first word of `how` is the kind of the heads' maps (as in `trait_maps`), the second what is done with them:
+    The first word of `how` is the kind of the heads' maps (as in `trait_maps`), the second how they are combined:
 
-    - "sum": all heads are added up. Of evidence, heads that speak against the class count with their sign.
-    - "first", "top3": the first, or the first three, of the greedy ranking are added up.
-    - "sufficient": the heads that keep the class on top by themselves, by the greedy ranking, are added up.
-    - "shapley": all heads are added up, each as often as its Shapley value says, negative ones not at all.
-      All sets of heads are tried, so a model can have up to 16.
-    - "positive": all heads are added up, without what is below zero in them.
+    - "sum": the sum over all heads. Negative evidence is subtracted.
+    - "first", "top3": the sum over the first head, or the first three, of the greedy ranking.
+    - "sufficient": the sum over the heads that keep the class on top by themselves, by the greedy ranking.
+    - "shapley": the sum over all heads, each weighted by its Shapley value; negative values count as 0. All sets of
+      heads are tried, so the model may have up to 16 heads.
+    - "positive": the sum over all heads of what is above 0 in them.
 
     Args:
         model: The model, in evaluation mode.
@@ -72,7 +73,7 @@ def aggregate_maps(
     with torch.no_grad():
         state = model.last_layer_state(pixel_values, interpolate_pos_encoding)
         logits = model.last_layer_logits(state)
-        asked = check_classes(classes, logits)
+        asked = check_classes(logits.argmax(dim=-1) if classes is None else classes.to(logits.device), *logits.shape)
     maps = maps_from_state(model, state, asked, kind)
     if way == "positive":
         maps = maps.relu()
@@ -89,7 +90,7 @@ def _head_weights(
     classes: torch.Tensor,
     way: str,
 ) -> torch.Tensor:
-    """How often each head counts, (batch, k, heads)."""
+    """The weight of each head in the sum, (batch, k, heads)."""
     if way == "shapley":
         return rank_heads_from_state(model, state, logits, classes, "shapley").scores.relu()
     ranking = rank_heads_from_state(model, state, logits, classes)

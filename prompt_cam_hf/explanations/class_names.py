@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""Which class does a user mean? Classes are asked for by name; one that is nearly right is answered with hints."""
+"""Finding the classes asked for, by name or by number, with hints where a name is nearly right."""
 
 import difflib
 from collections.abc import Iterable, Mapping
+
+import torch
+
+from prompt_cam_hf.modeling.outputs_prompt_cam import check_class_numbers
 
 _MAX_HINTS = 3
 
@@ -14,10 +18,10 @@ def find_class(id2label: Mapping[int, str], name: str) -> int:
 
     Args:
         id2label: Names by class number, as in `model.config.id2label`.
-        name: What the user wrote.
+        name: The name as the user wrote it.
 
     Raises:
-        ValueError: no class has this name (the nearest ones are offered), or several do.
+        ValueError: no class has this name (the nearest names are suggested), or several do.
     """
     matches = [number for number, label in id2label.items() if label == name]
     if not matches:
@@ -37,10 +41,10 @@ def find_class(id2label: Mapping[int, str], name: str) -> int:
 
 
 def find_classes(id2label: Mapping[int, str], classes: str | int | Iterable[str | int]) -> list[int]:
-    """The numbers of one class or several, in the given order, each once; numbers are taken as they are.
+    """The numbers of one class or several, in the given order, without repetition. Numbers are checked and kept.
 
     Raises:
-        ValueError: a class does not exist, or there is none.
+        ValueError: a class does not exist, or `classes` is empty.
     """
     found = []
     for wanted in [classes] if isinstance(classes, str | int) else classes:
@@ -53,6 +57,28 @@ def find_classes(id2label: Mapping[int, str], classes: str | int | Iterable[str 
     if not found:
         raise ValueError("No class was named; give at least one, or None for the predicted one.")
     return list(dict.fromkeys(found))
+
+
+def check_classes(classes: torch.Tensor, batch: int, num_labels: int) -> torch.Tensor:
+    """Bring the class numbers asked about for each image into one shape.
+
+    Args:
+        classes: (batch,) or (batch, k).
+        batch: Number of images.
+        num_labels: Number of classes of the model.
+
+    Returns:
+        (batch, k); k is 1 where `classes` has no such axis.
+
+    Raises:
+        ValueError: `classes` has another shape, or holds a number that is not a class.
+    """
+    if classes.ndim not in (1, 2) or len(classes) != batch:
+        raise ValueError(
+            f"classes has the shape {tuple(classes.shape)}; it must be (batch,) or (batch, k), with batch={batch}."
+        )
+    check_class_numbers(classes, num_labels, "classes")
+    return classes.view(batch, -1)
 
 
 def _plain(name: str) -> str:
@@ -68,4 +94,4 @@ def _nearest(labels: Iterable[str], name: str) -> list[str]:
     return [by_plain[plain] for plain in dict.fromkeys([*holding, *alike])][:_MAX_HINTS]
 
 
-__all__ = ["find_class", "find_classes"]
+__all__ = ["check_classes", "find_class", "find_classes"]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What do classes share on an image, and what tells them apart?
+"""Comparing classes on one image: what their maps share, and what sets them apart.
 
 The paper (section 4) lays class B's maps on an image of class A to see which traits they share, and the maps of the
 true and of the predicted class side by side to read a mistake. Heads are compared one by one: in the last layer a head
-has the same keys and values for all class prompts, so two prompts that look at one patch through it take in the same.
+has the same keys and values for all class prompts, so two prompts that attend to the same patch receive the same.
 """
 
 from collections.abc import Iterable
@@ -15,11 +15,13 @@ from matplotlib.figure import Figure
 from transformers.image_processing_utils import BaseImageProcessor
 
 from prompt_cam_hf.data.images import ImageSource, image_name, open_image
-from prompt_cam_hf.explanations import figures
 from prompt_cam_hf.explanations.class_names import find_classes
-from prompt_cam_hf.explanations.explain import ClassTraits, Explanation, RankingMethod, explain_each
+from prompt_cam_hf.explanations.explain import ClassTraits, Explanation, explain_each
+from prompt_cam_hf.explanations.figures import Scale, check_head_count
 from prompt_cam_hf.explanations.maps import MapKind
+from prompt_cam_hf.explanations.ranking import RankingMethod
 from prompt_cam_hf.explanations.results import Result, format_table
+from prompt_cam_hf.explanations.sheet import Row, draw_rows
 from prompt_cam_hf.loading import ClassifierLike, as_classifier
 
 
@@ -29,15 +31,15 @@ class Comparison(Result):
 
     With m[c] the map of class c in a head, at a patch:
 
-    - shared: the smallest of the m[c]; for evidence, the m[c] of the smallest size where all have one sign, else 0;
-    - own[c]: m[c] less the largest map of the other classes. Above 0 where c alone looks (or finds more than all
-      others), below 0 where another class does. Of two classes, own[A] = m[A] - m[B] = -own[B].
+    - shared: the smallest of the m[c]; for evidence, the m[c] closest to 0 where all have the same sign, and else 0;
+    - own[c]: m[c] minus the largest of the other classes' maps: above 0 where c has more than every other class, below
+      0 where another class has more. With two classes, own[A] = m[A] - m[B] = -own[B].
 
-    Maps, shared and own have one unit and are drawn on one scale.
+    Maps, shared and own have the same unit and are drawn on the same scale.
 
     Attributes:
         explanation: The image, and each class's traits.
-        true_label: The class that a misread image belongs to; None where no mistake was asked about.
+        true_label: The true class of a misclassified image; None unless `compare` was called with `true`.
     """
 
     explanation: Explanation
@@ -69,7 +71,7 @@ class Comparison(Result):
 
     @property
     def overlap(self) -> np.ndarray:
-        """How much of a head's maps is shared, (heads,), 0 to 1: the sum of |shared| over that of the largest |m|."""
+        """The shared part of each head's maps, (heads,), 0 to 1: the sum of |shared| over that of the largest |m|."""
         largest = np.abs(self._maps()).max(axis=0).sum(axis=(-2, -1))
         return np.abs(self.shared).sum(axis=(-2, -1)) / np.maximum(largest, np.finfo(np.float32).tiny)
 
@@ -77,7 +79,7 @@ class Comparison(Result):
         return np.stack([traits.maps for traits in self.classes])
 
     def top_heads(self, count: int) -> tuple[int, ...]:
-        """Heads that matter to any of the classes: the first of each, the second of each, and so on."""
+        """The most important heads of all classes in turn: the first of each, the second of each, and so on."""
         orders = zip(*(traits.head_order for traits in self.classes), strict=True)
         return tuple(dict.fromkeys(head for heads in orders for head in heads))[:count]
 
@@ -137,12 +139,30 @@ class Comparison(Result):
             for row in self.explanation.to_rows()
         ]
 
-    def figure(self, heads: int | None = None, outline: bool = False, scale: figures.Scale = "figure") -> Figure:
+    def figure(self, heads: int | None = None, outline: bool = False, scale: Scale = "figure") -> Figure:
         """Draw a row for each class, for what they share and for what sets them apart; see `Result.figure`.
 
         The columns are `top_heads`.
         """
-        return figures.plot_comparison(self, heads=heads, outline=outline, scale=scale)
+        letters, classes, shared = self.letters, self.classes, self.shared
+        order = self.top_heads(check_head_count(heads, len(shared)))
+        style = self.explanation.style([traits.maps[head] for traits in classes for head in order], outline, scale)
+        rows = []
+        for letter, traits in zip(letters, classes, strict=True):
+            truth = ", the true class" if traits.label == self.true_label else ""
+            rows.append(Row(f"{letter}: {traits.heading}{truth}", traits.draw(style, order)))
+        overlap = self.overlap
+        panels = [style.draw(shared[head], f"head {head}", f"{overlap[head]:.0%} shared") for head in order]
+        rows.append(Row(f"shared by {', '.join(letters[:-1])} and {letters[-1]}", [style.image_panel(), *panels]))
+        difference = replace(style, difference=True)
+        apart = list(zip(letters, self.own, strict=True))
+        # Of two classes, the second one's difference is the first one's with the other sign.
+        for letter, own in apart[: 1 if len(apart) == 2 else None]:
+            others = [other for other in letters if other != letter]
+            title = f"{letter} - {others[0]}" if len(others) == 1 else f"{letter} - the most of {', '.join(others)}"
+            panels = [difference.draw(own[head], f"head {head}") for head in order]
+            rows.append(Row(title, [style.image_panel(), *panels]))
+        return draw_rows(rows, [style.colour_bar(), difference.colour_bar()])
 
 
 def compare(
@@ -159,14 +179,11 @@ def compare(
 ) -> Comparison:
     """Compare classes on one image, or the true class with the predicted one.
 
-        compare("my_model", "blue_jay.jpg", ["Blue Jay", "Steller Jay"]).save("comparison.png")
-        print(compare("my_model", "misread.jpg", true="Blue Jay"))
-
     Args:
         model: A folder, a Hub id, a pipeline, or a loaded model with `image_processor`.
         image: The image.
         classes: Names or numbers of two classes or more.
-        true: In place of `classes`: the class that a misread image belongs to.
+        true: In place of `classes`: the true class of a misclassified image, which is compared with the predicted one.
         image_processor: For a loaded model.
         kind: As in `explain`.
         method: As in `explain`.
@@ -174,11 +191,19 @@ def compare(
         interpolate_pos_encoding: As in the model's `forward`.
 
     Raises:
-        ValueError: fewer than two classes, an image that is read as its true class, or as `explain` does.
+        ValueError: there are fewer than two classes, the prediction is the true class, or `explain` refuses an
+            argument.
         OSError: the image or the model cannot be found.
+
+    Example:
+        >>> from prompt_cam_hf import compare
+        >>> comparison = compare("my_model", "bird.jpg", ["Blue Jay", "Steller Jay"])
+        >>> comparison.overlap  # the shared part of each head's maps
+        >>> comparison.save("comparison.png")
+        >>> print(compare("my_model", "bird.jpg", true="Blue Jay"))  # the true class and the predicted one
     """
     if (classes is None) == (true is None):
-        raise ValueError("Give either classes=, two or more, or true=, the class that a misread image belongs to.")
+        raise ValueError("Give either classes=, two or more, or true=, the true class of a misclassified image.")
     classifier = as_classifier(model, image_processor)
     id2label = classifier.model.config.id2label
     opened = open_image(image)
@@ -197,8 +222,8 @@ def compare(
         predicted = next(explain_each(classifier, [opened], **options)).prediction
         if predicted.number == true_number:
             raise ValueError(
-                f"{image_name(image) or 'The image'} is read rightly, as {predicted.label!r}; name two classes to "
-                "compare them on it."
+                f"{image_name(image) or 'The image'} is classified correctly, as {predicted.label!r}; name two "
+                "classes to compare them on it."
             )
         numbers = [true_number, predicted.number]
     explanation = replace(next(explain_each(classifier, [opened], numbers, **options)), source=image_name(image))

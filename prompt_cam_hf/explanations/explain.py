@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Why did the model say so? The prediction, its scores, and the ranked traits of the classes asked about."""
+"""Explaining images: the prediction, the scores of all classes, and the ranked traits of the classes asked about."""
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,23 +15,23 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 
 from prompt_cam_hf.data.images import ImageSource, find_images, image_name, open_image
-from prompt_cam_hf.explanations import figures
 from prompt_cam_hf.explanations.class_names import find_classes
+from prompt_cam_hf.explanations.figures import MapStyle, Scale, check_head_count
 from prompt_cam_hf.explanations.maps import Box, MapKind, check_kind, map_box, maps_from_state
-from prompt_cam_hf.explanations.ranking import HeadRanking, rank_heads_from_state
+from prompt_cam_hf.explanations.ranking import HeadRanking, RankingMethod, rank_heads_from_state
 from prompt_cam_hf.explanations.results import Result, format_table
+from prompt_cam_hf.explanations.sheet import Panel, Row, draw_rows
 from prompt_cam_hf.loading import Classifier, ClassifierLike, as_classifier
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState
 
-RankingMethod = Literal["greedy", "exact", "shapley"]
-# Classes whose scores are told beside those asked about, as many as transformers' own pipeline names.
+# So many of the best classes are always listed, as many as transformers' own pipeline returns.
 _TOP_CLASSES = 5
 
 
 @dataclass(frozen=True)
 class ClassScore:
-    """How a class did on an image.
+    """The score of a class on an image.
 
     Attributes:
         label: Its name.
@@ -50,15 +50,16 @@ class ClassScore:
 
 @dataclass(frozen=True)
 class ClassTraits(ClassScore):
-    """What a class's prompt found on an image.
+    """The score, the maps and the ranked heads of a class on an image.
 
     Attributes:
         maps: (heads, rows, cols), float32, in head order; of the explanation's kind.
-        attention_on_patches: For each head, the share of its attention that is on patches at all, 0 to 1.
+        attention_on_patches: For each head, the share of its attention that is on patches, 0 to 1.
         head_order: Heads, the most important first.
         head_scores: For each head, in head order, its score in the ranking; see `HeadRanking`.
-        sufficient: So many of the first heads keep the class on top; None where not even all of them put it there.
-        num_smallest_sets: For the method "exact": how many sets of that size keep the class on top.
+        sufficient: The number of heads, taken in order, that keep the class on top when all others are blurred; None
+            where the class is not on top even with all heads.
+        num_smallest_sets: For the method "exact": the number of sets of that size that keep the class on top.
     """
 
     maps: np.ndarray
@@ -90,6 +91,20 @@ class ClassTraits(ClassScore):
             words += f" (one of {self.num_smallest_sets} sets as small)"
         return f"{'predicted' if self.rank == 1 else f'rank {self.rank}'}: {words}"
 
+    @property
+    def heading(self) -> str:
+        """The title over the class's maps in a figure."""
+        return f"{self.label} ({self.probability:.1%}) - {self.verdict}"
+
+    def draw(self, style: MapStyle, heads: Sequence[int]) -> list[Panel]:
+        """The image, and the maps of some heads, as panels of a figure."""
+        panels = [style.image_panel()]
+        for head in heads:
+            evidence = f": {self.maps[head].sum():+.2f}" if style.kind == "evidence" else ""
+            on_patches = f"{self.attention_on_patches[head]:.0%} on patches"
+            panels.append(style.draw(self.maps[head], f"head {head}{evidence}", on_patches))
+        return panels
+
 
 def _name_heads(heads: Sequence[int]) -> str:
     *first, last = map(str, heads)
@@ -98,11 +113,11 @@ def _name_heads(heads: Sequence[int]) -> str:
 
 @dataclass(frozen=True, repr=False)
 class Explanation(Result):
-    """What a model says about an image, and where it looked.
+    """A model's prediction on an image, with the maps of the classes asked about.
 
     Attributes:
         image: The image, upright, RGB, in its own size.
-        source: Its path; empty where it has none.
+        source: Its path, or an empty string.
         box: The part of the image that the maps lie on (left, top, right, bottom in pixels); see `map_box`.
         kind: What the maps show, "attention" or "evidence".
         method: How the heads were ranked, "greedy", "exact" or "shapley".
@@ -168,7 +183,7 @@ class Explanation(Result):
         return "\n".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the image, as JSON knows it; maps are nested lists (heads, rows, cols)."""
+        """Everything but the image, in the types of JSON; maps are nested lists (heads, rows, cols)."""
         return {
             "image": self.source,
             "image_size": {"width": self.image.width, "height": self.image.height},
@@ -208,9 +223,18 @@ class Explanation(Result):
                 )
         return rows
 
-    def figure(self, heads: int | None = None, outline: bool = False, scale: figures.Scale = "figure") -> Figure:
+    def figure(self, heads: int | None = None, outline: bool = False, scale: Scale = "figure") -> Figure:
         """Draw the image beside the most important heads' maps, one row a class; see `Result.figure`."""
-        return figures.plot_explanation(self, heads=heads, outline=outline, scale=scale)
+        count = check_head_count(heads, len(self.classes[0].maps))
+        shown = [(traits, traits.head_order[:count]) for traits in self.classes]
+        style = self.style([traits.maps[head] for traits, order in shown for head in order], outline, scale)
+        rows = [Row(traits.heading, traits.draw(style, order)) for traits, order in shown]
+        return draw_rows(rows, [style.colour_bar()])
+
+    def style(self, drawn: Iterable[np.ndarray], outline: bool, scale: Scale) -> MapStyle:
+        """One style, and so one scale, for all maps that will be drawn."""
+        vmax = float(max(np.abs(trait_map).max() for trait_map in drawn))
+        return MapStyle(self.image, self.box, self.kind, vmax, outline, scale)
 
     def _peak(self, trait_map: np.ndarray) -> tuple[int, int]:
         """The middle of the strongest patch, x and y in pixels of the image."""
@@ -232,10 +256,7 @@ def explain(
     interpolate_pos_encoding: bool = False,
     batch_size: int = 8,
 ) -> Explanation | list[Explanation]:
-    """Explain what a model says about images.
-
-        print(explain("my_model", "bird.jpg"))
-        explain("my_model", "bird.jpg", ["Blue Jay", "Cardinal"]).save("traits.png")
+    """Explain a model's predictions on images: scores, trait maps, and the heads that decide.
 
     Args:
         model: A folder, a Hub id, a pipeline, or a loaded model (in evaluation mode) with `image_processor`.
@@ -253,8 +274,17 @@ def explain(
         An `Explanation`; a list of them where several images or a folder were given.
 
     Raises:
-        ValueError: a class does not exist, an image cannot be read, it is no Prompt-CAM, or an argument is unknown.
+        ValueError: a class does not exist, an image cannot be read, the model is not a Prompt-CAM, or an argument has
+            an unknown value.
         OSError: an image or the model cannot be found.
+
+    Example:
+        >>> from prompt_cam_hf import explain
+        >>> explanation = explain("my_model", "bird.jpg", ["Blue Jay", "Cardinal"])
+        >>> print(explanation)
+        >>> explanation.prediction.label
+        >>> explanation.classes[0].maps.shape  # heads, rows, cols
+        >>> explanation.save("traits.png", heads=3)
     """
     single = False
     if isinstance(images, str | os.PathLike) and Path(images).is_dir():
@@ -287,10 +317,10 @@ def explain_each(
     interpolate_pos_encoding: bool = False,
     batch_size: int = 8,
 ) -> Iterator[Explanation]:
-    """Explain images one after another, with no more than a batch of them in memory; arguments as in `explain`."""
+    """Explain images one after another, with at most one batch of them in memory; arguments as in `explain`."""
     check_kind(kind)
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}; at least one image has to go through the network at once.")
+        raise ValueError(f"batch_size={batch_size}; it must be at least one image.")
     model = classifier.model
     numbers = None if classes is None else find_classes(model.config.id2label, classes)
     remaining = iter(images)
@@ -320,7 +350,7 @@ def read_state(
     """The scores of all classes and the traits of those asked about, for each image of a batch.
 
     Args:
-        model: The model, with the prompt set in use that the state is of.
+        model: The model, using the prompt set that the state was computed with.
         state: From its `last_layer_state` or `last_layer_states`.
         numbers: The classes asked about; None: each image's predicted class.
         kind: As in `explain`.
@@ -371,4 +401,4 @@ def _ranking_fields(ranking: HeadRanking, image: int, row: int) -> dict[str, Any
     }
 
 
-__all__ = ["ClassScore", "ClassTraits", "Explanation", "RankingMethod", "explain", "explain_each", "read_state"]
+__all__ = ["ClassScore", "ClassTraits", "Explanation", "explain", "explain_each", "read_state"]

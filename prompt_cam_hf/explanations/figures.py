@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""How are trait maps drawn? On the original image, on one scale, with the attention that they leave out said."""
+"""Drawing trait maps on the original image, all maps of a figure on one scale, with a colour bar that explains it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -12,11 +12,6 @@ from PIL import Image
 
 from prompt_cam_hf.explanations.maps import Box, MapKind, resize_map
 from prompt_cam_hf.explanations.sheet import ColourBar, Panel, Row, draw_rows
-
-if TYPE_CHECKING:
-    from prompt_cam_hf.explanations.compare import Comparison
-    from prompt_cam_hf.explanations.explain import ClassTraits, Explanation
-    from prompt_cam_hf.explanations.removal import Removal
 
 Scale = Literal["figure", "head"]
 
@@ -37,14 +32,14 @@ _MEANING_OF_DIFFERENCE: Mapping[MapKind, str] = {
 def overlay(
     image: Image.Image, trait_map: np.ndarray, vmax: float, *, signed: bool = False, box: Box | None = None
 ) -> np.ndarray:
-    """Lay a trait map over an image, which becomes grey.
+    """Draw a trait map over an image that is turned grey.
 
     Args:
         image: The original image, of any size.
         trait_map: One number for each patch, (rows, cols).
-        vmax: The value that gets the brightest colour; 0 gets none.
-        signed: Values below 0 have colours too, the strongest at -vmax.
-        box: The part of the image that the map covers, from `map_box`; what the model did not see turns pale.
+        vmax: The value drawn in the brightest colour.
+        signed: Whether values below 0 have colours too, the strongest at -vmax.
+        box: The part of the image that the map covers, from `map_box`; what the model did not see is drawn pale.
 
     Returns:
         An RGB image of the same size, uint8, (height, width, 3).
@@ -70,8 +65,18 @@ def overlay(
 
 
 @dataclass(frozen=True)
-class _Style:
-    """What the maps of a figure have in common."""
+class MapStyle:
+    """What the maps of a figure have in common.
+
+    Attributes:
+        image: The image that they are drawn on.
+        box: The part of it that they cover, from `map_box`; None for all of it.
+        kind: What they show.
+        vmax: The value of the brightest colour where `scale` is "figure".
+        outline: Whether to outline what reaches half of the scale.
+        scale: "figure" for one scale for all maps, "head" for one each.
+        difference: The maps are differences of two classes' maps.
+    """
 
     image: Image.Image
     box: Box | None
@@ -87,10 +92,11 @@ class _Style:
 
     @property
     def signed(self) -> bool:
+        """Whether values below 0 have colours too."""
         return self.difference or self.kind == "evidence"
 
     def number(self, value: float) -> str:
-        """A value of a map in words: a share of attention, or logits."""
+        """A value of a map as text: a percentage of the attention, or logits."""
         if value == 0:
             return "0"
         sign = "+" if self.signed else ""
@@ -115,7 +121,7 @@ class _Style:
         return Panel(pixels, "\n".join(title), outline, (-0.5, 0.5) if self.signed else (0.5,))
 
     def colour_bar(self) -> ColourBar:
-        """What the colours mean, as they look on a mid-grey image."""
+        """The legend of the colours, as they look on a mid-grey image."""
         label = (_MEANING_OF_DIFFERENCE if self.difference else _MEANING)[self.kind]
         label += "; each map on its own scale" if self.scale == "head" else "; one scale for all maps"
         if self.outline:
@@ -155,9 +161,9 @@ def plot_trait_maps(
         trait_maps: (heads, rows, cols), as in the pipeline's answer or one class of `PromptCAMOutput.trait_maps`.
         heads: The heads to draw, in this order; all by default. The first `k` of the pipeline's `head_order` are the
             most important ones.
-        title: The class, or what else belongs over the image.
-        vmax: Attention of the brightest colour; the strongest of the drawn maps by default. One scale serves all maps
-            of a figure: a weak head looks weak.
+        title: A line over the image, such as the class.
+        vmax: The attention drawn in the brightest colour; by default the highest of all drawn maps. All maps share
+            this scale, so a weak head looks weak.
         outline: Outline what reaches half of the scale.
         scale: "figure", or "head" to draw each map on its own scale, which shows weak heads.
 
@@ -172,94 +178,18 @@ def plot_trait_maps(
         raise ValueError(f"heads={list(heads)}: there are heads 0 to {len(trait_maps) - 1} only.")
     if vmax is None:
         vmax = float(max((trait_maps[head].max() for head in heads), default=0))
-    style = _Style(image, None, "attention", vmax, outline, scale)
+    style = MapStyle(image, None, "attention", vmax, outline, scale)
     panels = [
         style.draw(trait_maps[head], f"head {head}", f"{trait_maps[head].sum():.0%} on patches") for head in heads
     ]
     return draw_rows([Row(title or "", [style.image_panel(), *panels])], [style.colour_bar()])
 
 
-def plot_explanation(
-    explanation: "Explanation", heads: int | None = None, outline: bool = False, scale: Scale = "figure"
-) -> Figure:
-    """Draw an `Explanation`; arguments as in `Explanation.figure`."""
-    count = check_head_count(heads, len(explanation.classes[0].maps))
-    shown = [(traits, traits.head_order[:count]) for traits in explanation.classes]
-    style = _style(explanation, [traits.maps[head] for traits, order in shown for head in order], outline, scale)
-    rows = [Row(_heading(traits), _class_panels(style, traits, order)) for traits, order in shown]
-    return draw_rows(rows, [style.colour_bar()])
-
-
-def plot_comparison(
-    comparison: "Comparison", heads: int | None = None, outline: bool = False, scale: Scale = "figure"
-) -> Figure:
-    """Draw a `Comparison`; arguments as in `Comparison.figure`."""
-    letters, classes, shared = comparison.letters, comparison.classes, comparison.shared
-    order = comparison.top_heads(check_head_count(heads, len(shared)))
-    drawn = [traits.maps[head] for traits in classes for head in order]
-    style = _style(comparison.explanation, drawn, outline, scale)
-    rows = []
-    for letter, traits in zip(letters, classes, strict=True):
-        truth = ", the true class" if traits.label == comparison.true_label else ""
-        rows.append(Row(f"{letter}: {_heading(traits)}{truth}", _class_panels(style, traits, order)))
-    overlap = comparison.overlap
-    panels = [style.draw(shared[head], f"head {head}", f"{overlap[head]:.0%} shared") for head in order]
-    rows.append(Row(f"shared by {', '.join(letters[:-1])} and {letters[-1]}", [style.image_panel(), *panels]))
-    difference = replace(style, difference=True)
-    apart = list(zip(letters, comparison.own, strict=True))
-    # Of two classes, the second one's difference is the first one's with the other sign.
-    for letter, own in apart[: 1 if len(apart) == 2 else None]:
-        others = [other for other in letters if other != letter]
-        title = f"{letter} - {others[0]}" if len(others) == 1 else f"{letter} - the most of {', '.join(others)}"
-        panels = [difference.draw(own[head], f"head {head}") for head in order]
-        rows.append(Row(title, [style.image_panel(), *panels]))
-    return draw_rows(rows, [style.colour_bar(), difference.colour_bar()])
-
-
-def plot_removal(
-    removal: "Removal", heads: int | None = None, outline: bool = False, scale: Scale = "figure"
-) -> Figure:
-    """Draw a `Removal`; arguments as in `Removal.figure`."""
-    before, after = removal.before.classes[0], removal.after.classes[0]
-    order = before.head_order[: check_head_count(heads, len(before.maps))]
-    style = _style(removal.before, [traits.maps[head] for traits in (before, after) for head in order], outline, scale)
-    rows = []
-    for when, told, explanation in (
-        ("before", "region outlined", removal.before),
-        ("after", "region filled", removal.after),
-    ):
-        traits, best = explanation.classes[0], explanation.prediction
-        verdict = "predicted" if traits.rank == 1 else f"predicted: {best.label} ({best.probability:.1%})"
-        first, *panels = _class_panels(replace(style, image=explanation.image), traits, order)
-        first = replace(first, title=told, outline=removal.mask.astype(np.float32))
-        rows.append(Row(f"{when}: {traits.label} ({traits.probability:.1%}), {verdict}", [first, *panels]))
-    return draw_rows(rows, [style.colour_bar()])
-
-
-def _style(explanation: "Explanation", drawn: Sequence[np.ndarray], outline: bool, scale: Scale) -> _Style:
-    """One scale for all maps that will be drawn."""
-    vmax = float(max(np.abs(trait_map).max() for trait_map in drawn))
-    return _Style(explanation.image, explanation.box, explanation.kind, vmax, outline, scale)
-
-
-def _heading(traits: "ClassTraits") -> str:
-    return f"{traits.label} ({traits.probability:.1%}) - {traits.verdict}"
-
-
-def _class_panels(style: _Style, traits: "ClassTraits", order: Sequence[int]) -> list[Panel]:
-    panels = [style.image_panel()]
-    for head in order:
-        evidence = f": {traits.maps[head].sum():+.2f}" if style.kind == "evidence" else ""
-        on_patches = f"{traits.attention_on_patches[head]:.0%} on patches"
-        panels.append(style.draw(traits.maps[head], f"head {head}{evidence}", on_patches))
-    return panels
-
-
 def check_head_count(heads: int | None, available: int) -> int:
-    """How many heads to show: 4 where nothing is said, or all where there are fewer.
+    """The number of heads to show: by default 4, or all where there are fewer.
 
     Raises:
-        ValueError: there are not so many heads.
+        ValueError: The model has fewer heads, or `heads` is below 1.
     """
     if heads is None:
         return min(_DEFAULT_HEADS, available)
@@ -269,10 +199,9 @@ def check_head_count(heads: int | None, available: int) -> int:
 
 
 __all__ = [
+    "MapStyle",
+    "Scale",
     "check_head_count",
     "overlay",
-    "plot_comparison",
-    "plot_explanation",
-    "plot_removal",
     "plot_trait_maps",
 ]

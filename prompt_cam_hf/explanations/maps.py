@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: MIT
-"""Where does the prompt of a class look, and what does it find there?
+"""Trait maps: where the prompt of a class attends, and how much each patch contributes to the class's score.
 
-"attention" is the paper's map (Prompt-CAM, Chowdhury et al., CVPR 2025, section 3): it says where. "evidence" adds in
-which direction and how strongly what was found moves the class's score.
+"attention" is the paper's map (Prompt-CAM, Chowdhury et al., CVPR 2025, section 3). "evidence" also tells how
+strongly, and in which direction, each patch changes the class's score.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 
+from prompt_cam_hf.explanations.class_names import check_classes
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.modeling.backbone_prompt_cam import attention_weights, backbone_layers, finish_layer, patch_size
-from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState, check_class_numbers
+from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState
 
 MapKind = Literal["attention", "evidence"]
-MAP_KINDS = ("attention", "evidence")
 
 # A box in pixels of an image, as Pillow's `crop` takes it: left, top, right, bottom; here with fractions.
 Box = tuple[float, float, float, float]
@@ -32,7 +32,7 @@ def trait_maps(
     kind: MapKind = "attention",
     interpolate_pos_encoding: bool = False,
 ) -> torch.Tensor:
-    """Maps of classes on images, one for each head of the last layer.
+    """Compute the maps of classes on images, one for each head of the last layer.
 
     Args:
         model: The model, in evaluation mode. Its parameters' gradients are left as they are.
@@ -46,45 +46,49 @@ def trait_maps(
 
     Raises:
         ValueError: `kind` is unknown, or `classes` does not fit.
+
+    Example:
+        >>> from PIL import Image
+        >>> from transformers import AutoImageProcessor
+        >>> from prompt_cam_hf import PromptCAMForImageClassification, trait_maps
+        >>> model = PromptCAMForImageClassification.from_pretrained("my_model")
+        >>> image_processor = AutoImageProcessor.from_pretrained("my_model")
+        >>> pixel_values = image_processor(Image.open("bird.jpg"), return_tensors="pt")["pixel_values"]
+        >>> maps = trait_maps(model, pixel_values, kind="evidence")
+        >>> maps[0, 0].sum(dim=(-2, -1))  # the evidence in each head for the predicted class, in logits
     """
     check_kind(kind)
     with torch.no_grad():
         state = model.last_layer_state(pixel_values, interpolate_pos_encoding)
         if classes is None:
             classes = model.last_layer_logits(state).argmax(dim=-1)
-        elif classes.ndim not in (1, 2) or len(classes) != len(pixel_values):
-            raise ValueError(
-                f"classes has the shape {tuple(classes.shape)}; it must be (batch,) or (batch, k), with "
-                f"batch={len(pixel_values)}."
-            )
-        check_class_numbers(classes, model.config.num_labels, "classes")
-    classes = classes.to(state.projections.keys.device).view(len(pixel_values), -1)
-    return maps_from_state(model, state, classes, kind)
+    asked = check_classes(classes, len(pixel_values), model.config.num_labels)
+    return maps_from_state(model, state, asked.to(state.projections.keys.device), kind)
 
 
 def maps_from_state(
     model: PromptCAMForImageClassification, state: LastLayerState, classes: torch.Tensor, kind: MapKind = "attention"
 ) -> torch.Tensor:
-    """Maps from one run of the network, (batch, k, heads, rows, cols), float32.
+    """Compute maps from a state of the network that is there already, (batch, k, heads, rows, cols), float32.
 
-    "attention": the softmax weights a[h, t] of the class's prompt in head h on patch t. All tokens together get 1, so
-    a map sums to less; the rest is on prompts and prefix tokens.
+    "attention": the softmax weights a[h, t] of the class's prompt in head h on patch t. The weights on all tokens add
+    up to 1; those on patches alone add up to less, since prompts and prefix tokens get attention too.
 
-    "evidence": how much each of these glances raises (above 0) or lowers (below 0) the class's score s, in logits. In
-    the last layer, the class's row takes in the tokens t only as the attention's output
+    "evidence": how much the attention to a token raises (above 0) or lowers (below 0) the class's score s, in logits.
+    In the last layer, the class's prompt sees the tokens t only through the attention's output
 
         o = b + sum over h, t of a[h, t] W_h v[h, t]
 
     with the values v (their bias included), W_h the head's slice of the output projection and b its bias. All that
     follows (layer scale, residual connection, second norm, MLP, final norm, classifier) is a function s(o). With
-    g = ds/do where the network really is, the evidence of a glance is
+    the gradient g = ds/do at the actual o, the evidence of token t in head h is
 
         e[h, t] = a[h, t] (W_h v[h, t]) . g
 
-    Let a[h, t] grow by a small share r of itself: s changes by r e[h, t]. So e is what the score would lose, to first
-    order, were the glance taken out and nothing put in its place; e adds up over heads, patches and other tokens, and
-    with b . g to what the score changes when all of o grows by that share. As W_h is linear, a[h, t] v[h, t] times the
-    gradient with respect to the head's context (before the projection) is the same number; it is taken by autograd.
+    Multiplying a[h, t] by 1 + r, for a small r, changes s by r e[h, t]. To first order, e[h, t] is therefore what the
+    score would lose if this attention were removed and not replaced. Multiplying all of o by 1 + r changes s by r
+    times the sum of e over all heads and tokens, plus b . g. As W_h is linear, a[h, t] v[h, t] times the gradient with
+    respect to the head's context (before the projection) is the same number; autograd computes that gradient.
 
     Args:
         model: The model, in evaluation mode.
@@ -136,21 +140,21 @@ def check_kind(kind: str) -> None:
     """Refuse an unknown kind of map.
 
     Raises:
-        ValueError: it is unknown.
+        ValueError: `kind` is neither "attention" nor "evidence".
     """
-    if kind not in MAP_KINDS:
+    if kind not in get_args(MapKind):
         raise ValueError(f'kind={kind!r} is not known; use "attention" or "evidence".')
 
 
 def map_box(model: PromptCAMForImageClassification, image_processor: BaseImageProcessor, image: Image.Image) -> Box:
-    """The part of an image that its maps lie on: not all of it, where the image processor crops.
+    """Find the part of an image that its maps cover, which is smaller than the image where the image processor crops.
 
-    Most processors squash the whole image. CLIP's resizes the shorter side and cuts out the middle; the rest was
-    never seen. Pixels at the right and bottom that fill no patch were not seen either.
+    Most processors squash the whole image. CLIP's resizes the shorter side and cuts out the middle, so the model does
+    not see the rest. Nor does it see pixels at the right and bottom that do not fill a patch.
 
     Args:
         model: The model.
-        image_processor: The model's.
+        image_processor: The image processor of the model.
         image: The original image, upright.
 
     Returns:
@@ -184,12 +188,15 @@ def map_box(model: PromptCAMForImageClassification, image_processor: BaseImagePr
 
 
 def resize_map(trait_map: np.ndarray, size: tuple[int, int], box: Box | None = None) -> np.ndarray:
-    """Lay a map on an image: (rows, cols) to (height, width), float32, bicubic.
+    """Resize a map to an image by bicubic interpolation.
 
     Args:
         trait_map: (rows, cols).
         size: Width and height of the image in pixels, as Pillow's `image.size`.
         box: The part of the image that the map covers, from `map_box`; all of it by default. The rest is 0.
+
+    Returns:
+        (height, width), float32.
     """
     left, top, right, bottom = (0, 0, *size) if box is None else (round(side) for side in box)
     trait_map = np.asarray(trait_map, dtype=np.float32)
@@ -207,28 +214,30 @@ def resize_map(trait_map: np.ndarray, size: tuple[int, int], box: Box | None = N
 def strong_region(
     trait_map: np.ndarray, size: tuple[int, int], box: Box | None = None, level: float = 0.25
 ) -> np.ndarray:
-    """The pixels where a map has at least a share of its highest value, bool, (height, width).
+    """Find the pixels where a map has at least a given share of its highest value.
 
     Args:
-        trait_map: (rows, cols); of evidence, what raises the score counts.
+        trait_map: (rows, cols); only values above 0 count.
         size: Width and height of the image in pixels.
         box: As in `resize_map`.
-        level: The share, above 0 and below 1. Attention is often so sharp that half of its peak is one patch of a
-            trait that covers several.
+        level: The share, above 0 and below 1. Attention is often so sharp that only one patch of a trait reaches half
+            of the highest value, though the trait covers several.
+
+    Returns:
+        (height, width), bool.
 
     Raises:
-        ValueError: the map is above 0 nowhere, or `level` is out of range.
+        ValueError: the map has no value above 0, or `level` is out of range.
     """
     if not 0 < level < 1:
         raise ValueError(f"level={level}; it is a share of the map's highest value, above 0 and below 1.")
     if not np.max(trait_map) > 0:
-        raise ValueError("The map is above 0 nowhere, so it has no strong region.")
+        raise ValueError("The map has no value above 0, so it has no strong region.")
     laid = resize_map(trait_map, size, box)
     return laid >= laid.max() * level
 
 
 __all__ = [
-    "MAP_KINDS",
     "check_kind",
     "map_box",
     "maps_from_state",

@@ -1,38 +1,41 @@
 # SPDX-License-Identifier: MIT
-"""Which heads does the score of a class rest on, and how many of them would do?
+"""Ranking the last layer's heads by their importance for a class, and counting how many of them suffice.
 
 A head is blurred when its attention from the class prompt is made uniform (Prompt-CAM, Chowdhury et al., CVPR 2025,
 section 3). The network runs once; after that, every set of blurred heads costs one row of its last layer.
 """
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
+from prompt_cam_hf.explanations.class_names import check_classes
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
-from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState, check_class_numbers
+from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState
 from prompt_cam_hf.modeling.ranking_prompt_cam import BlurredScores, check_blur, rank_heads_greedily
 
-# Beyond this, enumerating all sets of heads is no longer cheap.
+RankingMethod = Literal["greedy", "exact", "shapley"]
+
+# With more heads, trying all sets of them takes too long.
 _MAX_HEADS_TO_ENUMERATE = 16
 # Sets of blurred heads that go through the last layer's MLP at once: enough to be fast, few enough to fit anywhere.
 _ROWS_AT_ONCE = 4096
 
 
 class HeadRanking(NamedTuple):
-    """Heads of the last layer by what they do for the score of a class.
+    """The heads of the last layer, ranked by their importance for the score of a class.
 
-    The shapes are those of `classes` in `rank_heads`, (batch,) or (batch, k), followed by what is given here.
+    The shapes are those of `classes` in `rank_heads`, (batch,) or (batch, k), followed by the axes given here.
 
     Attributes:
         order: (heads,), the most important head first.
         scores: (heads,), in head order. Greedy: the class score left when that head is blurred in its turn. Exact: the
             score left when it alone is blurred. Shapley: the head's share of the score.
-        sufficient: Without further axis: so many of the first heads in `order` keep the class on top when all others
-            are blurred. It is heads + 1 where not even all of them put it there.
-        num_smallest_sets: Without further axis, for the exact method only: how many sets of that size keep the class
-            on top; `order` starts with the one that leaves the highest score.
+        sufficient: No further axis: the number of heads, taken from the start of `order`, that keep the class on top
+            when all others are blurred; heads + 1 where the class is not on top even with all heads.
+        num_smallest_sets: No further axis, for the exact method only: the number of sets of that size that keep the
+            class on top; `order` starts with the set that leaves the highest score.
     """
 
     order: torch.Tensor
@@ -46,7 +49,7 @@ def rank_heads(
     model: PromptCAMForImageClassification,
     pixel_values: torch.Tensor,
     classes: torch.Tensor | None = None,
-    method: Literal["greedy", "exact", "shapley"] = "greedy",
+    method: RankingMethod = "greedy",
     blur: Literal["tokens", "patches"] = "tokens",
     interpolate_pos_encoding: bool = False,
 ) -> HeadRanking:
@@ -66,13 +69,27 @@ def rank_heads(
             alone, as the paper writes.
         interpolate_pos_encoding: As in the model's `forward`.
 
+    Returns:
+        The ranking for each image, or for each image and class where `classes` is (batch, k).
+
     Raises:
         ValueError: `method` or `blur` is unknown, `classes` does not fit, or there are too many heads to enumerate.
+
+    Example:
+        >>> from PIL import Image
+        >>> from transformers import AutoImageProcessor
+        >>> from prompt_cam_hf import PromptCAMForImageClassification, rank_heads
+        >>> model = PromptCAMForImageClassification.from_pretrained("my_model")
+        >>> image_processor = AutoImageProcessor.from_pretrained("my_model")
+        >>> pixel_values = image_processor(Image.open("bird.jpg"), return_tensors="pt")["pixel_values"]
+        >>> ranking = rank_heads(model, pixel_values, method="exact")
+        >>> ranking.order[0, : ranking.sufficient[0]]  # the heads that suffice for the prediction
     """
     check_ranking(model, method, blur)
     state = model.last_layer_state(pixel_values, interpolate_pos_encoding)
     logits = model.last_layer_logits(state)
-    ranking = rank_heads_from_state(model, state, logits, check_classes(classes, logits), method, blur)
+    asked = check_classes(logits.argmax(dim=-1) if classes is None else classes.to(logits.device), *logits.shape)
+    ranking = rank_heads_from_state(model, state, logits, asked, method, blur)
     if classes is not None and classes.ndim == 2:
         return ranking
     order, scores, sufficient, number = ranking
@@ -85,10 +102,10 @@ def rank_heads_from_state(
     state: LastLayerState,
     logits: torch.Tensor,
     classes: torch.Tensor,
-    method: Literal["greedy", "exact", "shapley"] = "greedy",
+    method: RankingMethod = "greedy",
     blur: Literal["tokens", "patches"] = "tokens",
 ) -> HeadRanking:
-    """Rank heads as `rank_heads` does, where the network has been run already.
+    """Rank heads as `rank_heads` does, from a state of the network that is there already.
 
     Args:
         model: The model, in evaluation mode.
@@ -104,7 +121,10 @@ def rank_heads_from_state(
     check_ranking(model, method, blur)
     rivals = logits[:, None].expand(-1, classes.shape[1], -1).scatter(-1, classes[..., None], -torch.inf).amax(-1)
     if method == "greedy":
-        return _rank_greedily(model, state, classes, blur, logits.gather(1, classes), rivals)
+        order, scores = rank_heads_greedily(model, state, classes, blur)
+        # From all heads sharp to none: what is left after each removal, least important head first.
+        left = torch.cat((logits.gather(1, classes)[..., None], scores.gather(-1, order).flip(-1)), dim=-1)
+        return HeadRanking(order, scores, _count_sufficient(left, rivals))
     blurred_scores = BlurredScores(model, state, classes, blur)
     all_sets = _all_sets(state.projections.keys.shape[1], classes.device)
     values = _score_sets(blurred_scores, all_sets, classes)
@@ -113,12 +133,12 @@ def rank_heads_from_state(
 
 
 def check_ranking(model: PromptCAMForImageClassification, method: str, blur: str) -> None:
-    """Refuse what `rank_heads` cannot do, before anything is computed.
+    """Check the arguments of `rank_heads` before anything is computed.
 
     Raises:
         ValueError: `method` or `blur` is unknown, or there are too many heads to enumerate.
     """
-    if method not in ("greedy", "exact", "shapley"):
+    if method not in get_args(RankingMethod):
         raise ValueError(f'method={method!r} is not known; use "greedy", "exact" or "shapley".')
     heads = model.config.backbone_config.num_attention_heads
     if method != "greedy" and heads > _MAX_HEADS_TO_ENUMERATE:
@@ -129,39 +149,8 @@ def check_ranking(model: PromptCAMForImageClassification, method: str, blur: str
     check_blur(blur)
 
 
-def check_classes(classes: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
-    """Classes as (batch, k), from (batch,), (batch, k) or None for the predicted ones.
-
-    Raises:
-        ValueError: they do not fit the logits (batch, num_labels).
-    """
-    batch, num_labels = logits.shape
-    if classes is None:
-        return logits.argmax(dim=-1, keepdim=True)
-    if classes.ndim not in (1, 2) or classes.shape[0] != batch:
-        raise ValueError(
-            f"classes has the shape {tuple(classes.shape)}; it must be (batch,) or (batch, k), with batch={batch}."
-        )
-    check_class_numbers(classes, num_labels, "classes")
-    return classes.to(logits.device).view(batch, -1)
-
-
-def _rank_greedily(
-    model: PromptCAMForImageClassification,
-    state: LastLayerState,
-    classes: torch.Tensor,
-    blur: Literal["tokens", "patches"],
-    all_sharp: torch.Tensor,
-    rivals: torch.Tensor,
-) -> HeadRanking:
-    order, scores = rank_heads_greedily(model, state, classes, blur)
-    # From all heads sharp to none: what is left after each removal, least important head first.
-    left = torch.cat((all_sharp[..., None], scores.gather(-1, order).flip(-1)), dim=-1)
-    return HeadRanking(order, scores, _count_sufficient(left, rivals))
-
-
 def _count_sufficient(left: torch.Tensor, rivals: torch.Tensor) -> torch.Tensor:
-    """How many heads survive when they are removed until the class loses: `left` (..., heads + 1), all heads first."""
+    """The number of heads that suffice, from the scores (..., heads + 1) left with all heads, one fewer, ..., none."""
     wins = (left > rivals[..., None]).long().cumprod(dim=-1).sum(dim=-1)
     return left.shape[-1] - wins
 
@@ -179,21 +168,20 @@ def _score_sets(blurred_scores: BlurredScores, sets: torch.Tensor, classes: torc
 
 
 def _rank_exactly(values: torch.Tensor, sets: torch.Tensor, rivals: torch.Tensor) -> HeadRanking:
-    heads = sets.shape[1]
-    sizes = sets.sum(dim=1)
+    heads, sizes = sets.shape[1], sets.sum(dim=1)
     wins = values > rivals[..., None]
     smallest = torch.where(wins, sizes, heads + 1).amin(dim=-1)
-    is_smallest = wins & (sizes == smallest[..., None])
-    # Where no set wins, all heads stand for it.
-    is_smallest[..., -1] |= smallest > heads
-    best = values.masked_fill(~is_smallest, -torch.inf).argmax(dim=-1)
-    without = (2**heads - 1) - 2 ** torch.arange(heads, device=sets.device)
-    scores = values[..., without]
-    # Members of the set first; among equals, the head first whose own blurring costs most.
-    by_score = scores.argsort(dim=-1, stable=True)
-    membership = sets[best].gather(-1, by_score)
-    order = by_score.gather(-1, (~membership).long().argsort(dim=-1, stable=True))
-    return HeadRanking(order, scores, smallest, torch.where(smallest > heads, 0, is_smallest.sum(dim=-1)))
+    candidates = wins & (sizes == smallest[..., None])
+    num_candidates = candidates.sum(dim=-1)
+    # The last set holds all heads; it stands in where no set wins.
+    candidates[..., -1] |= num_candidates == 0
+    best = sets[values.masked_fill(~candidates, -torch.inf).argmax(dim=-1)]
+    all_but_one = len(sets) - 1 - 2 ** torch.arange(heads, device=sets.device)
+    scores = values[..., all_but_one]
+    # Heads of the best set first; within it and outside, the head first whose own blurring leaves the lowest score.
+    places = scores.argsort(dim=-1, stable=True).argsort(dim=-1)
+    order = (places - heads * best.long()).argsort(dim=-1)
+    return HeadRanking(order, scores, smallest, num_candidates)
 
 
 def _rank_by_shapley_value(values: torch.Tensor, sets: torch.Tensor, rivals: torch.Tensor) -> HeadRanking:
@@ -217,4 +205,4 @@ def _rank_by_shapley_value(values: torch.Tensor, sets: torch.Tensor, rivals: tor
     return HeadRanking(order, scores.to(values.dtype), _count_sufficient(values.gather(-1, members), rivals))
 
 
-__all__ = ["HeadRanking", "check_classes", "check_ranking", "rank_heads", "rank_heads_from_state"]
+__all__ = ["HeadRanking", "RankingMethod", "check_ranking", "rank_heads", "rank_heads_from_state"]

@@ -1,42 +1,41 @@
 # SPDX-License-Identifier: MIT
-"""What becomes of a prediction when a trait is taken out of the image?
+"""Removing a trait from an image, and comparing the predictions before and after.
 
-The paper does it by hand (section 4: the red spot on a blackbird's wing). Here a region is filled from what is around.
+The paper does it by hand (section 4: the red spot on a blackbird's wing). Here a region is filled from around it.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
-from scipy import sparse
-from scipy.sparse.linalg import cg, spsolve
+from scipy.sparse.linalg import cg
 from transformers.image_processing_utils import BaseImageProcessor
 
 from prompt_cam_hf.data.images import ImageSource, image_name, open_image
-from prompt_cam_hf.explanations import figures
 from prompt_cam_hf.explanations.explain import ClassScore, Explanation, explain_each
+from prompt_cam_hf.explanations.figures import Scale, check_head_count
+from prompt_cam_hf.explanations.holes import hole_system, solve_exactly
 from prompt_cam_hf.explanations.maps import MapKind, strong_region
 from prompt_cam_hf.explanations.results import Result, format_table
+from prompt_cam_hf.explanations.sheet import Row, draw_rows
 from prompt_cam_hf.loading import ClassifierLike, as_classifier
 
 RemovalMethod = Literal["blur", "mean", "inpaint"]
-REMOVAL_METHODS = ("blur", "mean", "inpaint")
 # A direct solution takes a fraction of a second up to here; a larger region starts from a coarser solution.
 _MAX_DIRECT_PIXELS = 20_000
+# Laplace's equation on a grid: each pixel is the mean of the four beside it.
+_LAPLACE = {(-1, 0): 1.0, (1, 0): 1.0, (0, -1): 1.0, (0, 1): 1.0}
 
 
 def remove_region(image: Image.Image, mask: np.ndarray, method: RemovalMethod = "inpaint") -> Image.Image:
-<<<<<<< HEAD:prompt_cam_hf/explanations/removal.py
-    """Take a region out of an image; pixels outside it stay as they are, to the bit.
-=======
-    """Take a region out of a picture; pixels outside it keep their values.
->>>>>>> tests10:prompt_cam_hf/removal.py
+    """Remove a region from an image by filling it; pixels outside it do not change.
 
-    - "blur": a Gaussian blur as wide as half the root of the region's area. Its own colours stay in it, spread out.
+    - "blur": a Gaussian blur whose standard deviation is half the root of the region's area. It spreads the region's
+      colours and does not remove them.
     - "mean": the mean colour of the rest of the image.
-    - "inpaint": the smoothest fill from the border inwards (Laplace's equation, each channel for itself).
+    - "inpaint": the smoothest continuation of the border (Laplace's equation, solved for each channel).
 
     Args:
         image: The image, upright as `open_image` gives it.
@@ -47,9 +46,9 @@ def remove_region(image: Image.Image, mask: np.ndarray, method: RemovalMethod = 
         The image, RGB, of the same size.
 
     Raises:
-        ValueError: the mask has another shape or type, holds no pixel or all of them, or `method` is unknown.
+        ValueError: the mask has another shape or type or holds no pixel or all pixels, or `method` is unknown.
     """
-    if method not in REMOVAL_METHODS:
+    if method not in get_args(RemovalMethod):
         raise ValueError(f'method={method!r} is not known; use "blur", "mean" or "inpaint".')
     mask = np.asarray(mask)
     if mask.shape != (image.height, image.width) or mask.dtype != bool:
@@ -71,7 +70,7 @@ def remove_region(image: Image.Image, mask: np.ndarray, method: RemovalMethod = 
 
 
 def _fill_smoothly(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Solve Laplace's equation in the mask, with the pixels around it as border: each is its neighbours' mean."""
+    """Solve Laplace's equation in the mask, with the pixels around it as border."""
     rows, cols = (slice(max(line.min() - 1, 0), line.max() + 2) for line in np.nonzero(mask))
     filled = pixels.copy()
     filled[rows, cols] = _solve(pixels[rows, cols], mask[rows, cols])
@@ -81,27 +80,12 @@ def _fill_smoothly(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
 def _solve(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
     if not mask.any():  # a coarse image of a thin region
         return pixels
-    height, width = mask.shape
-    numbers = np.full((height + 2, width + 2), -1)
-    numbers[1:-1, 1:-1][mask] = np.arange(mask.sum())
-    # Beside the image there is no neighbour (weight 0), so the fill meets the edge at a right angle.
-    weights = np.pad(np.ones(mask.shape), 1)
-    colours = np.pad(pixels, ((1, 1), (1, 1), (0, 0)))
-    count = int(mask.sum())
-    matrix, border = sparse.csr_matrix((count, count)), np.zeros((count, 3))
-    for down, right in ((0, 1), (2, 1), (1, 0), (1, 2)):
-        window = (slice(down, down + height), slice(right, right + width))
-        neighbour, weight = numbers[window][mask], weights[window][mask]
-        unknown = neighbour >= 0
-        mine = np.flatnonzero(unknown)
-        links = sparse.csr_matrix((np.ones(len(mine)), (mine, neighbour[unknown])), (count, count))
-        matrix = matrix + sparse.diags(weight) - links
-        border += np.where(unknown[:, None], 0, weight[:, None] * colours[window][mask])
+    matrix, border = hole_system(pixels, mask, _LAPLACE)
     filled = pixels.copy()
-    if count <= _MAX_DIRECT_PIXELS:
-        filled[mask] = spsolve(matrix.tocsc(), border)
+    if len(border) <= _MAX_DIRECT_PIXELS:
+        filled[mask] = solve_exactly(matrix, border)
     else:
-        # What a coarse solution gets wrong is fine detail at the border, which few iterations mend.
+        # A coarse solution is wrong in fine detail at the border only, which few iterations correct.
         start = _coarse_solution(pixels, mask)[mask]
         solved = [cg(matrix, border[:, c], start[:, c], rtol=1e-4, maxiter=100)[0] for c in range(3)]
         filled[mask] = np.stack(solved, axis=-1)
@@ -109,7 +93,7 @@ def _solve(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _coarse_solution(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The solution for an image of half the size, enlarged."""
+    """Solve the image at half the size, and enlarge the solution."""
     height, width = mask.shape
     half = ((width + 1) // 2, (height + 1) // 2)
 
@@ -131,7 +115,7 @@ def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarra
         box: left, top, right, bottom in pixels, right and bottom excluded, as Pillow's `crop` takes it.
 
     Raises:
-        ValueError: the box is empty or reaches over the image's edge.
+        ValueError: the box is empty, or a part of it lies outside the image.
     """
     if len(box) != 4 or not (0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]):
         raise ValueError(
@@ -146,7 +130,7 @@ def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarra
 
 @dataclass(frozen=True, repr=False)
 class Removal(Result):
-    """A prediction before and after a region was taken out of the image.
+    """A prediction before and after a region was removed from the image.
 
     Attributes:
         before: The explanation of the image as it was, of one class.
@@ -161,7 +145,7 @@ class Removal(Result):
     method: RemovalMethod
 
     def scores(self) -> list[tuple[ClassScore, ClassScore]]:
-        """Before and after, of the class asked about and all that were among the best at either time."""
+        """Scores before and after, of the class asked about and of the five best classes before and after."""
         label = self.before.classes[0].label
         after = {score.label: score for score in self.after.scores}
         wanted = {label, *(score.label for score in (*self.before.top, *self.after.top))}
@@ -224,9 +208,22 @@ class Removal(Result):
             for old, new in self.scores()
         ]
 
-    def figure(self, heads: int | None = None, outline: bool = False, scale: figures.Scale = "figure") -> Figure:
+    def figure(self, heads: int | None = None, outline: bool = False, scale: Scale = "figure") -> Figure:
         """Draw both images beside the maps of the heads that mattered most before; see `Result.figure`."""
-        return figures.plot_removal(self, heads=heads, outline=outline, scale=scale)
+        before, after = self.before.classes[0], self.after.classes[0]
+        order = before.head_order[: check_head_count(heads, len(before.maps))]
+        style = self.before.style([traits.maps[head] for traits in (before, after) for head in order], outline, scale)
+        rows = []
+        for when, done, explanation in (
+            ("before", "region outlined", self.before),
+            ("after", "region filled", self.after),
+        ):
+            traits, best = explanation.classes[0], explanation.prediction
+            verdict = "predicted" if traits.rank == 1 else f"predicted: {best.label} ({best.probability:.1%})"
+            first, *panels = traits.draw(replace(style, image=explanation.image), order)
+            first = replace(first, title=done, outline=self.mask.astype(np.float32))
+            rows.append(Row(f"{when}: {traits.label} ({traits.probability:.1%}), {verdict}", [first, *panels]))
+        return draw_rows(rows, [style.colour_bar()])
 
 
 def remove_trait(
@@ -240,25 +237,29 @@ def remove_trait(
     kind: MapKind = "attention",
     interpolate_pos_encoding: bool = False,
 ) -> Removal:
-    """Take a region out of an image, and see what the model says then.
-
-        print(remove_trait("my_model", "bird.jpg"))
-        remove_trait("my_model", "bird.jpg", (40, 30, 90, 75), method="mean").save("before_and_after.png")
+    """Remove a region from an image, and compare the model's predictions before and after.
 
     Args:
         model: A folder, a Hub id, a pipeline, or a loaded model with `image_processor`.
         image: The image.
         region: A box (left, top, right, bottom) in pixels of the upright image; a mask (height, width), bool; or
             "top head": where the map of the class's most important head has at least a quarter of its highest value.
-        class_name: The class whose traits are looked at; None: the one predicted before.
+        class_name: The name or number of the class whose traits are shown; None: the one predicted before.
         image_processor: For a loaded model.
         method: How the region is filled; see `remove_region`.
         kind: As in `explain`.
         interpolate_pos_encoding: As in the model's `forward`.
 
     Raises:
-        ValueError: the region does not fit, or as `explain` does.
+        ValueError: the region does not fit the image, or `explain` refuses an argument.
         OSError: the image or the model cannot be found.
+
+    Example:
+        >>> from prompt_cam_hf import remove_trait
+        >>> removal = remove_trait("my_model", "bird.jpg", region=(10, 5, 30, 25), method="mean")
+        >>> print(removal)
+        >>> removal.after.prediction.label
+        >>> removal.save("before_and_after.png")
     """
     classifier = as_classifier(model, image_processor)
     opened = open_image(image)
@@ -288,4 +289,4 @@ def _region_mask(
     return box_mask(size, region)
 
 
-__all__ = ["REMOVAL_METHODS", "Removal", "box_mask", "remove_region", "remove_trait"]
+__all__ = ["Removal", "box_mask", "remove_region", "remove_trait"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How does a result become text, a table or a file? The same way for all of them."""
+"""The base class of all results: export as JSON and CSV, figures, and files that are written as a whole."""
 
 import csv
 import io
@@ -20,27 +20,27 @@ _FIGURE_SUFFIXES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
 
 
 class Result(ABC):
-    """An answer that can be read, exported and drawn."""
+    """A result that can be printed, exported and drawn."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
-        """The answer as JSON knows it."""
+        """The result in the types of JSON."""
 
     @abstractmethod
     def to_rows(self) -> list[dict[str, Any]]:
-        """The answer as rows of a table; all have the same columns."""
+        """The result as rows of a table; all have the same columns."""
 
     @abstractmethod
     def figure(self, heads: int | None = None, outline: bool = False, scale: Scale = "figure") -> Figure:
-        """Draw the answer.
+        """Draw the result.
 
         Args:
-            heads: How many heads' maps; 4 by default, or all where there are fewer.
-            outline: Outline what reaches half of the scale.
+            heads: The number of heads whose maps are drawn; 4 by default, or all where there are fewer.
+            outline: Whether to outline what reaches half of the scale.
             scale: "figure": one scale for all maps; "head": each map on its own, which shows weak heads.
 
         Raises:
-            ValueError: there are not so many heads, or `scale` is unknown.
+            ValueError: the model has fewer heads, or `scale` is unknown.
         """
 
     def to_json(self) -> str:
@@ -48,7 +48,7 @@ class Result(ABC):
         return json.dumps(self.to_dict(), ensure_ascii=False, indent=1)
 
     def to_csv(self) -> str:
-        """`to_rows` as text, names of the columns first."""
+        """`to_rows` as text, with the names of the columns in the first line."""
         rows = self.to_rows()
         text = io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
@@ -57,14 +57,14 @@ class Result(ABC):
         return text.getvalue()
 
     def save(self, path: str | os.PathLike, **options: Any) -> None:
-        """Write a figure, or the table, as the file's ending says. A file that is there is replaced, as a whole.
+        """Write a figure, JSON or a table, depending on the file's ending. An existing file is replaced.
 
         Args:
             path: .png, .pdf, .svg, .jpg or .webp for the figure; .json or .csv.
             **options: Passed on to `figure`.
 
         Raises:
-            ValueError: the ending is another one.
+            ValueError: the file has another ending.
         """
         path = Path(path)
         suffix = path.suffix.lower()
@@ -95,7 +95,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain text with aligned columns, each line set in by two."""
+    """Plain text with aligned columns, each line indented by two spaces."""
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows))
     return "\n".join(f"  {line}".rstrip() for line in lines)

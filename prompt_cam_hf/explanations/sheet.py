@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""How do titled rows of images become a figure in which nothing is cut and nothing overlaps?
+"""Figures of titled rows of images with colour bars below, in which nothing is cut and nothing overlaps.
 
-All sizes are in inches and every line of text is measured, whatever the shape of the images and the length of names.
+matplotlib's constrained layout places everything; here are only the size of the figure and the breaks of its lines.
 """
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,16 +13,19 @@ from functools import lru_cache
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.textpath import TextPath
 
 OUTLINE_COLOUR = "#7fffd4"
 
+# All lengths are in inches.
 _PANEL_SIDE = 1.9  # of a square image; others have the same area
 _MAX_WIDTH, _MAX_HEIGHT = 2.4, 3.4  # of images that are far from square
 _MIN_CELL = 1.5  # room for the longest line over a panel
 _PANELS_PER_LINE = 5
-_MARGIN, _GAP, _LINE_GAP, _ROW_GAP = 0.12, 0.1, 0.08, 0.14
-_BAR_WIDTH, _BAR_HEIGHT, _BAR_INDENT, _BAR_TICKS = 2.6, 0.13, 0.3, 0.06
+_PAD = 0.05  # around every panel
+_ROW_GAP = 0.06
+_BAR_WIDTH, _BAR_HEIGHT = 2.6, 0.13
 _FONT, _TITLE_FONT = 10, 11.5  # points
 _LINE_HEIGHT = 1.3 * _FONT / 72
 _TITLE_LINE_HEIGHT = 1.3 * _TITLE_FONT / 72
@@ -54,10 +58,10 @@ class Row:
 
 @dataclass(frozen=True)
 class ColourBar:
-    """What colours mean.
+    """A legend of colours.
 
     Attributes:
-        label: Stands over the bar.
+        label: The text over the bar.
         colours: (1, n, 3), uint8, from left to right.
         ticks: Place from 0 (left) to 1, and text.
         lines: Places of marks in the colour of outlines.
@@ -71,73 +75,40 @@ class ColourBar:
 
 def draw_rows(rows: Sequence[Row], bars: Sequence[ColourBar] = ()) -> Figure:
     """Draw rows of panels, and colour bars below them."""
-    height, width = rows[0].panels[0].pixels.shape[:2]
-    return _Sheet(width / height, max(len(row.panels) for row in rows)).draw(rows, bars)
-
-
-class _Sheet:
-    """Things are placed from the top down; when the height is known, the figure is made."""
-
-    def __init__(self, aspect: float, panels: int):
-        self._width = min(_PANEL_SIDE * math.sqrt(aspect), _MAX_WIDTH, _MAX_HEIGHT * aspect)
-        self._height = self._width / aspect
-        self._cell = max(self._width, _MIN_CELL) + _GAP
-        self._columns = min(max(panels, 2), _PANELS_PER_LINE)
-        self._room = self._columns * self._cell - _GAP
-        self._top = _MARGIN
-        self._texts: list[tuple[float, str, float]] = []
-        self._panels: list[tuple[float, float, Panel]] = []
-        self._bars: list[tuple[float, ColourBar]] = []
-
-    def draw(self, rows: Sequence[Row], bars: Sequence[ColourBar]) -> Figure:
-        """The finished figure."""
-        for row in rows:
-            self._place_text(row.title, _TITLE_FONT, _TITLE_LINE_HEIGHT)
-            first, *others = row.panels
-            step = self._columns - 1
-            for start in range(0, max(len(others), 1), step):
-                line = list(enumerate(others[start : start + step], 1))
-                self._place_panels([(0, first), *line] if start == 0 else line)
-            self._top += _ROW_GAP
-        for bar in bars:
-            self._place_text(bar.label, _FONT, _LINE_HEIGHT)
-            self._top += 0.04
-            self._bars.append((self._top, bar))
-            self._top += _BAR_HEIGHT + _BAR_TICKS + _LINE_HEIGHT + _LINE_GAP
-        return self._make()
-
-    def _place_text(self, text: str, font: float, line_height: float) -> None:
-        for line in wrap_text(text, self._room, font):
-            self._texts.append((self._top, line, font))
-            self._top += line_height
-
-    def _place_panels(self, line: Sequence[tuple[int, Panel]]) -> None:
-        self._top += max(panel.title.count("\n") + 1 for _, panel in line) * _LINE_HEIGHT + 0.04
-        for column, panel in line:
-            self._panels.append((column * self._cell + (self._cell - _GAP - self._width) / 2, self._top, panel))
-        self._top += self._height + _LINE_GAP
-
-    def _make(self) -> Figure:
-        width, height = self._room + 2 * _MARGIN, self._top + _MARGIN
-        figure = Figure(figsize=(width, height))
-
-        def axes(left: float, top: float, across: float, down: float) -> Axes:
-            return figure.add_axes(
-                ((_MARGIN + left) / width, 1 - (top + down) / height, across / width, down / height)
-            )
-
-        for top, text, font in self._texts:
-            figure.text(_MARGIN / width, 1 - top / height, text, fontsize=font, va="top", ha="left")
-        for left, top, panel in self._panels:
-            _draw_panel(axes(left, top, self._width, self._height), panel)
-        for top, bar in self._bars:
-            _draw_bar(axes(_BAR_INDENT, top, min(_BAR_WIDTH, self._room - 2 * _BAR_INDENT), _BAR_HEIGHT), bar)
-        return figure
+    pixels = rows[0].panels[0].pixels
+    aspect = pixels.shape[1] / pixels.shape[0]
+    width = min(_PANEL_SIDE * math.sqrt(aspect), _MAX_WIDTH, _MAX_HEIGHT * aspect)
+    columns = min(max(2, *(len(row.panels) for row in rows)), _PANELS_PER_LINE)
+    room = columns * (max(width, _MIN_CELL) + 2 * _PAD)
+    lines = [math.ceil(max(len(row.panels) - 1, 1) / (columns - 1)) for row in rows]
+    titles = [wrap_text(row.title, room - 2 * _PAD, _TITLE_FONT) for row in rows]
+    labels = [wrap_text(bar.label, room - 2 * _PAD, _FONT) for bar in bars]
+    heights = []
+    for row, count, title in zip(rows, lines, titles, strict=True):
+        over_panels = max(panel.title.count("\n") + 1 for panel in row.panels) * _LINE_HEIGHT
+        line_height = width / aspect + over_panels + 3 * _PAD
+        heights.append(len(title) * _TITLE_LINE_HEIGHT + 2 * _PAD + count * line_height + _ROW_GAP)
+    heights += [(len(label) + 1) * _LINE_HEIGHT + _BAR_HEIGHT + 5 * _PAD for label in labels]
+    figure = Figure((room, sum(heights)), layout=ConstrainedLayoutEngine(w_pad=_PAD, h_pad=_PAD, wspace=0, hspace=0))
+    parts = figure.subfigures(len(heights), squeeze=False, height_ratios=heights)[:, 0]
+    for part, row, count, title in zip(parts, rows, lines, titles, strict=False):
+        part.suptitle("\n".join(title), x=_PAD / room, ha="left", fontsize=_TITLE_FONT)
+        axes = part.subplots(count, columns, squeeze=False)
+        for axis in axes.flat:
+            axis.set_axis_off()
+        for axis, panel in zip([axes[0, 0], *axes[:, 1:].flat], row.panels, strict=False):
+            _draw_panel(axis, panel)
+    for part, bar, label in zip(parts[len(rows) :], bars, labels, strict=True):
+        part.suptitle("\n".join(label), x=_PAD / room, ha="left", fontsize=_FONT)
+        axis, rest = part.subplots(1, 2, width_ratios=(_BAR_WIDTH, room - _BAR_WIDTH))
+        rest.set_axis_off()
+        _draw_bar(axis, bar)
+    return figure
 
 
 def _draw_panel(axis: Axes, panel: Panel) -> None:
-    axis.imshow(panel.pixels, aspect="auto")
-    axis.set_axis_off()
+    axis.imshow(panel.pixels)
+    axis.set_anchor("N")
     axis.set_title(panel.title, fontsize=_FONT, pad=3, linespacing=1.15)
     if panel.outline is not None:
         levels = [level for level in panel.levels if panel.outline.min() < level < panel.outline.max()]
@@ -149,6 +120,9 @@ def _draw_bar(axis: Axes, bar: ColourBar) -> None:
     axis.imshow(bar.colours, aspect="auto", extent=(0, 1, 0, 1))
     axis.set_xticks([place for place, _ in bar.ticks], [text for _, text in bar.ticks], fontsize=_FONT - 1)
     axis.tick_params(length=3, pad=1.5)
+    first, *_, last = axis.get_xticklabels()
+    first.set_horizontalalignment("left")
+    last.set_horizontalalignment("right")
     axis.set_yticks([])
     for place in bar.lines:
         axis.axvline(place, color=OUTLINE_COLOUR, linewidth=1.4)
@@ -169,21 +143,11 @@ def text_width(text: str, font: float) -> float:
 
 def wrap_text(text: str, width: float, font: float) -> list[str]:
     """Break a text into lines of at most `width` inches, between words where they fit; `font` in points."""
-    lines, line = [], ""
-    for word in text.split():
-        if line and text_width(f"{line} {word}", font) <= width:
-            line = f"{line} {word}"
-            continue
-        if line:
-            lines.append(line)
-        while len(word) > 1 and text_width(word, font) > width:
-            fitting = next(
-                end for end in range(len(word) - 1, 0, -1) if end == 1 or text_width(word[:end], font) <= width
-            )
-            lines.append(word[:fitting])
-            word = word[fitting:]
-        line = word
-    return [*lines, line] if line else lines
+    for length in range(len(text), 1, -1):
+        lines = textwrap.wrap(text, length)
+        if all(text_width(line, font) <= width for line in lines):
+            return lines
+    return list(text)
 
 
 __all__ = ["OUTLINE_COLOUR", "ColourBar", "Panel", "Row", "draw_rows", "text_width", "wrap_text"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which path through a tree of life does an image take, and which traits decide at each level?
+"""Explaining an image at every level of a taxonomy, from the root to the leaf.
 
 A tree is a CSV file: its first column is the class, the next ones the levels above it, and the header names them. One
 prompt set for each level, all on the same frozen backbone, reads the path from the root to the leaf (Prompt-CAM,
@@ -18,9 +18,10 @@ from transformers.utils import cached_file
 
 from prompt_cam_hf.data.images import ImageSource, image_name, open_image
 from prompt_cam_hf.data.taxonomy_tree import Taxonomy, read_taxonomy
-from prompt_cam_hf.explanations import figures
-from prompt_cam_hf.explanations.explain import ClassTraits, Explanation, RankingMethod, read_state
+from prompt_cam_hf.explanations.explain import ClassTraits, Explanation, read_state
+from prompt_cam_hf.explanations.figures import Scale
 from prompt_cam_hf.explanations.maps import MapKind, check_kind, map_box
+from prompt_cam_hf.explanations.ranking import RankingMethod
 from prompt_cam_hf.explanations.results import Result
 from prompt_cam_hf.loading import ClassifierLike, as_classifier
 from prompt_cam_hf.modeling.hub_prompt_cam import explained_load_errors
@@ -31,10 +32,10 @@ TAXONOMY_FILE = "taxonomy.csv"
 
 @dataclass(frozen=True, repr=False)
 class TaxonomyPath(Result):
-    """What a model says about an image at every level, and where it looked.
+    """A model's predictions on an image at every level, with the maps of the predicted nodes.
 
     Attributes:
-        source: The image's path; empty where it has none.
+        source: The image's path, or an empty string.
         taxonomy: The tree.
         explanations: For each level, from the root to the leaf, the `Explanation` of the node predicted there.
     """
@@ -50,7 +51,7 @@ class TaxonomyPath(Result):
 
     @property
     def conflicts(self) -> dict[str, str]:
-        """For each level whose node does not belong to the one predicted above it: what it belongs to instead."""
+        """For each level whose node does not belong to the one predicted above it, the node that it belongs to."""
         return self.taxonomy.conflicts(self.nodes)
 
     @property
@@ -68,7 +69,7 @@ class TaxonomyPath(Result):
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the image, as JSON knows it; `path` has an entry for each level, from the root to the leaf."""
+        """Everything but the image, in the types of JSON; `path` has an entry for each level, the root first."""
         path = []
         for level, explanation in self.explanations.items():
             told = explanation.to_dict()
@@ -84,13 +85,11 @@ class TaxonomyPath(Result):
             for row in explanation.to_rows()
         ]
 
-    def figure(
-        self, heads: int | None = None, outline: bool = False, scale: Literal["figure", "head"] = "figure"
-    ) -> Figure:
-        """Draw the image beside the most important heads' maps, one row a level; arguments as in `Explanation`."""
+    def figure(self, heads: int | None = None, outline: bool = False, scale: Scale = "figure") -> Figure:
+        """Draw the image beside the most important heads' maps, one row a level; see `Result.figure`."""
         first = next(iter(self.explanations.values()))
         rows = tuple(self._row(level, explanation.classes[0]) for level, explanation in self.explanations.items())
-        return figures.plot_explanation(replace(first, classes=rows), heads=heads, outline=outline, scale=scale)
+        return replace(first, classes=rows).figure(heads, outline, scale)
 
     def _row(self, level: str, traits: ClassTraits) -> ClassTraits:
         conflict = f" [{self.conflicts[level]}]" if level in self.conflicts else ""
@@ -108,26 +107,30 @@ def explain_path(
     blur: Literal["tokens", "patches"] = "tokens",
     interpolate_pos_encoding: bool = False,
 ) -> TaxonomyPath:
-    """Explain what a model with a prompt set for each level says about an image, from the root to the leaf.
+    """Explain the predictions of a model with a prompt set for each level of a taxonomy, from the root to the leaf.
 
     The layers that the levels share run once; see `forward_sets` of the model.
-
-        print(explain_path("birds", "bird.jpg"))
-        explain_path("birds", "bird.jpg").save("path.png")
 
     Args:
         model: A folder, a Hub id, a pipeline, or a loaded model (in evaluation mode) with `image_processor`.
         image: An image: a path, bytes or a PIL image, of any size and shape.
         taxonomy: The tree, or its file; None: the one that was saved with the model.
         image_processor: For a loaded model.
-        kind: As in `prompt_cam_hf.explanations.explain.explain`.
-        method: As there.
-        blur: As there.
-        interpolate_pos_encoding: As there.
+        kind: As in `explain`.
+        method: As in `explain`.
+        blur: As in `explain`.
+        interpolate_pos_encoding: As in `explain`.
 
     Raises:
         ValueError: the model's prompt sets are not levels of the tree, or `explain` refuses an argument.
         OSError: the image, the model or the tree cannot be found.
+
+    Example:
+        >>> from prompt_cam_hf import explain_path
+        >>> path = explain_path("birds", "bird.jpg")
+        >>> print(path)
+        >>> path.nodes, path.consistent
+        >>> path.save("path.png")
     """
     classifier = as_classifier(model, image_processor)
     network = classifier.model
@@ -152,10 +155,10 @@ def explain_path(
 
 
 def find_taxonomy(model: str) -> str:
-    """The file of the tree that was saved with a model, in its folder or Hub repository.
+    """Find the file of the tree that was saved with a model, in its folder or Hub repository.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: no tree was saved with the model.
         OSError: the Hub cannot be reached.
     """
     file = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How good are a classifier's scores? Top-1, top-5, macro accuracy and the confusion counts, as one `evaluate` metric.
+"""Top-1, top-5 and macro accuracy and the confusion counts of a classifier, as one `evaluate` metric.
 
 Works without a network, as a class or as a script: `evaluate.load(".../prompt_cam_hf/metrics/classification.py")`.
 """
@@ -8,11 +8,12 @@ Works without a network, as a class or as a script: `evaluate.load(".../prompt_c
 from collections.abc import Callable
 from typing import Any
 
-import datasets
 import evaluate
 import numpy as np
 from sklearn.metrics import confusion_matrix
 from transformers import EvalPrediction
+
+from prompt_cam_hf.metrics.metric_info import metric_info
 
 _DESCRIPTION = "Top-1, top-5 and macro accuracy and the confusion counts of a classifier, from its scores."
 
@@ -33,17 +34,7 @@ class ClassificationReport(evaluate.Metric):
     """Top-1, top-5, macro accuracy (0 to 1) and confusion counts (C, C) from scores (n, C) and true classes (n,)."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="",
-            inputs_description=_INPUTS_DESCRIPTION,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Value("float32")),
-                    "references": datasets.Value("int64"),
-                }
-            ),
-        )
+        return metric_info(_DESCRIPTION, _INPUTS_DESCRIPTION, predictions=("float32", 1), references=("int64", 0))
 
     def _compute(self, predictions: Any, references: Any) -> dict[str, Any]:
         scores = np.asarray(predictions)
@@ -64,7 +55,7 @@ class ClassificationReport(evaluate.Metric):
 
 def _check_scores(scores: np.ndarray, true_classes: np.ndarray) -> None:
     if scores.ndim != 2:
-        raise ValueError(f"predictions have the shape {scores.shape}; wanted are scores of (images, classes).")
+        raise ValueError(f"predictions have the shape {scores.shape}; they must be (images, classes).")
     num_classes = scores.shape[1]
     broken = np.flatnonzero(~np.isfinite(scores).all(axis=1))
     if len(broken):

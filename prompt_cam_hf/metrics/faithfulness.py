@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Does the score rest on the pixels that a map points at? Insertion and deletion, with the protocol by name.
+"""Insertion and deletion: whether a score depends on the pixels that a map marks, by protocols that have names.
 
 Petsiuk et al. (RISE, BMVC 2018). Insertion shows a blurred image's pixels sharp again, the map's
 strongest first: the score should rise early, so a large area under its curve is good. Deletion takes the pixels away:
-a small area is good. Numbers of different protocols do not compare, so every result carries its preset's name.
+a small area is good. Numbers of different protocols cannot be compared, so every result carries its preset's name.
 """
 
 import math
@@ -18,7 +18,7 @@ from scipy.ndimage import gaussian_filter1d
 from torch import nn
 
 from prompt_cam_hf.metrics.scoring import (
-    Classifier,
+    Scorer,
     area_under_curve,
     asked_classes,
     check_one_map_an_image,
@@ -56,7 +56,7 @@ PRESETS = MappingProxyType(
 
 
 class FaithfulnessCurve(NamedTuple):
-    """What insertion or deletion found, for each image of a batch.
+    """The result of insertion or deletion for each image of a batch.
 
     All tensors are on the CPU.
 
@@ -78,7 +78,7 @@ class FaithfulnessCurve(NamedTuple):
 
 
 def insertion(
-    model: Classifier,
+    model: Scorer,
     pixel_values: torch.Tensor,
     maps: torch.Tensor,
     classes: torch.Tensor | None = None,
@@ -88,8 +88,8 @@ def insertion(
     """Follow the probability of a class while a blurred image gets its pixels back, the map's strongest first.
 
     The blur is that of RISE's published code: pixel_values with zeros beyond the border, under a Gaussian kernel of 11
-    pixels and standard deviation 5. Pixels are ordered by `prompt_cam_hf.metrics.scoring.pixel_ranks`, which says what
-    becomes of other grids and of equal pixels.
+    pixels and standard deviation 5. Pixels are ordered by `prompt_cam_hf.metrics.scoring.pixel_ranks`, which describes
+    how maps of other grids are resized and equal pixels are ordered.
 
     Args:
         model: The classifier, in evaluation mode.
@@ -97,7 +97,7 @@ def insertion(
         maps: (batch, rows, cols), one map an image; higher is stronger.
         classes: (batch,), such as the true classes. None: the predicted class of the whole image.
         preset: A key of `PRESETS`.
-        batch_size: So many images go through the model at once.
+        batch_size: The number of images that go through the model at once.
 
     Raises:
         ValueError: the preset is unknown, or classes or maps do not fit the images.
@@ -109,7 +109,7 @@ def insertion(
 
 
 def deletion(
-    model: Classifier,
+    model: Scorer,
     pixel_values: torch.Tensor,
     maps: torch.Tensor,
     classes: torch.Tensor | None = None,
@@ -121,17 +121,18 @@ def deletion(
     """Follow the probability of a class while an image loses its pixels, the map's strongest first.
 
     Args:
-        model: As in `insertion`, and so the next arguments.
-        pixel_values: See there.
-        maps: See there.
-        classes: See there.
-        preset: See there.
-        batch_size: See there.
-        image_mean: Of each channel, as in the image processor. Needed for deletion to black.
-        image_std: Likewise.
+        model: As in `insertion`.
+        pixel_values: As in `insertion`.
+        maps: As in `insertion`.
+        classes: As in `insertion`.
+        preset: As in `insertion`.
+        batch_size: As in `insertion`.
+        image_mean: The mean of each channel in the image processor. Needed for deletion to black.
+        image_std: The standard deviation of each channel in the image processor. Needed for deletion to black.
 
     Raises:
-        ValueError: as in `insertion`, or the preset deletes to black and mean or standard deviation are missing.
+        ValueError: `insertion` would refuse the arguments, or the preset deletes to black and `image_mean` or
+            `image_std` is missing.
     """
     settings = _preset(preset)
     if settings.deleted == "black":
@@ -162,7 +163,7 @@ def black(
     """Black images as an image processor would normalise them, of the shape of `pixel_values`.
 
     Raises:
-        ValueError: mean and standard deviation are not one number a channel.
+        ValueError: `image_mean` or `image_std` does not have one number for each channel.
     """
     channels = pixel_values.shape[1]
     if image_mean is None or image_std is None or not len(image_mean) == len(image_std) == channels:
@@ -181,7 +182,7 @@ def _preset(name: str) -> Preset:
 
 
 def _follow(
-    model: Classifier,
+    model: Scorer,
     clean: torch.Tensor,
     first: torch.Tensor,
     last: torch.Tensor,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How faithful are a model's maps over a data set? Insertion and deletion as one `evaluate` metric.
+"""Mean insertion and deletion of a model's maps over a data set, as one `evaluate` metric.
 
 Works without a network, as a class or as a script, as `prompt_cam_hf.metrics.classification` does. The model is an
 argument of `compute`; for long runs call `prompt_cam_hf.metrics.faithfulness` batch by batch: this metric keeps all
@@ -9,13 +9,11 @@ images until it computes.
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import evaluate
-import numpy as np
-import torch
 
 from prompt_cam_hf.metrics.faithfulness import deletion, insertion
-from prompt_cam_hf.metrics.scoring import Classifier
+from prompt_cam_hf.metrics.metric_info import as_batch, metric_info
+from prompt_cam_hf.metrics.scoring import Scorer
 
 _DESCRIPTION = "Insertion and deletion (Petsiuk et al., BMVC 2018) of a classifier's maps, by a protocol with a name."
 
@@ -26,7 +24,7 @@ Args:
     pixel_values: (n, channels, height, width), from the image processor.
     model: The classifier, in evaluation mode; images go to its device.
     preset: "rise", "rise-black" or "fast"; see prompt_cam_hf.metrics.faithfulness.PRESETS.
-    batch_size: So many images go through the model at once.
+    batch_size: the number of images that go through the model at once.
     image_mean, image_std: Of the image processor, for "rise-black".
 
 Returns:
@@ -42,17 +40,12 @@ class FaithfulnessReport(evaluate.Metric):
     """Mean insertion and deletion of maps (n, rows, cols) for classes (n,) of a model's images; see `inputs`."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="",
-            inputs_description=_INPUTS_DESCRIPTION,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Sequence(datasets.Value("float32"))),
-                    "references": datasets.Value("int64"),
-                    "pixel_values": datasets.Sequence(datasets.Sequence(datasets.Sequence(datasets.Value("float32")))),
-                }
-            ),
+        return metric_info(
+            _DESCRIPTION,
+            _INPUTS_DESCRIPTION,
+            predictions=("float32", 2),
+            references=("int64", 0),
+            pixel_values=("float32", 3),
         )
 
     def _compute(
@@ -60,15 +53,14 @@ class FaithfulnessReport(evaluate.Metric):
         predictions: Any,
         references: Any,
         pixel_values: Any,
-        model: Classifier,
+        model: Scorer,
         preset: str = "rise",
         batch_size: int = 32,
         image_mean: Sequence[float] | None = None,
         image_std: Sequence[float] | None = None,
     ) -> dict[str, Any]:
-        device = getattr(model, "device", torch.device("cpu"))
-        images, maps = (torch.as_tensor(np.asarray(values), device=device) for values in (pixel_values, predictions))
-        arguments = (model, images, maps, torch.as_tensor(np.asarray(references)), preset, batch_size)
+        images, maps, classes = as_batch(model, predictions, references, pixel_values)
+        arguments = (model, images, maps, classes, preset, batch_size)
         inserted, deleted = insertion(*arguments), deletion(*arguments, image_mean, image_std)
         return {
             "preset": preset,

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Does a map point at the right place? Localisation of maps against masks, and what chance would reach.
+"""Localisation: how well maps agree with masks of the right place, and what chance would reach.
 
 Every function takes `maps` (..., rows, cols), one number a patch, higher is stronger, and `mask` (..., height, width),
 boolean: either patches, on the grid of the maps, or pixels, which `patch_mask` brings onto that grid. Leading axes are
 broadcast against each other. Arrays and tensors (on the CPU) do. The answers are float64 arrays of the leading axes,
-NaN where no patch is on the mask: there is nothing to be found there, so average with `numpy.nanmean`.
+NaN where no patch is on the mask; average with `numpy.nanmean`.
 """
 
 import numpy as np
@@ -37,7 +37,7 @@ def patch_mask(mask: ArrayLike, grid: tuple[int, int], share: float = PATCH_SHAR
 
 
 def pointing_game(maps: ArrayLike, mask: ArrayLike, share: float = PATCH_SHARE) -> np.ndarray:
-    """Is the strongest patch on the mask? 1 or 0; of equally strong patches the first one counts, row by row.
+    """Whether the strongest patch is on the mask, 1 or 0; of equally strong patches the first one counts, row by row.
 
     The pointing game of Zhang et al. (Top-down neural attention by excitation backprop, ECCV 2016), without its
     tolerance of 15 pixels: the mask is not widened.
@@ -101,15 +101,15 @@ def region_iou(maps: ArrayLike, mask: ArrayLike, threshold: float = 0.2, share: 
 
 
 def chance_level(mask: ArrayLike, within: ArrayLike | None = None) -> np.ndarray:
-    """What maps that know nothing reach: the part of all patches that is on the mask, 0 to 1.
+    """The score that uninformative maps reach by chance: the part of all patches that is on the mask, 0 to 1.
 
     It is what `pointing_game`, `top_k_intersection` and `relevance_rank_accuracy` expect of patches in random order,
     and `relevance_mass_accuracy` of an even map. For `region_iou`, measure an even map.
 
     Args:
         mask: (..., rows, cols), boolean, of patches; `patch_mask` makes one of pixels.
-        within: (..., rows, cols), boolean. Chance then chooses among these patches only, those of the animal, say: a
-            harder rival. `relevance_rank_accuracy` needs as many of them as there are on the mask.
+        within: (..., rows, cols), boolean. Chance then chooses among these patches only, such as those of the animal:
+            a harder comparison. `relevance_rank_accuracy` needs as many of them as there are on the mask.
 
     Returns:
         Of the leading axes, NaN where the mask or `within` has no patch.

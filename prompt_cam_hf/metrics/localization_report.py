@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Do maps point at the right place, over a data set? All metrics of localisation as one `evaluate` metric.
+"""Mean localisation of maps over a data set, by five metrics, as one `evaluate` metric.
 
 Works without a network, as a class or as a script, as `prompt_cam_hf.metrics.classification` does.
 """
 
 from typing import Any
 
-import datasets
 import evaluate
 import numpy as np
 
@@ -20,6 +19,7 @@ from prompt_cam_hf.metrics.localization import (
     relevance_rank_accuracy,
     top_k_intersection,
 )
+from prompt_cam_hf.metrics.metric_info import metric_info
 
 _DESCRIPTION = "Localisation of maps against masks: five metrics, and what chance would reach."
 
@@ -33,8 +33,8 @@ Args:
 Returns:
     pointing_game, relevance_mass_accuracy, relevance_rank_accuracy, top_k_intersection, region_iou: means over the
         images, 0 to 1; see prompt_cam_hf.metrics.localization.
-    chance: the share of patches on the masks, which maps that know nothing reach (not region_iou).
-    num_images: n less the images whose mask is empty; these count nowhere.
+    chance: the share of patches on the masks, which uninformative maps reach in every metric but region_iou.
+    num_images: n minus the images whose mask is empty, which are left out.
 """
 
 
@@ -42,17 +42,7 @@ class LocalizationReport(evaluate.Metric):
     """Mean localisation of maps (n, rows, cols) against boolean masks (n, height, width); see `inputs`."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="",
-            inputs_description=_INPUTS_DESCRIPTION,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Sequence(datasets.Value("float32"))),
-                    "references": datasets.Sequence(datasets.Sequence(datasets.Value("bool"))),
-                }
-            ),
-        )
+        return metric_info(_DESCRIPTION, _INPUTS_DESCRIPTION, predictions=("float32", 2), references=("bool", 2))
 
     def _compute(self, predictions: Any, references: Any, k: int = 3, share: float = PATCH_SHARE) -> dict[str, float]:
         found = []

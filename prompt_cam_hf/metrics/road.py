@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Does the score rest on the pixels that a map points at, when what replaces them gives nothing away? ROAD.
+"""ROAD: whether a score depends on the pixels that a map marks, with removed pixels filled in from around them.
 
 Rong et al. (A consistent and efficient evaluation strategy for attribution methods, ICML 2022): pixels that are set to
 one colour leave their outline behind, and its shape alone can tell the class. Here each removed pixel becomes the
@@ -7,16 +7,14 @@ weighted mean of its eight neighbours, with a little noise: removed neighbours t
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy import sparse
-from scipy.sparse.linalg import splu
 
+from prompt_cam_hf.explanations.holes import hole_system, solve_exactly
 from prompt_cam_hf.metrics.scoring import (
-    Classifier,
+    Scorer,
     asked_classes,
     check_one_map_an_image,
     class_logits,
@@ -28,12 +26,16 @@ PERCENTILES = (10, 20, 30, 40, 50, 60, 70, 80, 90)
 # As in the authors' code: weights of direct and of diagonal neighbours, and the noise in units of pixel_values.
 DIRECT_WEIGHT, DIAGONAL_WEIGHT = 1 / 6, 1 / 12
 NOISE = 0.01
-# Each pair of neighbours once, as (rows down, columns to the right).
-_OFFSETS = {(0, 1): DIRECT_WEIGHT, (1, 0): DIRECT_WEIGHT, (1, 1): DIAGONAL_WEIGHT, (1, -1): DIAGONAL_WEIGHT}
+_NEIGHBOUR_WEIGHTS = {
+    (down, right): DIAGONAL_WEIGHT if down and right else DIRECT_WEIGHT
+    for down in (-1, 0, 1)
+    for right in (-1, 0, 1)
+    if down or right
+}
 
 
 class RoadCurves(NamedTuple):
-    """What ROAD found, for each image of a batch; all tensors are on the CPU.
+    """The result of ROAD for each image of a batch; all tensors are on the CPU.
 
     Attributes:
         classes: (batch,), the class whose probability was followed.
@@ -41,8 +43,8 @@ class RoadCurves(NamedTuple):
         morf: (batch, percentiles): the class's softmax probability without that part of the pixels, the
             most relevant removed first; low is good.
         lerf: The same with the least relevant removed first; high is good.
-        combined: (batch,), the mean over the percentiles of (lerf - morf) / 2, from -0.5 to 0.5; high is good, and a
-            map that knows nothing gets about 0.
+        combined: (batch,), the mean over the percentiles of (lerf - morf) / 2, from -0.5 to 0.5; high is good, and
+            an uninformative map gets about 0.
     """
 
     classes: torch.Tensor
@@ -53,7 +55,7 @@ class RoadCurves(NamedTuple):
 
 
 def road(
-    model: Classifier,
+    model: Scorer,
     pixel_values: torch.Tensor,
     maps: torch.Tensor,
     classes: torch.Tensor | None = None,
@@ -62,7 +64,7 @@ def road(
     seed: int = 0,
     batch_size: int = 32,
 ) -> RoadCurves:
-    """Remove a map's most and least relevant pixels, fill the holes from around them, and ask for the class again.
+    """Remove a map's most and least relevant pixels, fill the holes from around them, and classify the images again.
 
     The combined score is that of pytorch-grad-cam's `ROADCombined`. Equal pixels differ: there a threshold removes all
     of them or none, here they are removed in the order of `prompt_cam_hf.metrics.scoring.pixel_ranks`.
@@ -75,7 +77,7 @@ def road(
         percentiles: Which parts of the pixels to remove, in per cent, above 0 and below 100.
         noise: Standard deviation of the noise on what fills the holes, in units of pixel_values.
         seed: Of the noise, which is the same for all images.
-        batch_size: So many images go through the model at once.
+        batch_size: The number of images that go through the model at once.
 
     Raises:
         ValueError: classes or maps do not fit the images, or a percentile leaves no pixel or removes none.
@@ -114,33 +116,10 @@ def impute(image: torch.Tensor, removed: np.ndarray, noise_image: torch.Tensor) 
     Returns:
         The image, on the CPU, in the precision of `image`.
     """
-    holes = removed.ravel()
-    weights = _neighbour_weights(*removed.shape)
-    values = image.detach().cpu().double().flatten(1).numpy().copy()
-    # In each hole: (sum of the weights of all neighbours) x - (weighted sum of the holes among them) = the rest's sum.
-    inside = weights[holes]
-    system = sparse.diags(np.asarray(inside.sum(axis=1)).ravel()) - inside[:, holes]
-    right_side = inside[:, ~holes] @ values[:, ~holes].T
-    # The system is symmetric and diagonally dominant: without pivoting it is factorised several times as fast.
-    factors = splu(system.tocsc(), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
-    values[:, holes] = factors.solve(right_side).T + noise_image.double().flatten(1).numpy()[:, holes]
-    return torch.from_numpy(values).view(image.shape).to(image.dtype)
-
-
-@lru_cache(maxsize=4)
-def _neighbour_weights(height: int, width: int) -> sparse.csr_matrix:
-    """(pixels, pixels): the weight of each pixel's up to eight neighbours."""
-    numbers = np.arange(height * width).reshape(height, width)
-    first, second, weights = [], [], []
-    for (down, right), weight in _OFFSETS.items():
-        upper, lower = numbers[: height - down], numbers[down:]
-        columns = (slice(None, width - right), slice(right, None)) if right >= 0 else (slice(1, None), slice(None, -1))
-        first.append(upper[:, columns[0]].ravel())
-        second.append(lower[:, columns[1]].ravel())
-        weights.append(np.full(first[-1].size, weight))
-    rows, cols, values = (np.concatenate(parts) for parts in (first, second, weights))
-    matrix = sparse.csr_matrix((values, (rows, cols)), shape=(numbers.size, numbers.size))
-    return matrix + matrix.T
+    pixels = image.detach().cpu().double().permute(1, 2, 0).numpy().copy()
+    noise = noise_image.double().permute(1, 2, 0).numpy()
+    pixels[removed] = solve_exactly(*hole_system(pixels, removed, _NEIGHBOUR_WEIGHTS)) + noise[removed]
+    return torch.from_numpy(pixels).permute(2, 0, 1).to(image.dtype)
 
 
 __all__ = ["DIAGONAL_WEIGHT", "DIRECT_WEIGHT", "NOISE", "PERCENTILES", "RoadCurves", "impute", "road"]

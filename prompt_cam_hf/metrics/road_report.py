@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Do a model's maps find what its scores rest on, over a data set? ROAD as one `evaluate` metric.
+"""Mean ROAD of a model's maps over a data set, as one `evaluate` metric.
 
 Works without a network, as a class or as a script, as `prompt_cam_hf.metrics.classification` does. For long runs call
 `prompt_cam_hf.metrics.road.road` batch by batch: this metric keeps all images until it computes.
@@ -8,13 +8,11 @@ Works without a network, as a class or as a script, as `prompt_cam_hf.metrics.cl
 from collections.abc import Sequence
 from typing import Any
 
-import datasets
 import evaluate
-import numpy as np
-import torch
 
+from prompt_cam_hf.metrics.metric_info import as_batch, metric_info
 from prompt_cam_hf.metrics.road import PERCENTILES, road
-from prompt_cam_hf.metrics.scoring import Classifier
+from prompt_cam_hf.metrics.scoring import Scorer
 
 _DESCRIPTION = "ROAD (Rong et al., ICML 2022): pixels are removed in a map's order, and filled in from around them."
 
@@ -26,7 +24,7 @@ Args:
     model: The classifier, in evaluation mode; images go to its device.
     percentiles: Which parts of the pixels to remove, in per cent.
     seed: Of the noise on what fills the holes.
-    batch_size: So many images go through the model at once.
+    batch_size: the number of images that go through the model at once.
 
 Returns:
     num_images: n.
@@ -40,17 +38,12 @@ class RoadReport(evaluate.Metric):
     """Mean ROAD of maps (n, rows, cols) for classes (n,) of a model's images; see `inputs`."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=_DESCRIPTION,
-            citation="",
-            inputs_description=_INPUTS_DESCRIPTION,
-            features=datasets.Features(
-                {
-                    "predictions": datasets.Sequence(datasets.Sequence(datasets.Value("float32"))),
-                    "references": datasets.Value("int64"),
-                    "pixel_values": datasets.Sequence(datasets.Sequence(datasets.Sequence(datasets.Value("float32")))),
-                }
-            ),
+        return metric_info(
+            _DESCRIPTION,
+            _INPUTS_DESCRIPTION,
+            predictions=("float32", 2),
+            references=("int64", 0),
+            pixel_values=("float32", 3),
         )
 
     def _compute(
@@ -58,14 +51,12 @@ class RoadReport(evaluate.Metric):
         predictions: Any,
         references: Any,
         pixel_values: Any,
-        model: Classifier,
+        model: Scorer,
         percentiles: Sequence[float] = PERCENTILES,
         seed: int = 0,
         batch_size: int = 32,
     ) -> dict[str, Any]:
-        device = getattr(model, "device", torch.device("cpu"))
-        images, maps = (torch.as_tensor(np.asarray(values), device=device) for values in (pixel_values, predictions))
-        classes = torch.as_tensor(np.asarray(references))
+        images, maps, classes = as_batch(model, predictions, references, pixel_values)
         found = road(model, images, maps, classes, percentiles, seed=seed, batch_size=batch_size)
         return {
             "num_images": len(images),

@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: MIT
-"""Do maps depend on what they claim to explain, and on nothing else? Random parameters, other classes, small noise.
+"""Sanity checks: how maps change under random parameters, for another class, and under changes that should not matter.
 
 Adebayo et al. (Sanity checks for saliency maps, NeurIPS 2018): a map that survives when the model's parameters are
-randomised does not explain the model. And a map that does not survive what the prediction does not feel is no help.
+randomised does not explain the model. Changes of the image that leave the prediction alone should leave the map alone.
 """
 
 import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from scipy.stats import spearmanr
 from torch import nn
 
-from prompt_cam_hf.explanations.ranking import rank_heads
-from prompt_cam_hf.metrics.scoring import Classifier, Explainer, asked_classes, class_logits
+from prompt_cam_hf.explanations.ranking import RankingMethod, rank_heads
+from prompt_cam_hf.metrics.scoring import Explainer, Scorer, asked_classes, class_logits
 from prompt_cam_hf.metrics.specificity import other_classes
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 
@@ -24,11 +24,11 @@ _BEFORE_THE_LAYERS = {"embeddings", "pre_layrnorm"}
 
 
 class RandomisationTest(NamedTuple):
-    """How much of the maps is left while more and more of the model is randomised.
+    """The similarity of maps to the intact model's while more and more of the model is randomised.
 
     Attributes:
         classes: (batch,), the class asked about at every stage.
-        stages: What was randomised, each stage beside all before it.
+        stages: What was randomised at each stage, in addition to all stages before it.
         similarity: (batch, stages), float64: Spearman's rank correlation of the map with the intact model's, -1 to 1.
             NaN where one of the two maps is constant.
     """
@@ -39,14 +39,14 @@ class RandomisationTest(NamedTuple):
 
 
 class Stability(NamedTuple):
-    """How much of an explanation is left after a change of the image that should not matter.
+    """The similarity of explanations before and after changes of the image that should not matter.
 
     Attributes:
         classes: (batch,), the class asked about.
         noise: (batch,), float64: Spearman's rank correlation with the intact image's explanation, under noise.
         flip: (batch,), the same for the image mirrored left to right.
-        noise_kept: (batch,), boolean: the prediction is the same under noise. Where it is not, another explanation is
-            no fault.
+        noise_kept: (batch,), boolean: the prediction is the same under noise. Where it is not, the explanation may
+            change too.
         flip_kept: (batch,), the same for the mirrored image.
     """
 
@@ -60,7 +60,7 @@ class Stability(NamedTuple):
 def rank_correlation(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Spearman's rank correlation of each pair, (batch,), float64, from two tensors (batch, ...).
 
-    Equal values share their mean rank. NaN where one of a pair is constant: it ranks nothing.
+    Equal values share their mean rank. NaN where one of a pair is constant.
     """
     pairs = zip(first.flatten(1).cpu().double().numpy(), second.flatten(1).cpu().double().numpy(), strict=True)
     return torch.tensor(
@@ -90,7 +90,7 @@ def parameter_randomisation(
         pixel_values: (batch, channels, height, width).
         explain: Makes the maps, (model, pixel_values, classes (batch,)) -> (batch, rows, cols).
         classes: (batch,), such as the true classes. None: those that the intact model predicts.
-        seed: Of the shuffling.
+        seed: The seed of the shuffling.
 
     Raises:
         ValueError: classes do not fit, or the model has no list of layers.
@@ -148,7 +148,7 @@ def _shuffle(parameter: nn.Parameter, generator: torch.Generator) -> None:
 
 
 def random_class_similarity(
-    model: Classifier,
+    model: Scorer,
     pixel_values: torch.Tensor,
     explain: Explainer,
     classes: torch.Tensor | None = None,
@@ -164,7 +164,7 @@ def random_class_similarity(
         pixel_values: (batch, channels, height, width).
         explain: Makes the maps, as in `parameter_randomisation`.
         classes: (batch,), such as the true classes. None: the predicted classes.
-        seed: Of the random class.
+        seed: The seed for choosing the random class.
 
     Raises:
         ValueError: classes do not fit, or the model has fewer than three classes.
@@ -175,7 +175,7 @@ def random_class_similarity(
 
 
 def map_stability(
-    model: Classifier,
+    model: Scorer,
     pixel_values: torch.Tensor,
     explain: Explainer,
     image_std: Sequence[float],
@@ -192,7 +192,7 @@ def map_stability(
         image_std: Standard deviation that each channel was normalised with, as in the image processor.
         classes: (batch,), asked about in all three images. None: those predicted on the intact one.
         noise_std: Standard deviation of the noise, in grey levels of 0 to 255.
-        seed: Of the noise, which is the same for all images.
+        seed: The seed of the noise, which is the same for all images.
 
     Raises:
         ValueError: classes or `image_std` do not fit.
@@ -207,21 +207,21 @@ def head_stability(
     classes: torch.Tensor | None = None,
     noise_std: float = 5.0,
     seed: int = 0,
-    method: Literal["greedy", "exact", "shapley"] = "greedy",
+    method: RankingMethod = "greedy",
 ) -> Stability:
     """Compare the ranking of a Prompt-CAM's heads with that of the image under noise, and mirrored.
 
     Args:
         model: The model, in evaluation mode.
-        pixel_values: As in `map_stability`, and so the next arguments.
-        image_std: See there.
-        classes: See there.
-        noise_std: See there.
-        seed: See there.
+        pixel_values: As in `map_stability`.
+        image_std: As in `map_stability`.
+        classes: As in `map_stability`.
+        noise_std: As in `map_stability`.
+        seed: As in `map_stability`.
         method: As in `prompt_cam_hf.explanations.ranking.rank_heads`.
 
     Raises:
-        ValueError: as in `map_stability` and `rank_heads`.
+        ValueError: `map_stability` or `rank_heads` would refuse the arguments.
     """
 
     def places(model: PromptCAMForImageClassification, images: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
@@ -231,7 +231,7 @@ def head_stability(
 
 
 def _stability(
-    model: Classifier,
+    model: Scorer,
     pixel_values: torch.Tensor,
     explain: Explainer,
     flip_back: Callable[[torch.Tensor], torch.Tensor],

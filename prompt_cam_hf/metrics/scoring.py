@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What does a classifier say about an image whose pixels are replaced in the order of a map?
+"""Scoring images whose pixels are replaced in the order of a map, which insertion, deletion and ROAD all do.
 
-Insertion, deletion and ROAD are this one question with different replacements. A classifier is anything that turns
-pixel_values into logits: a model for image classification of transformers, or a function.
+A `Scorer` is anything that turns pixel_values into logits: a model for image classification of transformers, or a
+function.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from torch import nn
 from prompt_cam_hf.modeling.outputs_prompt_cam import check_class_numbers
 
 # (batch, channels, height, width) -> logits (batch, num_labels), or an output that has them as `logits`.
-Classifier = Callable[[torch.Tensor], Any]
+Scorer = Callable[[torch.Tensor], Any]
 # (model, pixel_values, classes) -> one map an image, (batch, rows, cols); higher is stronger.
 Explainer = Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @torch.no_grad()
-def class_logits(model: Classifier, pixel_values: torch.Tensor) -> torch.Tensor:
+def class_logits(model: Scorer, pixel_values: torch.Tensor) -> torch.Tensor:
     """The scores of all classes, float32, (batch, num_labels), on the device of the images."""
     output = model(pixel_values)
     return (output if isinstance(output, torch.Tensor) else output.logits).to(pixel_values.device, torch.float32)
@@ -30,13 +30,13 @@ def class_probability(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tens
     """The softmax probability of one class an image, (batch,), from (batch, num_labels) and (batch,).
 
     Raises:
-        ValueError: there is no such class.
+        ValueError: a class is not one of the model's.
     """
     check_class_numbers(classes, logits.shape[1], "classes")
     return logits.softmax(dim=-1).gather(-1, classes[:, None])[:, 0]
 
 
-def asked_classes(model: Classifier, pixel_values: torch.Tensor, classes: torch.Tensor | None) -> torch.Tensor:
+def asked_classes(model: Scorer, pixel_values: torch.Tensor, classes: torch.Tensor | None) -> torch.Tensor:
     """The classes to ask about, (batch,): those given, such as the true ones, or for None the predicted ones.
 
     Raises:
@@ -72,7 +72,7 @@ def pixel_ranks(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         raise ValueError(f"maps have the shape {tuple(maps.shape)}; they must be (batch, rows, cols), one an image.")
     values = maps.detach().cpu().double()
     if not values.isfinite().all():
-        raise ValueError("maps hold numbers that are not finite; they give no order.")
+        raise ValueError("maps hold numbers that are not finite; pixels cannot be ordered by them.")
     resized = nn.functional.interpolate(values[:, None], size=size, mode="bilinear").flatten(1).float()
     order = resized.argsort(dim=1, descending=True, stable=True)
     places = torch.arange(order.shape[1], dtype=torch.int32).expand_as(order)
@@ -80,7 +80,7 @@ def pixel_ranks(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def check_one_map_an_image(maps: torch.Tensor, pixel_values: torch.Tensor) -> None:
-    """Refuse maps that are not as many as the images.
+    """Check that there is one map for each image.
 
     Raises:
         ValueError: there are more or fewer maps than images.
@@ -90,7 +90,7 @@ def check_one_map_an_image(maps: torch.Tensor, pixel_values: torch.Tensor) -> No
 
 
 def probabilities_after_replacing(
-    model: Classifier,
+    model: Scorer,
     original: torch.Tensor,
     replacement: torch.Tensor,
     ranks: torch.Tensor,
@@ -107,7 +107,7 @@ def probabilities_after_replacing(
         ranks: (batch, height, width), each pixel's place in the order of replacement (`pixel_ranks`).
         counts: (numbers,), how many pixels to replace; each is one evaluation of the model for every image.
         classes: (batch,), the class asked about.
-        batch_size: So many images go through the model at once, of the same image or of several.
+        batch_size: The number of images that go through the model at once, of the same image or of several.
     """
     ranks, counts = ranks.to(original.device), counts.to(original.device)
     evaluations = torch.arange(len(original) * len(counts), device=original.device)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Does a map show the class that it was asked for? The same image asked by other classes, and with a trait changed.
+"""Class specificity: how a map changes when another class is asked about, and when a trait in the image changes.
 
-A map that any class draws alike is saliency: it may sit on the bird, but it shows no trait of a class.
+A map that is the same for every class is saliency: it may lie on the bird, but it does not show a trait of a class.
 """
 
 from typing import NamedTuple
@@ -13,8 +13,8 @@ from torch import nn
 
 from prompt_cam_hf.metrics.localization import relevance_mass_accuracy
 from prompt_cam_hf.metrics.scoring import (
-    Classifier,
     Explainer,
+    Scorer,
     asked_classes,
     class_logits,
     class_probability,
@@ -22,7 +22,7 @@ from prompt_cam_hf.metrics.scoring import (
 
 
 class ClassSpecificity(NamedTuple):
-    """How the maps of one image differ when other classes ask, for each image of a batch; all on the CPU.
+    """How the maps of different classes differ, for each image of a batch; all on the CPU.
 
     Attributes:
         classes: (batch, 3): the given class; the runner-up, which has the highest score among the others; and a random
@@ -33,7 +33,7 @@ class ClassSpecificity(NamedTuple):
             NaN where a map is zero everywhere.
         overlap: (batch, 2), intersection over union of the strongest patches of the same two pairs, 0 to 1.
         mass: (batch, 3), the part of each map's sum on the mask (`relevance_mass_accuracy`); None without masks. A map
-            that is specific loses the trait when another class asks.
+            that is specific has less on the trait when another class is asked about.
     """
 
     classes: torch.Tensor
@@ -44,7 +44,7 @@ class ClassSpecificity(NamedTuple):
 
 
 def class_specificity(
-    model: Classifier,
+    model: Scorer,
     pixel_values: torch.Tensor,
     explain: Explainer,
     classes: torch.Tensor,
@@ -57,8 +57,8 @@ def class_specificity(
     Args:
         model: The classifier, in evaluation mode, of at least three classes.
         pixel_values: (batch, channels, height, width).
-        explain: Makes the maps, (model, pixel_values, classes (batch,)) -> (batch, rows, cols). To ask the same head,
-            let it choose the head by something else than the class that it is asked for.
+        explain: Makes the maps, (model, pixel_values, classes (batch,)) -> (batch, rows, cols). To compare
+            the same head, choose the head by something other than the class asked about.
         classes: (batch,), the true classes.
         masks: (batch, height, width), boolean, where the true class's traits are: on the grid of the maps, or pixels.
         top: The part of the patches that count as strongest for `overlap`, at least one patch.
@@ -113,7 +113,7 @@ def _strongest(values: torch.Tensor, count: int) -> torch.Tensor:
 
 
 class CounterfactualChange(NamedTuple):
-    """What a changed trait did, for each pair of a batch; on the CPU. The last axis of each pair: before, after.
+    """The effect of a changed trait, for each pair of a batch; on the CPU. The last axis of each pair: before, after.
 
     Attributes:
         classes: (batch,), the class asked about.
@@ -131,7 +131,7 @@ class CounterfactualChange(NamedTuple):
 
 
 def counterfactual_change(
-    model: Classifier,
+    model: Scorer,
     before: torch.Tensor,
     after: torch.Tensor,
     classes: torch.Tensor | None = None,
@@ -140,7 +140,7 @@ def counterfactual_change(
 ) -> CounterfactualChange:
     """Compare images with the same images in which one trait was redrawn or taken away.
 
-    `prompt_cam_hf.birds.counterfactual` makes such pairs of drawn birds, `remove_trait` of photos.
+    `prompt_cam_hf.birds.counterfactual` makes such pairs of drawn birds, `remove_trait` of photographs.
 
     Args:
         model: The classifier, in evaluation mode.

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: MIT
+"""What the `evaluate` metrics of this folder have in common: the form of their description and of their batches."""
+
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+import torch
+
+
+def metric_info(description: str, inputs: str, **columns: tuple[str, int]) -> evaluate.MetricInfo:
+    """Describe a metric.
+
+    Args:
+        description: What it measures, in a sentence.
+        inputs: The arguments of its `compute`, and what that returns.
+        **columns: For each argument that has one entry an image, the type of its numbers and its number of axes.
+    """
+    features = datasets.Features()
+    for name, (dtype, axes) in columns.items():
+        features[name] = datasets.Value(dtype)
+        for _ in range(axes):
+            features[name] = datasets.Sequence(features[name])
+    return evaluate.MetricInfo(description=description, citation="", inputs_description=inputs, features=features)
+
+
+def as_batch(model: Any, predictions: Any, references: Any, pixel_values: Any) -> tuple[torch.Tensor, ...]:
+    """Images, maps and classes as tensors, from what `evaluate` collected; images and maps on the model's device."""
+    images, maps, classes = (torch.as_tensor(np.asarray(values)) for values in (pixel_values, predictions, references))
+    device = getattr(model, "device", "cpu")
+    return images.to(device), maps.to(device), classes
+
+
+__all__ = ["as_batch", "metric_info"]
