@@ -562,7 +562,7 @@ def test_the_page_is_sound_and_needs_nothing_else(finished, photos):
 
 
 def test_best_and_worst_images(finished):
-    """By insertion less deletion of the first map, best first and worst first."""
+    """By insertion minus deletion of the first map, best first and worst first."""
     found = measured(finished.folder)
     gaps = {
         key[0]: row[2] - found[(*key[:3], "deletion")][2]

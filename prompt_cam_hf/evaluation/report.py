@@ -26,7 +26,7 @@ from prompt_cam_hf.version import __version__
 
 EVALUATION, MEASUREMENTS, CURVES, PAGE = "evaluation.json", "measurements.parquet", "curves.svg", "index.html"
 # What the best and the worst images are chosen by, if it was measured.
-_GAP = "insertion less deletion"
+_GAP = "insertion minus deletion"
 _NUM_EXAMPLES = 4
 _THUMBNAIL_SIDE, _THUMBNAIL_BYTES = 200, 12_000
 # They can be told apart without colours.

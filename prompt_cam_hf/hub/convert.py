@@ -121,8 +121,8 @@ def convert_official_checkpoint(
     Example:
         >>> from prompt_cam_hf import convert_official_checkpoint
         >>> model, image_processor = convert_official_checkpoint("model.pt", id2label={0: "robin", 1: "wren"})
-        >>> model.save_pretrained("my_model")
-        >>> image_processor.save_pretrained("my_model")
+        >>> model.save_pretrained("converted")
+        >>> image_processor.save_pretrained("converted")
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
