@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""How does a report become one HTML file that works anywhere? Images and style inside, nothing from elsewhere.
+"""Rendering of pages that consist of one HTML file: templates are filled in, and images are embedded.
 
-Pages extend `templates/page.html.j2`: it has the style (phones, dark mode, print, keyboard), and forbids the browser
+Pages extend `templates/page.html.j2`, which has the style (phones, dark mode, print, keyboard) and forbids the browser
 to fetch anything.
 """
 
@@ -18,7 +18,13 @@ _QUALITIES = (75, 60, 45, 30)
 
 
 class EmbeddedImage(NamedTuple):
-    """An image as a data URI, with its size in pixels, so that a page keeps its place before it is decoded."""
+    """An image for a page.
+
+    Attributes:
+        uri: The image as a data URI.
+        width: In pixels; the browser reserves the place before it decodes the image.
+        height: In pixels.
+    """
 
     uri: str
     width: int
@@ -26,13 +32,13 @@ class EmbeddedImage(NamedTuple):
 
 
 def embed_thumbnail(image: Image.Image, max_side: int, max_bytes: int) -> EmbeddedImage:
-    """Make an image small and embed it, as WebP.
+    """Shrink an image and embed it as WebP.
 
     Args:
         image: RGB, of any size; it is not enlarged.
-        max_side: The longer side in pixels, at most.
-        max_bytes: Its encoded size before base64, which adds a third. Where no quality gets so small, the image is
-            halved.
+        max_side: The largest length of the longer side, in pixels.
+        max_bytes: The largest encoded size before base64, which adds a third. If the lowest quality is still larger,
+            the image is halved in size.
     """
     small = image.copy()
     small.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
@@ -58,7 +64,15 @@ def _embed(content: bytes, mime_type: str, size: tuple[int, int]) -> EmbeddedIma
 
 
 def render_page(template: str, **context: Any) -> str:
-    """Fill in a template of the folder `templates`; text is escaped, and a missing value is an error."""
+    """Fill in a template of the folder `templates`.
+
+    Args:
+        template: The name of the file.
+        **context: The values that it uses; text is escaped.
+
+    Raises:
+        jinja2.UndefinedError: a value is missing.
+    """
     environment = Environment(
         loader=PackageLoader("prompt_cam_hf", "templates"),
         autoescape=True,

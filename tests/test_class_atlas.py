@@ -25,7 +25,7 @@ from conftest import ID2LABEL, NUM_CLASSES, assert_computed, random_images, tiny
 from PIL import Image
 from transformers import CLIPImageProcessor, ViTForImageClassification
 
-from prompt_cam_hf.class_atlas import atlas, build, page, store
+from prompt_cam_hf.class_atlas import atlas, build, page
 from prompt_cam_hf.class_atlas.collect import MapSums, concentration
 from prompt_cam_hf.class_atlas.summary import ClassSummary, Confusion, Example, Summary
 from prompt_cam_hf.data.images import build_image_processor, open_image
@@ -296,7 +296,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(photos, tmp_path, monkeypatch):
             run(photos, out, overwrite=done)
             stop_at = -stop_at
         assert contents(out) == whole, f"stopped at {stop_at}"
-    # The settings, three parts with their sums, three results; then sums, parts and settings go.
+    # The settings, three parts each with a state, three results; then the state, three parts and the settings go.
     assert stop_at == 1 + 3 * 2 + 3 + tidying + 1 and tidying == 5
 
 
@@ -305,11 +305,11 @@ def test_finished_parts_are_not_made_again(photos, tmp_path, monkeypatch):
     asked = []
     collect = build.collect
 
-    def counting(classifier, images, start, end, *arguments):
-        asked.append(start)
-        if start == 12 and len(asked) == 3:
+    def counting(classifier, images, places, *arguments):
+        asked.append(places.start)
+        if places.start == 12 and len(asked) == 3:
             raise Stopped
-        return collect(classifier, images, start, end, *arguments)
+        return collect(classifier, images, places, *arguments)
 
     monkeypatch.setattr(build, "collect", counting)
     with pytest.raises(Stopped):
@@ -367,7 +367,7 @@ def test_parts_of_other_settings_are_refused(photos, tmp_path, monkeypatch):
     renamed = varied_model(id2label={**ID2LABEL, 0: "first"})
     for reason, options in {
         "model weights": {"model": other},
-        "model settings, images": {"model": renamed},
+        "images, model settings": {"model": renamed},
         "top heads": {"top_heads": 1},
         "ranking": {"method": "shapley"},
         "image processor": {"image_processor": build_image_processor(32, image_mean=(0.4, 0.5, 0.5))},
@@ -407,7 +407,7 @@ def test_nothing_is_overwritten_or_deleted_unasked(photos, tmp_path, monkeypatch
     # A run that replaces goes on, too: what it had is not lost, and the old results stay until the new ones are there.
     interrupted(photos, out, monkeypatch, overwrite=True)
     assert {name: contents(out)[name] for name in second} == second
-    assert (out / "atlas_parts" / "sums.npz").exists()
+    assert (out / "atlas_parts" / "state").exists()
     # Another run with other settings may drop these parts, and only these.
     (out / "atlas_parts" / "letter.txt").write_text("mine")
     run(photos, out, overwrite=True, top_heads=2)
@@ -707,4 +707,3 @@ def test_the_model_is_left_as_it_was(photos, tmp_path):
     before = model(random_images()).logits
     run(photos, tmp_path / "out", model)
     assert_computed(model(random_images()).logits, before)
-    assert store.PART_SIZE == build.PART_SIZE == 256

@@ -14,7 +14,7 @@ from prompt_cam_hf.baselines import build_linear_probe
 from prompt_cam_hf.birds import BIRD_CLASSES
 from prompt_cam_hf.cli import app
 from prompt_cam_hf.data.images import build_image_processor
-from prompt_cam_hf.hub.card import read_card_data, render_card
+from prompt_cam_hf.hub.card import read_card_facts, render_card
 from prompt_cam_hf.metrics.localization import patch_mask
 from prompt_cam_hf.modeling.backbone_prompt_cam import build_backbone
 
@@ -79,7 +79,7 @@ def test_a_model_card_shows_the_evaluation(model_folder, photos, tmp_path):
     out = tmp_path / "out"
     answer = run(model_folder, "--data", photos, "--metrics", "faithfulness", "--preset", "fast", "--out", out)
     assert answer.exit_code == 0, answer.output
-    data = read_card_data(
+    data = read_card_facts(
         model_folder, "me/birds", tiny_model(), build_image_processor(32), license="mit", evaluation_folder=out
     )
     card = str(render_card(data))

@@ -20,7 +20,7 @@ from prompt_cam_hf.explanations.compare import Comparison, compare
 from prompt_cam_hf.explanations.explain import explain
 from prompt_cam_hf.explanations.maps import trait_maps
 from prompt_cam_hf.explanations.ranking import rank_heads
-from prompt_cam_hf.explanations.results import write_atomically
+from prompt_cam_hf.files import write_atomically
 from prompt_cam_hf.loading import Classifier, as_classifier
 
 HEADS = 4

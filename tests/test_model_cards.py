@@ -16,12 +16,12 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.hub.card import (
     RECIPE_KEYS,
+    CardFacts,
     GalleryImage,
-    PromptCAMModelCardData,
-    read_card_data,
+    read_card_facts,
     render_card,
 )
-from prompt_cam_hf.model_cards.official import TOP1, official_card, official_facts
+from prompt_cam_hf.hub.official import TOP1, official_card, official_facts
 from prompt_cam_hf.training.recipe import Recipe
 
 CARDS = Path(__file__).parents[1] / "model_cards"
@@ -38,7 +38,7 @@ RESULTS = {
     "versions": {"transformers": "9.8.7", "torch": "6.5.4"},
 }
 EVALUATION = {
-    "protocol": "the true class of each photo",
+    "protocol": "the true class of each image",
     "metrics": {
         "insertion": {"value": 0.61234, "low": 0.6, "high": 0.625, "protocol": "rise | 5 heads", "num_images": 1000},
         "deletion": {"value": 0.09, "low": None, "high": None, "num_images": 7},
@@ -59,7 +59,7 @@ def folder(tmp_path):
 
 def card_of(folder, **given) -> ModelCard:
     model = tiny_model()
-    data = read_card_data(folder, "me/birds", model, build_image_processor(32), **({"license": "mit"} | given))
+    data = read_card_facts(folder, "me/birds", model, build_image_processor(32), **({"license": "mit"} | given))
     return render_card(data)
 
 
@@ -81,29 +81,29 @@ def test_a_card_says_what_was_recorded(folder):
         gallery_license="CC0",
     )
     assert rows(card, "Accuracy") == [
-        ["", "photos", "top-1", "top-5", "macro accuracy"],
+        ["", "images", "top-1", "top-5", "macro accuracy"],
         ["validation", "56", "75.0%", "100.0%", "70.0%"],
         ["test", "789", "71.2%", "98.0%", "65.0%"],
         ["chance", "", "20.0%", "100.0%", "20.0%"],
     ]
-    assert "Epoch 7 of 12, chosen on the validation photos. The test photos chose nothing." in card.text
+    assert "Epoch 7 of 12, chosen on the validation images. The test images were used for no choice." in card.text
     assert rows(card, "Evaluation") == [
-        ["metric", "value", "interval", "photos", "protocol"],
+        ["metric", "value", "interval", "images", "protocol"],
         ["insertion", "0.6123", "0.6 to 0.625", "1,000", r"rise \| 5 heads"],
         ["deletion", "0.09", "", "7", ""],
     ]
-    assert "Protocol: the true class of each photo." in card.text
-    facts = dict(rows(card, "What it is")[1:])
+    assert "Protocol: the true class of each image." in card.text
+    facts = dict(rows(card, "Description")[1:])
     assert facts["Trained on"] == "[Garden birds](https://huggingface.co/datasets/me/garden)"
     assert facts["Licence of the data"] == "CC BY 4.0" and facts["Licence of the model"] == "mit"
-    assert facts["Photos"] == "train 1,234, validation 56, test 789"
+    assert facts["Images"] == "train 1,234, validation 56, test 789"
     assert facts["Vision transformer"] == "3 layers of 32 channels and 4 heads, patches of 8x8 pixels"
     assert facts["Prompts"].startswith(
-        "5 class prompts from layer 3 of 3 on (Deep), 5 class-agnostic prompts in each of 2"
+        "5 class prompts from layer 2 on (Deep; layers are 0 to 2), 5 class-agnostic prompts in each of 2"
     )
     # Class prompts, class-agnostic prompts of two layers, and a classifier with a bias.
     assert facts["Trained parameters"] == str(5 * 32 + 2 * 5 * 32 + 32 + 1)
-    assert facts["Images"] == "32x32 pixels, mean (0.5, 0.5, 0.5), standard deviation (0.5, 0.5, 0.5)"
+    assert facts["Input"] == "32x32 pixels, mean (0.5, 0.5, 0.5), standard deviation (0.5, 0.5, 0.5)"
     assert "\n".join(ID2LABEL.values()) in card.text
     assert "![Robin, score 98%](trait_maps/1.png)" in card.text and "Licence of the photos: CC0." in card.text
     assert "learning_rate: 0.025" in card.text and "/home/me" not in card.content
@@ -139,7 +139,7 @@ def test_metadata(folder):
 def test_what_is_unknown_is_left_out(tmp_path):
     card = card_of(tmp_path)
     for word in ("## Accuracy", "## Evaluation", "## Training", "## Versions", "## Trait maps", "None", "Trained on",
-                 "Licence of the data", "Backbone", "Photos", "unknown", "Undefined"):  # fmt: skip
+                 "Licence of the data", "Backbone", "Images |", "unknown", "Undefined"):  # fmt: skip
         assert word not in card.content, word
     assert "model-index" not in card.content and "metrics" not in card.content
     assert metadata_errors(card.content) == []
@@ -153,19 +153,19 @@ def test_what_is_unknown_is_left_out(tmp_path):
 
 def test_epoch_that_was_not_chosen(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(RESULTS | {"best_epoch": 12, "best_epoch_chosen_on": None}))
-    assert "Epoch 12 of 12, the last one: no photos were held out to choose it on." in card_of(tmp_path).text
+    assert "Epoch 12 of 12, the last one: no images were held out to choose it on." in card_of(tmp_path).text
 
 
 def test_backbone(tmp_path):
     model = tiny_model()
     model.config.backbone_name_or_path, model.config.backbone_revision = "museum/vit", "v2"
     processor = build_image_processor(32)
-    card = render_card(read_card_data(tmp_path, "me/birds", model, processor, prompts_only=True, license="mit"))
+    card = render_card(read_card_facts(tmp_path, "me/birds", model, processor, prompts_only=True, license="mit"))
     assert metadata(card.content)["base_model"] == "museum/vit"
-    assert dict(rows(card, "What it is")[1:])["Backbone"] == "museum/vit, revision v2"
+    assert dict(rows(card, "Description")[1:])["Backbone"] == "museum/vit, revision v2"
     assert "The backbone is fetched from `museum/vit@v2`" in card.text
     model.config.backbone_name_or_path = str(tmp_path)
-    card = render_card(read_card_data(tmp_path, "me/birds", model, processor, license="mit"))
+    card = render_card(read_card_facts(tmp_path, "me/birds", model, processor, license="mit"))
     assert str(tmp_path) not in card.content and "base_model" not in card.content
 
 
@@ -196,7 +196,7 @@ def test_an_evaluation_elsewhere(folder, tmp_path):
 
 def test_photos_need_a_licence():
     with pytest.raises(ValueError, match="the photos' licence must be given"):
-        PromptCAMModelCardData(repo_id="me/x", gallery=[GalleryImage("trait_maps/1.png", "Robin")])
+        CardFacts(repo_id="me/x", gallery=[GalleryImage("trait_maps/1.png", "Robin")])
 
 
 def test_recipe_keys_are_those_of_recipes():
@@ -205,7 +205,7 @@ def test_recipe_keys_are_those_of_recipes():
 
 @pytest.mark.parametrize("name", TOP1)
 def test_official_cards(name):
-    """The committed cards are what `python -m prompt_cam_hf.model_cards.official` writes."""
+    """The committed cards are what `python -m prompt_cam_hf.hub.official` writes."""
     text = (CARDS / f"{name}.md").read_text(encoding="utf-8")
     card = official_card(name, f"OWNER/promptcam-{name.replace('_', '-')}")
     assert text == str(card)
@@ -238,7 +238,7 @@ def test_official_numbers_are_those_of_the_paper():
 
 def test_official_facts_join_those_of_the_model(tmp_path):
     card = card_of(tmp_path, **official_facts("dinov2_pet"))
-    facts = dict(rows(card, "What it is")[1:])
+    facts = dict(rows(card, "Description")[1:])
     assert facts["Classes"] == "5" and facts["Backbone"] == "facebook/dinov2-base"
     assert facts["Vision transformer"].startswith("3 layers") and "Converted from" in facts
     assert rows(card, "Accuracy") == [["", "top-1"], ["test", "92.7%"]]

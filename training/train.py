@@ -34,6 +34,7 @@ from prompt_cam_hf import PromptCAMForImageClassification
 from prompt_cam_hf.baselines import LinearProbe, VPTForImageClassification, build_linear_probe
 from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.data.splits import ImageData, load_image_data
+from prompt_cam_hf.files import write_atomically
 from prompt_cam_hf.hub.publish import publish
 from prompt_cam_hf.metrics.classification import ClassificationReport, build_compute_metrics
 from prompt_cam_hf.modeling.backbone_prompt_cam import embed, grid_size, image_size
@@ -122,7 +123,7 @@ class Run:
     def _open_folder(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if self.checkpoint is None:
-            _write_whole(folder / RECIPE_FILE, self.recipe.to_yaml())
+            write_atomically(folder / RECIPE_FILE, self.recipe.to_yaml().encode())
         remove_checkpoints_after(self.checkpoint, folder)
         if self.data.skipped:
             self.data.write_skipped(folder / "skipped_images.csv")
@@ -171,7 +172,7 @@ class Run:
             **result.metrics,
             "versions": {name: version(name) for name in ("prompt_cam_hf", "transformers", "torch")},
         }
-        _write_whole(folder / RESULTS_FILE, json.dumps(facts, indent=2) + "\n")
+        write_atomically(folder / RESULTS_FILE, (json.dumps(facts, indent=2) + "\n").encode())
         if self.recipe.hub_model_id:
             _upload(folder, self.recipe)
 
@@ -379,13 +380,6 @@ def _print_results(result: TrainResult, recipe: Recipe, data: ImageData) -> None
         table.add_row(label, *(f"{metrics[key]:.1%}" for metrics in result.metrics.values()))
     Console().print(table)
     print(f"Saved in {result.output_dir}")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that an interruption leaves all of it or nothing."""
-    partial_path = path.with_name(f".{path.name}.partial")
-    partial_path.write_text(text, encoding="utf-8")
-    partial_path.replace(path)
 
 
 def refuse(error: Exception) -> None:

@@ -31,8 +31,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from prompt_cam_hf import PromptCAMForImageClassification
 from prompt_cam_hf.data.splits import ImageData
 from prompt_cam_hf.data.taxonomy_tree import Taxonomy, read_taxonomy
-from prompt_cam_hf.explanations.results import write_atomically
 from prompt_cam_hf.explanations.taxonomy_path import TAXONOMY_FILE
+from prompt_cam_hf.files import write_atomically
 from prompt_cam_hf.training.data import ImageDataset
 from prompt_cam_hf.training.recipe import Recipe, parse_recipe, training_arguments
 from prompt_cam_hf.training.train import RESULTS_FILE, check_same_recipe, load_data, refuse, train

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Where do the prompts of all classes look, over a whole data set? Tables, and one page to leaf through.
+"""The atlas of a model: which heads each class rests on and where they look, over a whole data set.
 
-`images` says which images and labels, `collect` what is recorded of each, `store` how it survives being killed,
-`summary` what it says about classes, `page` what is shown, and `build` puts them together.
+`collect` records numbers and maps of each image, `summary` sums them up by class, `page` renders the HTML page, and
+`build` has the function `atlas`, which does all of it.
 """
 
 from prompt_cam_hf.class_atlas.build import Atlas, atlas

@@ -1,34 +1,43 @@
 # SPDX-License-Identifier: MIT
-"""How is an atlas made? Look at all images part by part, sum up, write tables and a page."""
+"""`atlas`: runs the model on all images part by part, sums up by class, and writes two tables and a page."""
 
-import hashlib
-import json
+import io
 import logging
 import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import datasets
+import numpy as np
+import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
-from prompt_cam_hf.class_atlas.collect import MapSums, Options, collect, input_size
+from prompt_cam_hf.class_atlas.collect import ROW_SCHEMA, MapSums, Options, collect, input_size
 from prompt_cam_hf.class_atlas.page import NUM_CONFUSION_EXAMPLES, NUM_CONFUSIONS, write_page
-from prompt_cam_hf.class_atlas.store import CLASSES, IMAGES, PAGE, PART_SIZE, Store
 from prompt_cam_hf.class_atlas.summary import Summary, class_table, summarize
 from prompt_cam_hf.data.labelled_images import LabelledImages, Split, read_labelled_images
 from prompt_cam_hf.explanations.ranking import check_ranking
+from prompt_cam_hf.files import write_atomically
 from prompt_cam_hf.loading import Classifier, ClassifierLike, as_classifier, weights_digest
 from prompt_cam_hf.modeling.backbone_prompt_cam import grid_size
+from prompt_cam_hf.parts import Parts
 
 logger = logging.getLogger(__name__)
 
-# Raise it whenever the parts of an older version no longer fit.
-_FORMAT = 1
+PART_SIZE = 256  # images
+IMAGES, CLASSES, PAGE = "images.parquet", "classes.parquet", "index.html"
 
 
 class Atlas(NamedTuple):
-    """A finished atlas: its files, and what they say in numbers."""
+    """A finished atlas.
+
+    Attributes:
+        page: The file index.html.
+        images: The file images.parquet.
+        classes: The file classes.parquet.
+        summary: The numbers of the page and of classes.parquet, except for the mean maps.
+    """
 
     page: Path
     images: Path
@@ -54,36 +63,46 @@ def atlas(
     image_column: str = "image",
     label_column: str = "label",
 ) -> Atlas:
-    """Sum up where the prompts of all classes look, over any number of images.
+    """Summarise over many images which heads each class rests on, where they look, and which classes are confused.
 
-    Writes to `out`: `images.parquet` (a row an image), `classes.parquet` (a row a class) and `index.html`, one page
-    that needs nothing else. docs/traits/atlas.md describes the columns. Killed at any moment, the same call goes on
-    where it was, and comes to the same results, byte for byte with the same batch size on the same machine. Images
-    that cannot be read are listed and left out.
+    Writes three files to `out`: `images.parquet` (one row per image), `classes.parquet` (one row per class) and
+    `index.html`, a single page that works offline. docs/traits/atlas.md describes the columns. A call that was
+    interrupted can be repeated: it continues where it stopped and comes to the same results, byte for byte on the
+    same machine with the same batch size. Images that cannot be read are listed and left out.
 
     Args:
         model: A folder, a Hub id, a pipeline, or a loaded model (in evaluation mode) with `image_processor`.
-        data: A folder of class folders, a folder of images without labels, a CSV or Parquet file, a data set's id on
-            the Hub, or a loaded data set; see `read_labelled_images`.
-        out: The folder for the results; it is made.
-        image_processor: For a loaded model.
-        split: "train", "validation" or "test"; None: the last of these that the data have.
-        top_heads: So many of an image's most important heads count as the top ones; at most all heads.
-        num_examples: Images that are named and shown for each class; on the page fewer with very many classes.
+        data: A folder with one subfolder per class, a folder of images without labels, a CSV or Parquet file, the id
+            of a data set on the Hub, or a loaded data set; see `read_labelled_images`.
+        out: The folder for the results; it is created.
+        image_processor: The image processor of a loaded model.
+        split: "train", "validation" or "test". None: the last of these that the data have.
+        top_heads: How many of an image's most important heads count as its top heads, from 1 to the number of heads.
+        num_examples: How many images are named and shown for each class, at least 0; with very many classes the page
+            shows fewer.
         method: How heads are ranked; see `rank_heads`.
         blur: As in `rank_heads`.
         batch_size: Images that go through the network at once.
         overwrite: Replace the results of an earlier run in `out`.
-        name: Configuration of a data set on the Hub.
-        revision: Revision of a data set on the Hub.
-        image_column: Column of images or paths.
-        label_column: Column of class names or numbers.
+        name: The configuration of a data set on the Hub.
+        revision: The revision of a data set on the Hub.
+        image_column: The column of images or paths.
+        label_column: The column of class names or numbers.
+
+    Returns:
+        The files, and the numbers in them.
 
     Raises:
         FileExistsError: `out` holds results, and `overwrite` is not set.
         FileNotFoundError: the model or the data cannot be found.
-        ValueError: an argument is out of range, the data have no images that can be read, or `out` holds an
-            unfinished atlas with other settings.
+        ValueError: an argument is out of range, no image can be read, or `out` holds an unfinished atlas with other
+            settings.
+
+    Example:
+        >>> from prompt_cam_hf import atlas
+        >>> result = atlas("my_model", "photos", "my_atlas")
+        >>> result.summary.total  # images
+        >>> result.page  # open it in a browser
     """
     classifier = as_classifier(model, image_processor)
     config = classifier.model.config
@@ -105,11 +124,11 @@ def atlas(
         image_column=image_column,
         label_column=label_column,
     )
-    store = Store(out, _settings(classifier, images, options), overwrite)
-    parts = -(-len(images) // PART_SIZE)
-    sums = _collect_parts(classifier, images, options, batch_size, store, parts)
+    parts = Parts(Path(out), "atlas", (IMAGES, CLASSES, PAGE), ROW_SCHEMA, len(images), PART_SIZE)
+    parts.open(_settings(classifier, images, options), overwrite)
+    sums = _collect_parts(classifier, images, options, batch_size, parts)
     summary = summarize(
-        lambda columns: store.rows(parts, columns),
+        lambda columns: (row for table in parts.tables(columns) for row in table.to_pylist()),
         config.id2label,
         heads,
         top_heads,
@@ -123,18 +142,29 @@ def atlas(
         logger.warning("Left out %d images that cannot be read; the page lists them.", summary.num_unreadable)
     model_name = Path(config.name_or_path).name or "a Prompt-CAM"
     page = write_page(classifier, images, summary, sums, options, model_name, batch_size)
-    store.finish(parts, class_table(summary, sums), page)
-    return Atlas(store.out / PAGE, store.out / IMAGES, store.out / CLASSES, summary)
+    buffer = io.BytesIO()
+    pq.write_table(class_table(summary, sums), buffer)
+    parts.finish(IMAGES, {CLASSES: buffer.getvalue(), PAGE: page.encode()})
+    return Atlas(parts.out / PAGE, parts.out / IMAGES, parts.out / CLASSES, summary)
 
 
 def _collect_parts(
-    classifier: Classifier, images: LabelledImages, options: Options, batch_size: int, store: Store, parts: int
+    classifier: Classifier, images: LabelledImages, options: Options, batch_size: int, parts: Parts
 ) -> MapSums:
-    """Look at the images that no finished part holds; the sums over all of them."""
+    """Run the model on the images of all unfinished parts.
+
+    After each part, the sums of the trait maps so far are saved together with the number of finished parts. Only that
+    number says which parts are finished: a part that was written after it is made again, and comes out the same.
+
+    Returns:
+        The sums over all images.
+    """
     config = classifier.model.config
     grid = grid_size(config.backbone_config, *input_size(classifier.image_processor))
-    empty = MapSums.zeros(config.num_labels, config.backbone_config.num_attention_heads, grid)
-    done, sums = store.restore(empty)
+    sums, done = MapSums.zeros(config.num_labels, config.backbone_config.num_attention_heads, grid), 0
+    if parts.state.exists():
+        with np.load(parts.state) as saved:
+            sums, done = MapSums(saved["sums"], saved["counts"]), int(saved["parts"])
     with tqdm(
         total=len(images),
         initial=min(done * PART_SIZE, len(images)),
@@ -142,34 +172,31 @@ def _collect_parts(
         unit="img",
         disable=None,
     ) as progress:
-        for part in range(done, parts):
-            start, end = part * PART_SIZE, min((part + 1) * PART_SIZE, len(images))
+        for number in range(done, len(parts)):
             rows: list[dict[str, Any]] = []
-            for batch in collect(classifier, images, start, end, options, batch_size, sums.add):
+            for batch in collect(classifier, images, parts.places(number), options, batch_size, sums):
                 rows += batch
                 progress.update(len(batch))
-            store.add_part(part, rows, sums)
+            parts.add(number, rows)
+            buffer = io.BytesIO()
+            np.savez(buffer, parts=number + 1, sums=sums.sums, counts=sums.counts)
+            write_atomically(parts.state, buffer.getvalue())
     return sums
 
 
 def _settings(classifier: Classifier, images: LabelledImages, options: Options) -> dict[str, Any]:
-    """What a run must agree on to go on with another's parts; each entry is named in the message when it does not."""
+    """What a run must agree on to go on with the parts of another; see `Parts.open`."""
     config = classifier.model.config
     layers = (config.class_prompt_layer, config.first_prompt_layer, config.num_agnostic_prompts)
     return {
-        "format": _FORMAT,
         "model weights": weights_digest(classifier.model),
-        "model settings": _digest([config.id2label, *layers]),
-        "image processor": _digest(classifier.image_processor.to_dict()),
+        "model settings": [config.id2label, *layers],
+        "image processor": classifier.image_processor.to_dict(),
         "images": images.digest(),
         "top heads": options.top_heads,
         "ranking": f"{options.method}, {options.blur}",
         "part size": PART_SIZE,
     }
-
-
-def _digest(settings: Any) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 __all__ = ["Atlas", "atlas"]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What is recorded about an image? A row of numbers, and its trait maps, which are added to those of its class."""
+"""`collect`: runs the model on images and records a row of numbers for each; trait maps are added up by class."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -50,10 +50,10 @@ ROW_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Options:
-    """How images are looked at; part of what a resumed atlas must agree on.
+    """How heads are ranked and counted. A resumed atlas must have the same options.
 
     Attributes:
-        top_heads: So many of an image's most important heads count as the top ones.
+        top_heads: How many of an image's most important heads count as its top heads.
         method: How heads are ranked; see `rank_heads`.
         blur: As in `rank_heads`.
     """
@@ -65,7 +65,7 @@ class Options:
 
 @dataclass
 class MapSums:
-    """Sums of the trait maps of each class, over the images that its statistics rest on.
+    """Sums of the trait maps of each class, over the images that count for it (`ClassSummary.used`).
 
     Attributes:
         sums: (classes, heads, rows, cols), float64.
@@ -77,7 +77,7 @@ class MapSums:
 
     @classmethod
     def zeros(cls, num_classes: int, heads: int, grid: tuple[int, int]) -> "MapSums":
-        """Nothing yet."""
+        """Sums over no images."""
         return cls(np.zeros((num_classes, heads, *grid)), np.zeros(num_classes, np.int64))
 
     def add(self, number: int, maps: np.ndarray) -> None:
@@ -91,9 +91,14 @@ class MapSums:
 
 
 def concentration(maps: np.ndarray) -> np.ndarray:
-    """How little of the image a map is spread over: 1 - H / log(patches), 0 for an even map, 1 for a single patch.
+    """How few patches a map is concentrated on: 1 - H / log(patches), where H is the entropy of the map.
 
-    H is the entropy of the map (..., rows, cols) after its sum is made 1; what fell on other tokens does not count.
+    Args:
+        maps: (..., rows, cols), at least 0. Each map is first divided by its sum, so attention to tokens that are not
+            patches does not count.
+
+    Returns:
+        (...), from 0 for a map that is the same everywhere to 1 for a map on a single patch.
     """
     flat = maps.reshape(*maps.shape[:-2], -1).astype(np.float64)
     tiny = np.finfo(np.float64).tiny
@@ -105,10 +110,16 @@ def concentration(maps: np.ndarray) -> np.ndarray:
 def clearness(
     probability: float, runner_up_probability: float, on_patches: np.ndarray, concentrated: np.ndarray
 ) -> float:
-    """How good an example an image is of the class it was taken for, 0 to 1.
+    """How good an example an image is of its predicted class.
 
-    The lead in probability over the next class, times the mean over the top heads of the share of attention that is
-    on patches times the concentration of the map there. `on_patches` and `concentrated` are of the top heads.
+    Args:
+        probability: Of the predicted class.
+        runner_up_probability: Of the second best class.
+        on_patches: (top heads,), the share of attention that falls on patches.
+        concentrated: (top heads,), the `concentration` of the maps.
+
+    Returns:
+        The difference of the probabilities, times the mean over the top heads of `on_patches * concentrated`; 0 to 1.
     """
     return float((probability - runner_up_probability) * (on_patches * concentrated).mean())
 
@@ -116,7 +127,17 @@ def clearness(
 def opened(
     images: LabelledImages, image_processor: BaseImageProcessor, indices: Iterable[list[int]]
 ) -> Iterator[list[tuple[int, Image.Image | str, torch.Tensor | None]]]:
-    """Open batches of images in threads, a little ahead of their use: (index, image or reason, pixel values)."""
+    """Open images in threads, a few batches ahead of their use.
+
+    Args:
+        images: The images.
+        image_processor: Makes the pixel values.
+        indices: The images of each batch.
+
+    Yields:
+        A batch, as (index, image, pixel values) of each image. For an image that cannot be read, the image is replaced
+        by the reason and the pixel values are None.
+    """
 
     def load(index: int) -> tuple[int, Image.Image | str, torch.Tensor | None]:
         try:
@@ -138,46 +159,54 @@ def opened(
 def collect(
     classifier: Classifier,
     images: LabelledImages,
-    start: int,
-    end: int,
+    places: range,
     options: Options,
     batch_size: int,
-    add_maps: Callable[[int, np.ndarray], None],
+    sums: MapSums,
 ) -> Iterator[list[dict[str, Any]]]:
-    """Look at the images from `start` to before `end`, and give the rows of each batch.
+    """Run the model on images and record what `ROW_SCHEMA` lists.
 
-    An image's maps and ranking are those of the class that it was taken for. `add_maps` gets the class's number and
-    the maps (heads, rows, cols) of each image that was taken for its label, or has none.
+    The maps and the ranking of an image are those of its predicted class.
+
+    Args:
+        classifier: The model with its image processor.
+        images: The images.
+        places: Which of them.
+        options: How heads are ranked and counted.
+        batch_size: Images that go through the network at once.
+        sums: The maps of each image whose prediction is its label, or that has no label, are added to this.
+
+    Yields:
+        The rows of a batch. Columns that are null in a row are missing from it.
 
     Raises:
         ValueError: the image processor gives images of different sizes.
     """
     names = classifier.model.config.id2label
     size = input_size(classifier.image_processor)
-    batches = (list(range(first, min(first + batch_size, end))) for first in range(start, end, batch_size))
+    batches = (list(places[first : first + batch_size]) for first in range(0, len(places), batch_size))
     for batch in opened(images, classifier.image_processor, batches):
-        readable = [(index, values) for index, _, values in batch if values is not None]
-        seen = {}
-        if readable:
-            pixel_values = _stack([values for _, values in readable], size).to(classifier.model.device)
-            seen = dict(zip((index for index, _ in readable), _look(classifier, pixel_values, options), strict=True))
-        rows = []
-        for index, image, _ in batch:
+        rows = [{"index": index, "image": images.name(index)} for index, *_ in batch]
+        readable = []
+        for row, (index, image, values) in zip(rows, batch, strict=True):
             label = images.labels[index]
-            row = {"index": index, "image": images.name(index), "label": None if label is None else names[label]}
-            if index in seen:
-                numbers, maps = seen[index]
-                row |= _row(numbers, names, label)
-                if label in (None, numbers["prediction"]):
-                    add_maps(numbers["prediction"], maps)
-            else:
+            row["label"] = None if label is None else names[label]
+            if values is None:
                 row["unreadable"] = image
-            rows.append(row)
+            else:
+                readable.append((row, label, values))
+        if readable:
+            pixel_values = _stack([values for *_, values in readable], size).to(classifier.model.device)
+            found = _look(classifier, pixel_values, [label for _, label, _ in readable], options)
+            for (row, label, _), (prediction, maps, columns) in zip(readable, found, strict=True):
+                row |= columns
+                if label in (None, prediction):
+                    sums.add(prediction, maps)
         yield rows
 
 
 def input_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
-    """Height and width in pixels of what the image processor makes of an image."""
+    """Height and width in pixels of the images that the image processor makes."""
     height, width = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].shape[-2:]
     return height, width
 
@@ -186,7 +215,7 @@ def _stack(pixel_values: list[torch.Tensor], size: tuple[int, int]) -> torch.Ten
     """Images (1, channels, height, width) as one batch.
 
     Raises:
-        ValueError: one has not this size.
+        ValueError: one has another size.
     """
     for values in pixel_values:
         if tuple(values.shape[-2:]) != size:
@@ -199,10 +228,11 @@ def _stack(pixel_values: list[torch.Tensor], size: tuple[int, int]) -> torch.Ten
 
 @torch.inference_mode()
 def _look(
-    classifier: Classifier, pixel_values: torch.Tensor, options: Options
-) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """Numbers and maps (heads, rows, cols) of each image, from one run of the network."""
+    classifier: Classifier, pixel_values: torch.Tensor, labels: Sequence[int | None], options: Options
+) -> Iterator[tuple[int, np.ndarray, dict[str, Any]]]:
+    """Predicted class, maps (heads, rows, cols) and columns of each image, from one run of the network."""
     model = classifier.model
+    names = model.config.id2label
     state = model.last_layer_state(pixel_values)
     logits = model.last_layer_logits(state).float()
     best = logits.topk(2, dim=-1).indices
@@ -211,40 +241,30 @@ def _look(
     ranking = rank_heads_from_state(model, state, logits, predicted, options.method, options.blur)
     order, head_scores = ranking.order[:, 0].cpu().numpy(), ranking.scores[:, 0].float().cpu().numpy()
     on_patches, concentrated = maps.sum(axis=(-2, -1), dtype=np.float64), concentration(maps)
-    logits, probabilities = logits.cpu().numpy(), logits.softmax(dim=-1).cpu().numpy()
+    scores, probabilities = logits.cpu().numpy(), logits.softmax(dim=-1).cpu().numpy()
     for i, (prediction, runner_up) in enumerate(best.tolist()):
+        probability, runner_up_probability = probabilities[i, prediction], probabilities[i, runner_up]
         top = order[i, : options.top_heads]
-        numbers = {
-            "prediction": prediction,
-            "runner_up": runner_up,
-            "scores": logits[i],
-            "probabilities": probabilities[i],
+        columns = {
+            "prediction": names[prediction],
+            "score": scores[i, prediction],
+            "probability": probability,
+            "runner_up": names[runner_up],
+            "runner_up_score": scores[i, runner_up],
+            "runner_up_probability": runner_up_probability,
             "head_order": order[i],
             "head_scores": head_scores[i],
             "sufficient": int(ranking.sufficient[i, 0]),
             "attention_on_patches": on_patches[i],
             "concentration": concentrated[i],
-            "clearness": clearness(
-                probabilities[i, prediction],
-                probabilities[i, runner_up],
-                on_patches[i, top],
-                concentrated[i, top],
-            ),
+            "clearness": clearness(probability, runner_up_probability, on_patches[i, top], concentrated[i, top]),
         }
-        yield numbers, maps[i]
-
-
-def _row(numbers: dict[str, Any], names: Mapping[int, str], label: int | None) -> dict[str, Any]:
-    """An image's numbers as columns of the table."""
-    scores, probabilities = numbers.pop("scores"), numbers.pop("probabilities")
-    row = dict(numbers)
-    for column, number in (("prediction", row["prediction"]), ("runner_up", row["runner_up"]), ("label", label)):
-        prefix = "" if column == "prediction" else f"{column}_"
-        row[column] = None if number is None else names[number]
-        row[f"{prefix}score"] = None if number is None else scores[number]
-        row[f"{prefix}probability"] = None if number is None else probabilities[number]
-    row["correct"] = None if label is None else label == numbers["prediction"]
-    return row
+        label = labels[i]
+        if label is not None:
+            columns["correct"] = label == prediction
+            columns["label_score"] = scores[i, label]
+            columns["label_probability"] = probabilities[i, label]
+        yield prediction, maps[i], columns
 
 
 __all__ = ["ROW_SCHEMA", "MapSums", "Options", "clearness", "collect", "concentration", "input_size", "opened"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What does the page of an atlas show, and how large may it become?"""
+"""`write_page`: the HTML page of an atlas, within bounds of its size."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -59,7 +59,20 @@ def write_page(
     model_name: str,
     batch_size: int,
 ) -> str:
-    """The page as HTML. The images that it shows are opened and run through the network again."""
+    """Render the page as HTML. The images that it shows are opened and run through the network again.
+
+    Args:
+        classifier: The model with its image processor.
+        images: The images of the atlas.
+        summary: What the atlas says about classes and confusions.
+        sums: The sums of the trait maps.
+        options: How heads are ranked and counted.
+        model_name: The name of the model, for the title.
+        batch_size: Images that are opened at once.
+
+    Raises:
+        OSError: an image that is to be shown can no longer be read.
+    """
     names = classifier.model.config.id2label
     shown = sorted(
         sorted(summary.classes, key=lambda found: (-found.labelled - found.predicted, found.number))[:MAX_CLASSES],
@@ -67,12 +80,15 @@ def write_page(
     )
     heads_shown = min(options.top_heads, _MAX_HEADS_SHOWN)
     chosen = _choose_examples(shown, summary.confusions, heads_shown)
-    wanted: list[tuple[Example, tuple[int, ...]]]
-    wanted = [(example, (found.number,)) for found, examples in chosen for example in examples]
-    wanted += [(e, (c.prediction, c.label)) for c in summary.confusions for e in c.examples]
-    drawn = iter(_draw(classifier, images, wanted, heads_shown, options, batch_size))
+    # Each image that is shown, with the classes whose maps are drawn beside it.
+    wanted = [(example, (found.number,)) for found, examples in chosen for example in examples] + [
+        (example, (confusion.prediction, confusion.label))
+        for confusion in summary.confusions
+        for example in confusion.examples
+    ]
+    drawn = dict(zip(wanted, _draw(classifier, images, wanted, heads_shown, options, batch_size), strict=True))
     entries = [
-        _entry(found, [next(drawn) for _ in examples], sums, heads_shown, options.top_heads)
+        _entry(found, [drawn[example, (found.number,)] for example in examples], sums, heads_shown, options.top_heads)
         for found, examples in chosen
     ]
     confusions = [
@@ -81,7 +97,7 @@ def write_page(
             "prediction": confusion.prediction,
             "count": confusion.count,
             "labelled": summary.classes[confusion.label].labelled,
-            "drawn": [next(drawn) for _ in confusion.examples],
+            "drawn": [drawn[example, (confusion.prediction, confusion.label)] for example in confusion.examples],
         }
         for confusion in summary.confusions
     ]
@@ -104,7 +120,7 @@ def write_page(
 def _choose_examples(
     shown: list[ClassSummary], confusions: list[Confusion], heads_shown: int
 ) -> list[tuple[ClassSummary, list[Example]]]:
-    """As many examples of each class as the page has room for; where one is too many, of the largest classes."""
+    """The examples that the page has room for: equally many of each class, or one of each of the largest classes."""
     room = MAX_IMAGES - sum((1 + 2 * _HEADS_PER_CONFUSED_CLASS) * len(confusion.examples) for confusion in confusions)
     room //= 1 + heads_shown
     count = max((len(found.examples) for found in shown), default=0)
@@ -123,7 +139,7 @@ def _draw(
     options: Options,
     batch_size: int,
 ) -> Iterator[Drawn]:
-    """Each image with its class's top maps; or, for two classes, with top maps of each."""
+    """Draw each image beside the top maps of its classes: more maps for one class, fewer of each for two."""
     names = classifier.model.config.id2label
     order = [example.index for example, _ in wanted]
     batches = (order[first : first + batch_size] for first in range(0, len(order), batch_size))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What do the rows of all images say about each class, and about the classes that are taken for one another?"""
+"""`summarize`: what the rows of all images say about each class, and about classes that are taken for one another."""
 
 import heapq
 from collections import Counter
@@ -12,10 +12,10 @@ import pyarrow as pa
 
 from prompt_cam_hf.class_atlas.collect import MapSums
 
-# Reads the rows from the first to the last, with some columns; can be called again.
+# Reads the given columns of all rows, in order; it is called twice.
 ReadRows = Callable[[list[str]], Iterator[dict[str, Any]]]
 
-# Unreadable images that are named one by one.
+# How many unreadable images are named.
 _MAX_UNREADABLE = 100
 
 _SHARES = pa.list_(pa.float32())
@@ -44,7 +44,15 @@ CLASS_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Example:
-    """An image that is shown: its place in the data, its name, its class number, and how well it shows its point."""
+    """An image that is shown.
+
+    Attributes:
+        index: Its place in the data, counted from 0.
+        name: Its path within the data folder, or its row.
+        number: The number of its predicted class.
+        clearness: How good an example it is of that class; see `clearness` in `collect`.
+        head_order: The heads, the most important one first.
+    """
 
     index: int
     name: str
@@ -57,23 +65,23 @@ class Example:
 class ClassSummary:
     """A class over all images.
 
-    The figures of heads, and the examples, rest on the `used` images: those that were taken for the class and are
-    labelled so, or have no label.
+    The numbers about heads, and the examples, come from the `used` images: those that were taken for the class and are
+    labelled with it or have no label.
 
     Attributes:
-        number: Of the class in the model.
-        name: Of the class.
-        labelled: Images labelled so.
-        predicted: Images taken for it.
-        correct: Images both labelled so and taken for it.
-        used: Images behind the figures of heads.
-        in_top: (heads,), images in which each head is among the top ones.
-        in_sufficient: (heads,), images in which each head is in the sufficient set.
-        sufficient: Sum of the sizes of the sufficient sets.
-        on_patches: (heads,), sum of the attention on patches.
-        concentrated: (heads,), sum of the maps' concentration.
+        number: The number of the class in the model.
+        name: The name of the class.
+        labelled: The number of images labelled with it.
+        predicted: The number of images taken for it.
+        correct: The number of images both labelled with it and taken for it.
+        used: The number of images behind the numbers about heads.
+        in_top: (heads,), the number of images in which each head is one of the top heads.
+        in_sufficient: (heads,), the number of images in which each head is in the sufficient set.
+        sufficient: The sum of the sizes of the sufficient sets.
+        on_patches: (heads,), the sum of the attention on patches.
+        concentrated: (heads,), the sum of the concentration of the maps.
         examples: The clearest images, the clearest first.
-        mistaken: For each class number that its images were taken for wrongly, how often.
+        mistaken: How often its images were taken for each other class, by class number.
     """
 
     number: int
@@ -92,12 +100,12 @@ class ClassSummary:
 
     @property
     def accuracy(self) -> float | None:
-        """The share of its images that were recognised; None where there is none."""
+        """The share of its images that were recognised; None if it has no images."""
         return self.correct / self.labelled if self.labelled else None
 
     @property
     def heads(self) -> list[int]:
-        """Heads by how often they are among the top ones, the most frequent first."""
+        """The heads by how often they are top heads, the most frequent first."""
         return np.argsort(-self.in_top, kind="stable").tolist()
 
     def share(self, total: np.ndarray) -> np.ndarray:
@@ -107,7 +115,14 @@ class ClassSummary:
 
 @dataclass(frozen=True)
 class Confusion:
-    """A class (`label`) that is taken for another (`prediction`) so often, with the most decided cases first."""
+    """A class that is taken for another.
+
+    Attributes:
+        label: The number of the class.
+        prediction: The number of the class that it is taken for.
+        count: How often that happens.
+        examples: The clearest images, the clearest first.
+    """
 
     label: int
     prediction: int
@@ -117,14 +132,14 @@ class Confusion:
 
 @dataclass
 class Summary:
-    """All that an atlas tells, without images.
+    """The numbers of an atlas.
 
     Attributes:
-        classes: In the order of their numbers.
-        confusions: The most frequent ones first.
-        total: Images that were looked at, readable or not.
+        classes: The classes in the order of their numbers.
+        confusions: The most frequent confusions, the most frequent first.
+        total: The number of images, readable or not.
         unreadable: Name and reason of the first images that could not be read.
-        num_unreadable: How many there are.
+        num_unreadable: The number of images that could not be read.
     """
 
     classes: list[ClassSummary]
@@ -140,12 +155,12 @@ class Summary:
 
     @property
     def correct(self) -> int:
-        """Images that were taken for what they are labelled with."""
+        """Images that were taken for the class that they are labelled with."""
         return sum(found.correct for found in self.classes)
 
     @property
     def accuracy(self) -> float | None:
-        """The share of labelled images that were recognised; None where there is none."""
+        """The share of labelled images that were recognised; None if there are no labelled images."""
         return self.correct / self.labelled if self.labelled else None
 
     @property
@@ -164,7 +179,17 @@ def summarize(
     num_confusions: int,
     num_confusion_examples: int,
 ) -> Summary:
-    """Go through the rows once for the classes, and once more for examples of the most frequent confusions."""
+    """Read the rows once for the classes, and once more for examples of the most frequent confusions.
+
+    Args:
+        read_rows: Reads the given columns of all rows.
+        names: The classes of the model.
+        heads: The number of heads of the last layer.
+        top_heads: How many of an image's heads count as its top heads.
+        num_examples: How many examples are kept of each class.
+        num_confusions: How many confusions are kept.
+        num_confusion_examples: How many examples are kept of each confusion.
+    """
     numbers = {name: number for number, name in names.items()}
     classes = [ClassSummary(number, name, *np.zeros((4, heads))) for number, name in sorted(names.items())]
     best: list[list[tuple[float, int, Example]]] = [[] for _ in classes]
@@ -210,14 +235,14 @@ def _example(row: dict[str, Any], number: int) -> Example:
 
 
 def _keep_best(kept: list[tuple[float, int, Example]], example: Example, limit: int) -> None:
-    """Keep the clearest in a heap; of equals, the first in the data."""
+    """Keep the clearest examples in a heap; of equally clear ones, the first in the data."""
     heapq.heappush(kept, (example.clearness, -example.index, example))
     if len(kept) > limit:
         heapq.heappop(kept)
 
 
 def _most_confused(classes: list[ClassSummary], limit: int) -> list[tuple[int, int, int]]:
-    """(label, prediction, count) of the most frequent confusions; of equals, those of the smaller class."""
+    """(label, prediction, count) of the most frequent confusions; if equally frequent, of smaller classes."""
     pairs = (
         (count, -found.labelled, -found.number, -prediction)
         for found in classes
@@ -250,7 +275,7 @@ def class_table(summary: Summary, sums: MapSums) -> pa.Table:
 
 
 def _class_row(found: ClassSummary, sums: MapSums, names: Mapping[int, str]) -> dict[str, Any]:
-    # Of equals, the class with the lower number.
+    # Of equally frequent ones, the class with the lower number.
     other, count = min(found.mistaken.items(), key=lambda item: (-item[1], item[0]), default=(None, 0))
     row: dict[str, Any] = {
         "number": found.number,

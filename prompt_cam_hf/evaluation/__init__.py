@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Are a model's explanations right? The paper's Tables 1 and 2, and more, for any model and data.
+"""The evaluation of models and their maps: the paper's Tables 1 and 2, and more, for any model and data.
 
-`subjects` says which models and maps are compared, `measure` what is measured on each image, `parts` how a run
-survives being killed, `summary` turns measurements into means with confidence intervals, `report` shows them, and
-`build` puts them together.
+`subjects` loads the models and chooses their maps, `measure` measures both on each image, `summary` computes means
+with confidence intervals, `report` renders them, and `build` has the function `evaluate`, which does all of it.
 """
 
-from prompt_cam_hf.evaluation.build import Evaluation, evaluate
+from prompt_cam_hf.evaluation.build import evaluate
+from prompt_cam_hf.evaluation.summary import Evaluation
 
 __all__ = ["Evaluation", "evaluate"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is measured on an image? One row for each model, map and metric."""
+"""`measure`: measures a model and its maps on a batch of images; `Protocol` says what is measured, and how."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from prompt_cam_hf.metrics.scoring import Explainer
 from prompt_cam_hf.metrics.specificity import class_specificity
 
 METRIC_GROUPS = ("faithfulness", "localisation", "specificity", "sanity", "road")
-# Deep copies of a model and a run for each of its layers: dear, and the same story on every image.
+# Sanity copies the model and runs it once for each layer, which is expensive; a few images are enough.
 SANITY_IMAGES = 32
 
 # The columns of measurements.parquet; docs/evaluation.md says what they hold.
@@ -56,13 +56,14 @@ class Protocol:
     """What is measured, and how.
 
     Attributes:
-        metrics: Of `METRIC_GROUPS`. Accuracy is always measured.
-        preset: Of insertion and deletion; see `prompt_cam_hf.metrics.faithfulness.PRESETS`.
-        classes: Whose map and probability faithfulness, ROAD and sanity ask for: the class that the model predicts, or
-            the true one where it is known. Localisation and specificity always ask for the true one: the ground truth
+        metrics: Names of `METRIC_GROUPS`. Accuracy is always measured.
+        preset: The settings of insertion and deletion; see `prompt_cam_hf.metrics.faithfulness.PRESETS`.
+        classes: The class whose map and probability are used for faithfulness, ROAD and sanity: the predicted one, or
+            the true one if it is known. Localisation and specificity always use the true one, because the ground truth
             shows its traits.
-        limit: Measure maps on so many images, drawn at random; accuracy is measured on all. None: on all.
-        seed: Of the order of images and of all that is drawn.
+        limit: The number of images, drawn at random, on which maps are measured; accuracy is measured on all. None:
+            all images.
+        seed: The seed of the order of images and of everything else that is drawn at random.
         batch_size: Images that go through a network at once.
     """
 
@@ -74,7 +75,7 @@ class Protocol:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        """Check.
+        """Check the values.
 
         Raises:
             ValueError: a value is unknown or out of range.
@@ -89,10 +90,10 @@ class Protocol:
             raise ValueError(f"limit is {self.limit} and batch_size {self.batch_size}; at least 1 is needed.")
 
     def of(self, metric: str, ground_truth: str | None) -> str:
-        """The name of one metric's protocol, which belongs beside its numbers.
+        """The protocol of one metric in a few words, to be shown beside its numbers.
 
         Args:
-            metric: As in `ROW_SCHEMA`.
+            metric: The metric's name, as in the rows.
             ground_truth: What the masks are, in words.
         """
         if metric == "accuracy":
@@ -111,11 +112,11 @@ class Batch:
 
     Attributes:
         pixel_values: (batch, channels, height, width).
-        labels: (batch,), -1 where there is none.
-        masks: (batch, height, width), boolean, where the true class's traits are; all False where nothing is known.
-            None: there is no ground truth.
-        for_maps: (batch,), boolean: images whose maps are measured.
-        for_sanity: (batch,), boolean, likewise.
+        labels: (batch,), -1 for an image without label.
+        masks: (batch, height, width), boolean: where the traits of the true class are; all False for an image without
+            ground truth. None: no image has ground truth.
+        for_maps: (batch,), boolean: the images whose maps are measured.
+        for_sanity: (batch,), boolean: the images whose maps are tested for sanity.
     """
 
     pixel_values: torch.Tensor
@@ -126,10 +127,15 @@ class Batch:
 
 
 def measure(subject: Subject, batch: Batch, protocol: Protocol) -> Iterator[tuple[int, str, Measured]]:
-    """Measure a model and its maps.
+    """Measure a model and its maps on a batch of images.
+
+    Args:
+        subject: The model and its maps.
+        batch: The images as the model sees them.
+        protocol: What is measured, and how.
 
     Yields:
-        (place in the batch, name of the map or "", (metric, value, curve or None)).
+        (place in the batch, name of the map or "" for the model itself, (metric, value, curve or None)).
     """
     with torch.no_grad():
         predictions = subject.model(batch.pixel_values).logits.argmax(dim=-1)
@@ -169,7 +175,7 @@ def _select(batch: Batch, rows: torch.Tensor) -> Batch:
 
 
 def _places(rows: torch.Tensor) -> torch.Tensor:
-    """Where a boolean vector is true."""
+    """The places at which a boolean vector is true."""
     return rows.nonzero()[:, 0]
 
 
@@ -203,7 +209,7 @@ def _measure_localisation(
     subject: Subject, batch: Batch, explain: Explainer, asked: torch.Tensor, protocol: Protocol
 ) -> list[Measured]:
     maps = explain(subject.model, batch.pixel_values, batch.labels.to(asked.device)).cpu().numpy()
-    assert batch.masks is not None  # `_measurements` saw to it
+    assert batch.masks is not None  # see `_measurements`
     patches = patch_mask(batch.masks, maps.shape[-2:])
     found = (
         pointing_game(maps, patches),
@@ -218,7 +224,7 @@ def _measure_localisation(
 def _measure_specificity(
     subject: Subject, batch: Batch, explain: Explainer, asked: torch.Tensor, protocol: Protocol
 ) -> list[Measured]:
-    if subject.model.config.num_labels < 3:
+    if subject.config.num_labels < 3:
         return []
     labels = batch.labels.to(asked.device)
     found = class_specificity(subject.model, batch.pixel_values, explain, labels, batch.masks, seed=protocol.seed)
@@ -240,7 +246,7 @@ def _measure_sanity(
         ("stability under noise", stable.noise, None),
         ("stability under a flip", stable.flip, None),
     ]
-    if model.config.num_labels >= 3:
+    if subject.config.num_labels >= 3:
         similarity = random_class_similarity(model, images, explain, asked, protocol.seed)
         measured.append(("like a random class's map", similarity, None))
     return measured

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""How is an evaluation shown? As JSON, as curves, and as one page with the best and the worst images."""
+"""The forms in which an evaluation is shown: JSON, tables, curves, and a page with the best and the worst images."""
 
 import base64
 import io
 import json
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,34 +19,47 @@ from prompt_cam_hf.data.images import open_image
 from prompt_cam_hf.data.labelled_images import LabelledImages
 from prompt_cam_hf.evaluation.measure import FAITHFULNESS, LOCALISATION, SPECIFICITY
 from prompt_cam_hf.evaluation.subjects import Subject, explainer
+from prompt_cam_hf.evaluation.summary import Evaluation, Mean
 from prompt_cam_hf.explanations.figures import overlay
 from prompt_cam_hf.html import EmbeddedImage, embed_thumbnail, render_page
 from prompt_cam_hf.version import __version__
 
-if TYPE_CHECKING:
-    from prompt_cam_hf.evaluation.build import Evaluation
-    from prompt_cam_hf.evaluation.summary import Mean
-
 EVALUATION, MEASUREMENTS, CURVES, PAGE = "evaluation.json", "measurements.parquet", "curves.svg", "index.html"
-# By what images are called best and worst, where it was measured.
-_GAP = "insertion less deletion"
+# What the best and the worst images are chosen by, if it was measured.
+_GAP = "insertion minus deletion"
 _NUM_EXAMPLES = 4
 _THUMBNAIL_SIDE, _THUMBNAIL_BYTES = 200, 12_000
-# Distinct in black and white, too.
+# They can be told apart without colours.
 _LINE_STYLES = ("-", "--", "-.", ":")
 
 
 class Table(NamedTuple):
-    """Rows of a report, each a model or a map of one; a metric a column."""
+    """A table of a report.
+
+    Attributes:
+        title: What stands above it.
+        row_heading: What a row is.
+        columns: The names of the metrics.
+        rows: The name of a model, or of a model and a map, with the mean of each metric; None: not measured.
+    """
 
     title: str
     row_heading: str
     columns: list[str]
-    rows: list[tuple[str, list["Mean | None"]]]
+    rows: list[tuple[str, list[Mean | None]]]
 
 
-def to_json(found: "Evaluation", names: Sequence[str]) -> str:
-    """All means as JSON: `metrics` of the first model and its first map, which a model card shows; `all` of all."""
+def to_json(found: Evaluation, names: Sequence[str]) -> str:
+    """Write all means as JSON.
+
+    Args:
+        found: The evaluation.
+        names: The models' names, in the order in which they were given.
+
+    Returns:
+        An object: "metrics" are those of the first model and its first map, which a model card shows; "all" are those
+        of all models and maps.
+    """
     first_map = next((mean.map for mean in found.means if mean.model == names[0] and mean.map), "")
     main = [mean for mean in found.means if mean.model == names[0] and mean.map in ("", first_map)]
     content = {
@@ -69,15 +82,15 @@ def to_json(found: "Evaluation", names: Sequence[str]) -> str:
     return json.dumps(content, indent=1, ensure_ascii=False)
 
 
-def _numbers(mean: "Mean", found: "Evaluation") -> dict[str, Any]:
-    """JSON knows no NaN."""
+def _numbers(mean: Mean, found: Evaluation) -> dict[str, Any]:
+    """A mean as JSON, which has null in place of NaN."""
     numbers = {name: getattr(mean, name) for name in ("value", "low", "high")}
     known = {name: None if np.isnan(number) else number for name, number in numbers.items()}
     return {**known, "num_images": mean.num_images, "protocol": found.protocol.of(mean.metric, found.ground_truth)}
 
 
-def tables(means: Iterable["Mean"]) -> list[Table]:
-    """The paper's Table 1 (accuracy of models) and Table 2 (faithfulness of maps), and one for each other group."""
+def tables(means: Iterable[Mean]) -> list[Table]:
+    """The paper's Tables 1 (accuracy of models) and 2 (faithfulness of maps), and one of each other metric group."""
     means = list(means)
     of_models = [mean for mean in means if not mean.map]
     of_maps = [mean for mean in means if mean.map]
@@ -95,8 +108,7 @@ def tables(means: Iterable["Mean"]) -> list[Table]:
     return [table for table in found if table.rows]
 
 
-def _table(title: str, row_heading: str, means: Sequence["Mean"]) -> Table:
-    # The first stage of randomisation has another name in another kind of model.
+def _table(title: str, row_heading: str, means: Sequence[Mean]) -> Table:
     columns = list(dict.fromkeys(_column(mean.metric) for mean in means))
     by_row: dict[str, dict[str, Mean]] = {}
     for mean in means:
@@ -107,14 +119,15 @@ def _table(title: str, row_heading: str, means: Sequence["Mean"]) -> Table:
 
 
 def _column(metric: str) -> str:
+    """The column of a metric: the first stage of randomisation is named differently in each kind of model."""
     is_last_stage = metric == "left after randomising everything"
     if metric.startswith("left after randomising") and not is_last_stage:
         return "left after randomising the prompts or classifier"
     return metric
 
 
-def draw_curves(found: "Evaluation") -> bytes:
-    """The mean curves of insertion and deletion, side by side, as SVG."""
+def draw_curves(found: Evaluation) -> bytes:
+    """Draw the mean curves of insertion and deletion side by side, as SVG."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     keys = list(dict.fromkeys((model, map_name) for model, map_name, _ in found.curves))
@@ -131,19 +144,26 @@ def draw_curves(found: "Evaluation") -> bytes:
     axes[0].set_ylim(0, None)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     buffer = io.BytesIO()
-    # Names inside are random otherwise.
+    # Without it, the identifiers inside are random.
     with rc_context({"svg.hashsalt": "prompt_cam_hf"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue()
 
 
 def render_report(
-    found: "Evaluation", measurements: Iterable[pa.Table], subjects: Sequence[Subject], images: LabelledImages
+    found: Evaluation, measurements: Iterable[pa.Table], subjects: Sequence[Subject], images: LabelledImages
 ) -> str:
-    """The page as HTML. The images that it shows are opened and run through the network again."""
+    """Render the page as HTML. The images that it shows are opened and run through the network again.
+
+    Args:
+        found: The evaluation.
+        measurements: Rows with the columns of `ROW_SCHEMA`.
+        subjects: The models; images of the first one are shown.
+        images: The images of the evaluation.
+    """
     subject = subjects[0]
     judged_by, good, bad = _best_and_worst(measurements, subject)
-    # As `Protocol` says, other metrics ask for the true class.
+    # The other metrics that images are chosen by always ask for the true class.
     of_prediction = judged_by == _GAP and found.protocol.classes == "predicted"
     curves = None
     if found.curves:
@@ -168,7 +188,7 @@ _Judged = list[tuple[int, float]]
 
 
 def _best_and_worst(measurements: Iterable[pa.Table], subject: Subject) -> tuple[str, _Judged, _Judged]:
-    """What the first map of a model is judged by, its best images, best first, and its worst, worst first."""
+    """The metric that a model's first map is judged by, its best images (best first) and its worst (worst first)."""
     if not subject.maps:
         return "", [], []
     scores: dict[str, dict[int, float]] = {}
@@ -187,7 +207,7 @@ def _best_and_worst(measurements: Iterable[pa.Table], subject: Subject) -> tuple
 
 
 class Shown(NamedTuple):
-    """An image beside its map."""
+    """An image and its map, side by side."""
 
     name: str
     caption: str
@@ -196,7 +216,7 @@ class Shown(NamedTuple):
 
 
 def _draw(subject: Subject, images: LabelledImages, index: int, score: float, of_prediction: bool) -> Shown:
-    """Draw an image as the model sees it, squashed or cropped: all of that has a map."""
+    """Draw an image as the model sees it, squashed or cropped: the map covers exactly that."""
     image = open_image(images.source(index))
     values = subject.image_processor(image, return_tensors="pt")["pixel_values"].to(subject.model.device)
     seen = subject.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"][0]
@@ -207,7 +227,7 @@ def _draw(subject: Subject, images: LabelledImages, index: int, score: float, of
     asked = predicted if of_prediction or label is None else label
     one_map = explainer(subject.maps[0])(subject.model, values, torch.tensor([asked], device=values.device))[0]
     drawn = overlay(as_seen, one_map.relu().detach().cpu().numpy(), float(one_map.max()))
-    names = subject.model.config.id2label
+    names = subject.config.id2label
     caption = f"map of {names[asked]}, taken for {names[predicted]}"
     if label is not None and label != predicted:
         caption += f", labelled {names[label]}"

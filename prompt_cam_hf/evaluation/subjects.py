@@ -1,27 +1,25 @@
 # SPDX-License-Identifier: MIT
-"""Which models are compared, and which maps of each?"""
+"""The models that are compared (`Subject`), and the maps that can be measured on them (`MAPS`)."""
 
 import os
-from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
-import torch
 from transformers import Pipeline, PreTrainedModel, pipeline
-from transformers.image_processing_utils import BaseImageProcessor
 
 from prompt_cam_hf.baselines import CAM_METHODS, cam_maps
-from prompt_cam_hf.explanations.aggregate import AGGREGATIONS, DEFAULT_AGGREGATION, aggregate_maps
+from prompt_cam_hf.baselines.cams import CamMethod
+from prompt_cam_hf.explanations.aggregate import AGGREGATIONS, DEFAULT_AGGREGATION, Aggregation, aggregate_maps
 from prompt_cam_hf.explanations.ranking import check_ranking
 from prompt_cam_hf.metrics.scoring import Explainer
 
 _FINER = "finer_"
-# The number of similar classes in the code of Finer-CAM's authors.
+# As in the code of Finer-CAM's authors.
 _SIMILAR_CLASSES = 3
-# Finer-CAM contrasts scores, so it needs a map that is made from them.
+# Finer-CAM contrasts scores, so it needs a map that is computed from scores.
 _POST_HOC = (*CAM_METHODS, *(f"{_FINER}{name}" for name in ("grad_cam", "hires_cam", "layer_cam")))
 MAPS = (*AGGREGATIONS, *_POST_HOC)
-# Of a Prompt-CAM the first that fits; of others, those of the paper's Table 2 with the strongest rivals since.
+# Of a Prompt-CAM, the first that it allows; of other models, those of the paper's Table 2 and stronger, later ones.
 _DEFAULT_MAPS = (DEFAULT_AGGREGATION, "attention_top3")
 _DEFAULT_BASELINE_MAPS = ("grad_cam", "hires_cam", "layer_cam", "eigen_cam", "rollout", "finer_hires_cam")
 
@@ -30,16 +28,21 @@ class Subject(NamedTuple):
     """A model, and the maps of it that are measured.
 
     Attributes:
-        name: As tables show it.
-        model: In evaluation mode.
-        image_processor: The model's.
+        name: The model's name in tables.
+        model: The model, in evaluation mode.
+        image_processor: The model's image processor, with `image_mean` and `image_std`.
         maps: Names of `MAPS`.
     """
 
     name: str
     model: PreTrainedModel
-    image_processor: BaseImageProcessor
+    image_processor: Any
     maps: tuple[str, ...]
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration, in whose common class each field may be None."""
+        return self.model.config
 
 
 def load_subject(
@@ -49,11 +52,11 @@ def load_subject(
 
     Args:
         model: A Prompt-CAM, a linear probe or a VPT: a folder, a Hub id, or a pipeline.
-        maps: Names of `MAPS`. None: for a Prompt-CAM its aggregated map, for others the usual rivals.
-        device: Where a model is loaded to.
+        maps: Names of `MAPS`. None: the aggregated map of a Prompt-CAM, the usual post-hoc maps of other models.
+        device: Where the model is loaded to. None: the best device there is.
 
     Raises:
-        ValueError: a map is unknown, or the model has no such map.
+        ValueError: a map is unknown, or the model does not allow it.
         OSError: the model cannot be found.
     """
     if not isinstance(model, Pipeline):
@@ -80,8 +83,9 @@ def _short_name(path: str) -> str:
 
 def _fits(name: str, model: PreTrainedModel) -> bool:
     if name in AGGREGATIONS:
-        return model.config.model_type == "prompt_cam" and (name.split("_")[1] != "shapley" or _has_few_heads(model))
-    return not name.startswith(_FINER) or model.config.num_labels > _SIMILAR_CLASSES
+        return model.config.model_type == "prompt_cam" and ("shapley" not in name or _has_few_heads(model))
+    config: Any = model.config
+    return not name.startswith(_FINER) or config.num_labels > _SIMILAR_CLASSES
 
 
 def _has_few_heads(model: PreTrainedModel) -> bool:
@@ -94,34 +98,28 @@ def _has_few_heads(model: PreTrainedModel) -> bool:
 
 
 def explainer(name: str) -> Explainer:
-    """The function that makes a map, (model, pixel_values, classes (batch,)) -> (batch, rows, cols)."""
+    """The function that computes a map: (model, pixel_values, classes (batch,)) -> (batch, rows, cols)."""
     if name in AGGREGATIONS:
-        return partial(_aggregated, how=name)
-    return partial(_post_hoc, name=name)
+        how = cast(Aggregation, name)
+        return lambda model, pixel_values, classes: aggregate_maps(model, pixel_values, classes, how)
+    method = cast(CamMethod, name.removeprefix(_FINER))
+    similar = _SIMILAR_CLASSES if name.startswith(_FINER) else 0
+    return lambda model, pixel_values, classes: cam_maps(model, pixel_values, method, classes, similar_classes=similar)
 
 
-def _aggregated(model: PreTrainedModel, pixel_values: torch.Tensor, classes: torch.Tensor, how: str) -> torch.Tensor:
-    return aggregate_maps(model, pixel_values, classes, how)
-
-
-def _post_hoc(model: PreTrainedModel, pixel_values: torch.Tensor, classes: torch.Tensor, name: str) -> torch.Tensor:
-    method = name.removeprefix(_FINER)
-    similar = _SIMILAR_CLASSES if name != method else 0
-    return cam_maps(model, pixel_values, method, classes, similar_classes=similar)
-
-
-def check_same_classes(first: Mapping[int, str], second: Mapping[int, str], names: tuple[str, str]) -> None:
-    """Refuse to compare models of other classes.
+def check_same_classes(first: Subject, second: Subject) -> None:
+    """Check that two models have the same classes.
 
     Raises:
         ValueError: names or numbers of the classes differ.
     """
-    if dict(first) != dict(second):
-        differing = next((n for n in sorted(set(first) | set(second)) if first.get(n) != second.get(n)), None)
-        raise ValueError(
-            f"{names[0]} and {names[1]} have different classes: number {differing} is {first.get(differing)!r} in the "
-            f"one and {second.get(differing)!r} in the other. Compare models that were trained on the same data."
-        )
+    mine, others = first.config.id2label, second.config.id2label
+    for number in sorted(mine.keys() | others.keys()):
+        if mine.get(number) != others.get(number):
+            raise ValueError(
+                f"{first.name} and {second.name} have different classes: number {number} is {mine.get(number)!r} in "
+                f"the one and {others.get(number)!r} in the other. Compare models that were trained on the same data."
+            )
 
 
 __all__ = ["MAPS", "Subject", "check_same_classes", "explainer", "load_subject"]

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: MIT
-"""What do the measurements of all images say? Means with confidence intervals, and mean curves."""
+"""Means of the measurements with their confidence intervals, mean curves, and `Evaluation`, which holds them all."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from scipy.stats import bootstrap
 
+from prompt_cam_hf.evaluation.measure import Protocol
+
 CONFIDENCE = 0.95
 _RESAMPLES = 2000
-# Resamples at a time: bounds memory, whatever the number of images.
+# Resamples at a time, which bounds the memory.
 _BOOTSTRAP_BATCH = 50
 
 
@@ -20,12 +23,12 @@ class Mean:
 
     Attributes:
         model: The model's name.
-        map: The map's name, "" for metrics of the model itself.
+        map: The map's name; "" for metrics of the model itself.
         metric: The metric's name.
         value: The mean over the images.
-        low: Lower end of the 95 % bootstrap interval of the mean; NaN with one image.
-        high: Its upper end.
-        num_images: Images that the metric could be measured on.
+        low: The lower end of the 95 % bootstrap interval of the mean; NaN with one image.
+        high: The upper end.
+        num_images: The number of images on which the metric could be measured.
     """
 
     model: str
@@ -47,12 +50,40 @@ class Mean:
 Key = tuple[str, str, str]
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        means: Each metric of each model and map, with its confidence interval.
+        curves: The mean curves of insertion and deletion, by (model, map, metric).
+        protocol: What was measured, and how.
+        ground_truth: What the maps were localised against, in words. None: localisation was not measured.
+        origin: Where the images come from, in words.
+        num_images: The number of images that could be read.
+        num_unreadable: The number of images that could not be read.
+        folder: Where evaluation.json, measurements.parquet and index.html are.
+    """
+
+    means: list[Mean]
+    curves: dict[Key, np.ndarray]
+    protocol: Protocol
+    ground_truth: str | None
+    origin: str
+    num_images: int
+    num_unreadable: int
+    folder: Path
+
+
 def summarize(tables: Iterable[pa.Table], seed: int = 0) -> tuple[list[Mean], dict[Key, np.ndarray]]:
-    """Means in the order in which they first appear, and the mean curve of each metric that has curves.
+    """Compute the mean of each metric, and the mean curve of each metric that has curves.
 
     Args:
-        tables: Rows of `ROW_SCHEMA`.
-        seed: Of the bootstrap.
+        tables: Rows with the columns of `ROW_SCHEMA`.
+        seed: The seed of the bootstrap.
+
+    Returns:
+        The means in the order in which they first appear in the rows, and the curves.
     """
     values: dict[Key, list[float]] = {}
     totals: dict[Key, np.ndarray] = {}
@@ -87,4 +118,4 @@ def _mean(key: Key, values: np.ndarray, seed: int) -> Mean:
     return Mean(*key, float(values.mean()), float(low), float(high), len(values))
 
 
-__all__ = ["CONFIDENCE", "Key", "Mean", "summarize"]
+__all__ = ["CONFIDENCE", "Evaluation", "Key", "Mean", "summarize"]

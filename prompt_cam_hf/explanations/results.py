@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from prompt_cam_hf.explanations.figures import Scale
+from prompt_cam_hf.files import write_atomically
 
 # At the size of a README, and sharp in print.
 _DOTS_PER_INCH = 150
@@ -80,20 +81,6 @@ class Result(ABC):
         write_atomically(path, content)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is never there by half: under another name in its folder, then renamed.
-
-    Raises:
-        OSError: the folder does not exist, or cannot be written to.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Plain text with aligned columns, each line indented by two spaces."""
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
@@ -101,4 +88,4 @@ def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"  {line}".rstrip() for line in lines)
 
 
-__all__ = ["Result", "format_table", "write_atomically"]
+__all__ = ["Result", "format_table"]

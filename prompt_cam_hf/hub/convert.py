@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How does a checkpoint of the official implementation become one of ours?
+"""`convert_official_checkpoint`: turns a checkpoint of the official implementation into a model of this package.
 
 Names and shapes are those of the repository Imageomics/Prompt_CAM: timm's vision transformer, `vpt.prompt_embeddings`
 of shape (layers, classes, hidden size), and `head`, one linear unit for all classes.
@@ -49,12 +49,16 @@ def convert_official_state_dict(
     """Turn an official Prompt-CAM state dict (Deep variant) into a model with the same scores and maps.
 
     Args:
-        state_dict: The value of `model_state_dict` in an official checkpoint. Prompts of fewer layers than the network
-            has belong to the last ones (the official `vpt_layer`).
+        state_dict: The value of `model_state_dict` in an official checkpoint. If it has prompts for fewer layers than
+            the network has, they belong to the last ones (the official `vpt_layer`).
         image_size: Height and width in pixels of the images that it was trained on.
-        num_attention_heads: Heads of a layer, which the weights do not tell; one for every 64 channels by default.
-        id2label: Class names in the order of training: the official code sorts folder names. LABEL_0, LABEL_1, ... by
-            default.
+        num_attention_heads: The number of heads of a layer, which cannot be read from the weights. None: one for every
+            64 channels.
+        id2label: The class names in the order of training; the official code sorts the names of folders. None:
+            LABEL_0, LABEL_1, ...
+
+    Returns:
+        The model, in evaluation mode, with float32 weights of its own.
 
     Raises:
         ValueError: a tensor is missing, unknown or of the wrong shape, or `id2label` has another number of classes.
@@ -79,7 +83,7 @@ def convert_official_state_dict(
         converted["agnostic_prompts"] = prompts[:-1]
     for name, tensor in tensors.items():
         converted |= _convert_tensor(name, tensor, names)
-    # Copies: the model takes these tensors for its own, and the caller keeps the state dict.
+    # Copies, since the model uses these tensors as its own and the caller keeps the state dict.
     converted = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in converted.items()}
     model, report = PromptCAMForImageClassification.from_pretrained(
         None, config=config, state_dict=converted, dtype=torch.float32, output_loading_info=True
@@ -113,6 +117,12 @@ def convert_official_checkpoint(
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not an official checkpoint.
+
+    Example:
+        >>> from prompt_cam_hf import convert_official_checkpoint
+        >>> model, image_processor = convert_official_checkpoint("model.pt", id2label={0: "robin", 1: "wren"})
+        >>> model.save_pretrained("converted")
+        >>> image_processor.save_pretrained("converted")
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -156,7 +166,9 @@ def _backbone_config(
     if "blocks.0.ls1.gamma" in tensors:
         mlp_ratio, rest = divmod(intermediate_size, hidden_size)
         if rest:
-            raise ValueError(f"An MLP of {intermediate_size} units is no whole multiple of {hidden_size} channels.")
+            raise ValueError(
+                f"The MLP has {intermediate_size} units, which is not a multiple of the {hidden_size} channels."
+            )
         return Dinov2Config(**common, mlp_ratio=mlp_ratio, use_mask_token=False)
     return ViTConfig(**common, intermediate_size=intermediate_size)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""How does the folder of a trained model become a Hub repository that others can load and read about?
+"""`publish`: makes the folder of a trained model a repository on the Hub, with code and card.
 
-All of it is made and tried in a temporary folder first. Then it goes up in one commit, or not at all.
+The repository is made in a temporary folder and loaded from there first. Then it is uploaded in one commit.
 """
 
 import os
@@ -21,7 +21,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from prompt_cam_hf.data.images import open_image
 from prompt_cam_hf.explanations.figures import plot_trait_maps
 from prompt_cam_hf.explanations.taxonomy_path import TAXONOMY_FILE
-from prompt_cam_hf.hub.card import GalleryImage, read_card_data, render_card
+from prompt_cam_hf.hub.card import GalleryImage, read_card_facts, render_card
 from prompt_cam_hf.modeling import (
     PromptCAMConfig,
     PromptCAMForImageClassification,
@@ -38,7 +38,7 @@ from prompt_cam_hf.modeling.hub_prompt_cam import (
     upload_repository,
 )
 
-# A card is no album, and a figure of more heads no longer fits a page.
+# More photos or heads would not fit into a card.
 MAX_GALLERY_IMAGES = 8
 _GALLERY_HEADS = 4
 _DOTS_PER_INCH = 120
@@ -51,9 +51,9 @@ class Publication:
     Attributes:
         repo_id: Its name, owner/name.
         revision: The branch.
-        files: Size in bytes of each file.
-        prompts_only: The backbone is not among them.
-        commit_url: Where the commit can be looked at; None in a dry run.
+        files: The size in bytes of each file.
+        prompts_only: The files do not contain the backbone.
+        commit_url: The page of the commit; None in a dry run.
     """
 
     repo_id: str
@@ -84,29 +84,40 @@ def publish(
 ) -> Publication:
     """Upload a trained model with its code, image processor and card, in one commit.
 
-    The card is the folder's README.md, where there is one, as it is. Otherwise it is written from what training and
-    evaluation left in the folder and from `facts`; the licence is needed.
+    The card is the folder's README.md if there is one, unchanged. Otherwise it is written from what training and
+    evaluation left in the folder and from `facts`, which must give the licence.
 
     Args:
         folder: Holds a model and its image processor, as training or `save_pretrained` left them.
-        repo_id: The repository, as owner/name; it is made if need be.
+        repo_id: The repository, as owner/name; it is created if it does not exist.
         private: Make a new repository private, and refuse one that is public.
-        prompts_only: Leave the backbone out, which must be on the Hub. A folder without one is always published so.
-        dry_run: Do all but the upload. The Hub is not asked, save for the backbone that `prompts_only` names.
+        prompts_only: Leave out the backbone, which must be on the Hub. A folder without a backbone is always published
+            in this way.
+        dry_run: Do everything except the upload. Nothing is fetched from the Hub, except for the backbone if
+            `prompts_only` is set.
         out: With `dry_run`: a new folder for what would be uploaded.
-        token: None: the machine's login.
-        revision: The branch; it is made if need be. None: main.
-        commit_message: First line of the commit.
-        gallery: Photos to show in the card with their trait maps; `gallery_license` must allow it.
-        **facts: What nobody recorded in the folder: evaluation_folder, and arguments of `PromptCAMModelCardData`, such
-            as license, dataset_name, dataset_url, dataset_license and gallery_license.
+        token: A Hub token. None: the token of the machine's login.
+        revision: The branch; it is created if it does not exist. None: main.
+        commit_message: The first line of the commit message.
+        gallery: At most `MAX_GALLERY_IMAGES` photos to show in the card with their trait maps; `gallery_license` is
+            then needed, too.
+        **facts: What is not recorded in the folder: fields of `CardFacts` such as license, dataset_name, dataset_url,
+            dataset_license and gallery_license; and evaluation_folder, the folder that `evaluate` wrote.
+
+    Returns:
+        What was uploaded, or would be.
 
     Raises:
         FileNotFoundError: the folder holds no model.
         ValueError: licence, class names, weights or image processor are missing, a recorded file is damaged, or the
             Hub refuses the files.
-        PermissionError: there is no token, or it has not the right to write there.
-        OSError: the Hub cannot be reached, or failed; there is no commit then.
+        PermissionError: there is no token, or it does not allow to write there.
+        OSError: the Hub cannot be reached, or failed; nothing was committed then.
+
+    Example:
+        >>> from prompt_cam_hf import publish
+        >>> publication = publish("my_model", "me/garden-birds", license="cc-by-4.0", dry_run=True)
+        >>> publication.files  # {"README.md": 3012, ...}: size in bytes
     """
     folder = Path(folder)
     check_repo_id(repo_id)
@@ -140,9 +151,13 @@ def _stage(
     gallery: Sequence[str | os.PathLike],
     facts: dict[str, Any],
 ) -> bool:
-    """Write the repository, make sure that it loads, and say whether it is without backbone."""
+    """Write the repository and check that it loads.
+
+    Returns:
+        Whether the repository has no backbone.
+    """
     has_card = (folder / CARD_FILE).is_file()
-    if not has_card:  # better said now than after loading the model
+    if not has_card:  # before the model is loaded, which takes long
         check_license(ModelCardData(**{key: value for key, value in facts.items() if key.startswith("license")}))
     model, image_processor, has_backbone = _load(folder)
     prompts_only = prompts_only or not has_backbone
@@ -150,8 +165,9 @@ def _stage(
         card = _own_card(folder, staged, [*gallery, *facts])
     else:
         images = make_gallery(model, image_processor, gallery, staged)
-        data = read_card_data(folder, repo_id, model, image_processor, prompts_only, gallery=images, **facts)
-        card = render_card(data)
+        card = render_card(
+            read_card_facts(folder, repo_id, model, image_processor, prompts_only, gallery=images, **facts)
+        )
     save_repository(staged, model, image_processor, card, include_backbone=not prompts_only)
     if (folder / TAXONOMY_FILE).is_file():
         shutil.copy(folder / TAXONOMY_FILE, staged)
@@ -170,8 +186,11 @@ def make_gallery(
     Args:
         model: The model.
         image_processor: Its image processor.
-        photos: At most `MAX_GALLERY_IMAGES`.
-        folder: The images go into its folder trait_maps.
+        photos: Files, at most `MAX_GALLERY_IMAGES`.
+        folder: The figures go into its subfolder trait_maps.
+
+    Returns:
+        The figures with their captions.
 
     Raises:
         ValueError: there are too many photos, or one cannot be read.
@@ -219,7 +238,7 @@ def _load(folder: Path) -> tuple[PromptCAMForImageClassification, BaseImageProce
 
 
 def _own_card(folder: Path, staged: Path, given: Sequence[Any]) -> ModelCard:
-    """The card that somebody wrote, and the images beside it."""
+    """The README.md in the folder of the model; the images that belong to it are copied."""
     path = folder / CARD_FILE
     if given:
         raise ValueError(
@@ -237,10 +256,10 @@ def _own_card(folder: Path, staged: Path, given: Sequence[Any]) -> ModelCard:
 
 
 def _check_loads(staged: Path, model: PromptCAMForImageClassification) -> None:
-    """Load what would be uploaded, as others will.
+    """Load what would be uploaded, as its users will.
 
     Raises:
-        ValueError: it holds other weights than the model.
+        ValueError: its weights are not those of the model.
         OSError: the backbone that it names cannot be loaded.
     """
     loaded, expected = PromptCAMForImageClassification.from_pretrained(staged).state_dict(), model.state_dict()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What do the cards of the eight official checkpoints say? What the authors report, marked as theirs.
+"""The cards of the eight official checkpoints, with the numbers that the authors report, marked as theirs.
 
-    python -m prompt_cam_hf.model_cards.official FOLDER
+    python -m prompt_cam_hf.hub.official FOLDER
 
-writes the cards into a folder. Those beside this file are what it writes.
+writes the cards into a folder. Those in `model_cards/` were written by it.
 """
 
 import sys
@@ -16,10 +16,10 @@ import yaml
 from huggingface_hub import ModelCard
 
 from prompt_cam_hf.data.prepare.facts import FACTS
-from prompt_cam_hf.hub.card import RECIPE_KEYS, PromptCAMModelCardData, render_card
+from prompt_cam_hf.hub.card import RECIPE_KEYS, CardFacts, render_card
 
 PAPER_URL = "https://arxiv.org/abs/2501.09333"
-# Of the authors' repository and of their weights on the Hub.
+# The licence of the authors' repository and of their weights on the Hub.
 LICENSE = "mit"
 _AUTHORS = "the authors of Prompt-CAM"
 
@@ -39,7 +39,7 @@ _FAITHFULNESS = {"dino_cub": {"insertion": 0.61, "deletion": 0.09}}
 
 
 def official_facts(name: str) -> dict[str, Any]:
-    """What is known about an official checkpoint beyond its weights, as arguments of `PromptCAMModelCardData`.
+    """What is known about an official checkpoint besides its weights, as fields of `CardFacts`.
 
     Args:
         name: A key of `TOP1`.
@@ -61,13 +61,13 @@ def official_facts(name: str) -> dict[str, Any]:
         "dataset_license": dataset.licence,
         "accuracy": {"test": {"top1": TOP1[name]}},
         "accuracy_notes": [
-            f"As {_AUTHORS} report it for their checkpoint; not measured again. They chose the epoch on the test "
-            "photos themselves, looking every 10 epochs, which flatters."
+            f"As {_AUTHORS} report it for their checkpoint; not measured again. They evaluated on the test images "
+            "every 10 epochs and chose the epoch by that, so the number is optimistic."
         ],
         "recipe": {key: recipe[key] for key in RECIPE_KEYS if key in recipe},
         "recipe_notes": [
-            "The settings that the authors publish. Their recipe has batches of 16; their commands for 4 GPUs make "
-            "them 64."
+            "The settings that the authors publish. Their recipe has batches of 16, and of 64 with their commands for "
+            "4 GPUs."
         ],
         "source_name": "Prompt-CAM (CVPR 2025)",
         "source_url": PAPER_URL,
@@ -85,12 +85,12 @@ def official_facts(name: str) -> dict[str, Any]:
 
 
 def official_card(name: str, repo_id: str, license: str = LICENSE) -> ModelCard:
-    """The card of a converted official checkpoint, as far as it can be written without the weights.
+    """Write the card of a converted official checkpoint, as far as that is possible without the weights.
 
     Args:
         name: A key of `TOP1`.
         repo_id: The repository that it is for, as owner/name.
-        license: Of the weights.
+        license: The licence of the weights.
 
     Raises:
         ValueError: there is no such checkpoint.
@@ -100,13 +100,13 @@ def official_card(name: str, repo_id: str, license: str = LICENSE) -> ModelCard:
     classes, patch = FACTS[dataset].num_classes, {"dino": 16, "dinov2": 14}[backbone]
     facts["model_facts"] = {
         "Vision transformer": f"12 layers of 768 channels and 12 heads, patches of {patch}x{patch} pixels",
-        "Prompts": f"{classes} class prompts from layer 12 of 12 on (Deep), {classes} class-agnostic prompts in each "
-        "of 11 layers",
-        "Images": "224x224 pixels, mean (0.5, 0.5, 0.5), standard deviation (0.5, 0.5, 0.5)",
+        "Prompts": f"{classes} class prompts from layer 11 on (Deep; layers are 0 to 11), {classes} class-agnostic "
+        "prompts in each of 11 layers",
+        "Input": "224x224 pixels, mean (0.5, 0.5, 0.5), standard deviation (0.5, 0.5, 0.5)",
         "Classes": str(classes),
         **facts["model_facts"],
     }
-    return render_card(PromptCAMModelCardData(repo_id=repo_id, license=license, **facts))
+    return render_card(CardFacts(repo_id=repo_id, license=license, **facts))
 
 
 def main(folder: str) -> None:
