@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT
-"""How is a plan carried out? Images are linked or copied into an image folder that any interruption leaves whole.
+"""Carrying out a plan: images are linked or copied into an image folder that any interruption leaves whole.
 
 An image appears in its place complete or not at all, so that the same command goes on after a kill. What the plan
 does not name is never touched.
 """
 
 import csv
+import io
 import os
 import shutil
 from contextlib import suppress
@@ -23,10 +24,15 @@ _COLUMNS = ("split", "class", "file", "bytes", "source")
 
 
 def write_image_folder(plan: Plan, source: Source, destination: Path) -> None:
-    """Put the images of `plan` into `destination`: `SPLIT/CLASS/IMAGE`, and the list `manifest.csv`.
+    """Put the images of a plan into a folder: `SPLIT/CLASS/IMAGE`, and the list `manifest.csv`.
 
     Extracted images are hard-linked, and copied where the file system cannot link; those in archives are copied. An
     image that is there already, with the right size, stays as it is.
+
+    Args:
+        plan: Of `make_plan`.
+        source: That the plan was made from.
+        destination: A new folder, or one that an interrupted run of the same plan left.
 
     Raises:
         FileExistsError: `destination` holds something that the plan does not, or another file in an image's place.
@@ -91,11 +97,6 @@ def _is_there(image: PlannedImage, destination: Path) -> bool:
     )
 
 
-def _part(path: Path) -> Path:
-    """The name under which a file is written until it is complete."""
-    return path.with_name(f".{path.name}.part")
-
-
 def _can_link(file: SourceFile, folder: Path) -> bool:
     """Try whether images of the source can be hard-linked here."""
     trial = folder / ".link.part"
@@ -123,22 +124,26 @@ def _place(file: SourceFile, target: Path, can_link: bool) -> None:
         with suppress(OSError):
             os.link(file.location.resolve(), target)
             return
-    part = _part(target)
+    _write(target, file.read())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write all of a file or nothing, by a name that is always the same: what a killed run left is replaced."""
+    part = path.with_name(f".{path.name}.part")
     try:
-        file.copy_to(part)
-        os.replace(part, target)
+        part.write_bytes(content)
+        os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
 def _write_manifest(plan: Plan, destination: Path) -> None:
-    part = _part(destination / MANIFEST)
-    with open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(_COLUMNS)
-        for image in plan.images:
-            writer.writerow((image.split, image.class_folder, image.path, image.source.size, image.source.path))
-    os.replace(part, destination / MANIFEST)
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(_COLUMNS)
+    for image in plan.images:
+        writer.writerow((image.split, image.class_folder, image.path, image.source.size, image.source.path))
+    _write(destination / MANIFEST, text.getvalue().encode())
 
 
 __all__ = ["MANIFEST", "write_image_folder"]

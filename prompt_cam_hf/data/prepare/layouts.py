@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How does each data set say which image is of which class, and in which split? One reader for each layout.
+"""Readers of the lists in which each data set says which image is of which class and split: one for each layout.
 
 A reader turns the lists of a data set into `Listed` images; the images themselves need not be there yet.
 """
@@ -25,9 +25,13 @@ from prompt_cam_hf.data.sources import SPLIT_NAMES
 class Listed(NamedTuple):
     """An image as a list names it.
 
-    `number` is the class's place in the data set's own order, from 1, or None where it has no order of its own.
-    `path` is the image's path, below whatever other folders; with `folder`, exactly below that one. `where` is the
-    list and the line, for messages.
+    Attributes:
+        split: "train", "validation" or "test".
+        number: The class's place in the data set's own order, from 1, or None where it has no order of its own.
+        class_name: The class.
+        path: The image's path, below whatever other folders.
+        where: The list and the line, for messages.
+        folder: If given, `path` is exactly below this folder.
     """
 
     split: str
@@ -40,9 +44,12 @@ class Listed(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How one data set is read: `read(source, **options)`, from the lists called `list_names`.
+    """How one data set is read.
 
-    `options` holds the options that the reader takes, with their defaults.
+    Attributes:
+        read: The reader, called as `read(source, **options)`.
+        list_names: What the lists are called that it reads.
+        options: The options that it takes, with their defaults.
     """
 
     read: Callable[..., list[Listed]]
