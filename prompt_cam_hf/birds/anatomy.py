@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What shape is a bird? Random poses and the outline of every part.
+"""The shape of a bird: random poses, and the outline of every part.
 
 Lengths are in units of the body's length, x runs forward and y down, the bird faces right. Body parts live in the
 body's frame, which is tilted; the head is held level, whatever the body does, as birds do.
@@ -38,7 +38,14 @@ class Pose:
 
     @classmethod
     def sample(cls, rng: np.random.Generator) -> "Pose":
-        """A random pose."""
+        """Draw a random pose.
+
+        Args:
+            rng: Where the numbers are from.
+
+        Returns:
+            The pose.
+        """
 
         def degrees(low: float, high: float) -> float:
             return math.radians(rng.uniform(low, high))
@@ -66,7 +73,15 @@ class Pose:
 
 
 def rotated(points: np.ndarray, angle: float) -> np.ndarray:
-    """Points turned by an angle, forward end up where it is positive."""
+    """Turn points about the origin.
+
+    Args:
+        points: (..., 2), x and y.
+        angle: In radians; the forward end goes up where it is positive.
+
+    Returns:
+        (..., 2), the points turned.
+    """
     c, s = math.cos(angle), math.sin(angle)
     x, y = points[..., 0], points[..., 1]
     return np.stack([c * x + s * y, c * y - s * x], axis=-1)
@@ -197,9 +212,14 @@ def _legs(hip: np.ndarray, length: float) -> dict[str, np.ndarray]:
 
 
 def outlines(pose: Pose) -> dict[str, np.ndarray]:
-    """Every shape of the bird as an (n, 2) outline (lines of feathers: open), upright and facing right.
+    """Build every shape of the bird, upright and facing right.
 
-    The extra entry "foot" is the point (2,) between the feet, where the perch is.
+    Args:
+        pose: The build and posture.
+
+    Returns:
+        By name an (n, 2) outline, which is open for the lines of feathers; the extra entry "foot" is the point (2,)
+        between the feet, where the perch is.
     """
     h = pose.plump / 2
     body = {name: rotated(shape, pose.tilt) for name, shape in _body_frame(pose).items()}

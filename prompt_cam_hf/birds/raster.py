@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""How do outlines become pixels, and which pixels show which part?
+"""An anti-aliasing polygon filler and compositor in numpy, which also tells which pixels show which part.
 
-A small anti-aliasing polygon filler and compositor in numpy. Images must be the same on every machine and with
+Images must be the same on every machine and with
 every version of an imaging library, so only additions, multiplications, divisions and square roots touch pixels (no
 BLAS, no transcendental functions), and vertices are rounded to 1/64 pixel before anything depends on them.
 """
@@ -19,7 +19,13 @@ _OPEN = 1 / 16
 
 @dataclass(frozen=True)
 class Patch:
-    """A rectangle of opacities (rows, cols) in multiples of 1/4, with its top left corner."""
+    """A rectangle of opacities.
+
+    Attributes:
+        top: The row of its first row in the image.
+        left: The column of its first column in the image.
+        alpha: (rows, cols), 0 to 1 in multiples of 1/4.
+    """
 
     top: int
     left: int
@@ -34,7 +40,13 @@ class Patch:
 
 @dataclass(frozen=True)
 class Layer:
-    """A painted patch: colour, (3, 1, 1) or (3, rows, cols) in 0 to 255, and the bit it sets in the mask image."""
+    """A painted patch.
+
+    Attributes:
+        patch: Where it is, and how opaque.
+        colour: (3, 1, 1) or (3, rows, cols), 0 to 255.
+        part: The bit that it sets in the mask image, or None.
+    """
 
     patch: Patch
     colour: np.ndarray
@@ -57,12 +69,26 @@ def _spline(padded: np.ndarray) -> np.ndarray:
 
 
 def smooth_closed(points: np.ndarray) -> np.ndarray:
-    """A closed curve through (n, 2) points, six vertices for each."""
+    """Draw a closed curve through points.
+
+    Args:
+        points: (n, 2), x and y.
+
+    Returns:
+        (6 n, 2), six vertices for each point.
+    """
     return _spline(np.concatenate([points[-1:], points, points[:2]]))
 
 
 def smooth_open(points: np.ndarray) -> np.ndarray:
-    """A curve through (n, 2) points from the first to the last."""
+    """Draw a curve through points, from the first to the last.
+
+    Args:
+        points: (n, 2), x and y.
+
+    Returns:
+        (6 n - 5, 2), the vertices.
+    """
     before, after = 2 * points[:1] - points[1:2], 2 * points[-1:] - points[-2:-1]
     return np.concatenate([_spline(np.concatenate([before, points, after])), points[-1:]])
 
@@ -77,7 +103,15 @@ def _normals(points: np.ndarray, tangents: np.ndarray) -> np.ndarray:
 
 
 def outset(points: np.ndarray, width: float) -> np.ndarray:
-    """A closed outline moved outwards by width, whichever way round it runs."""
+    """Move a closed outline outwards, whichever way round it runs.
+
+    Args:
+        points: (n, 2), x and y.
+        width: How far.
+
+    Returns:
+        (n, 2), the outline moved.
+    """
     ahead, behind = np.concatenate([points[1:], points[:1]]), np.concatenate([points[-1:], points[:-1]])
     area = float((points[:, 0] * ahead[:, 1] - points[:, 1] * ahead[:, 0]).sum())
     normals = _normals(points, ahead - behind)
@@ -85,7 +119,16 @@ def outset(points: np.ndarray, width: float) -> np.ndarray:
 
 
 def stroke(points: np.ndarray, start: float, end: float | None = None) -> np.ndarray:
-    """The outline of a line through (n, 2) points whose width goes from start to end."""
+    """Draw the outline of a line that has a width.
+
+    Args:
+        points: (n, 2), x and y.
+        start: The width at the first point.
+        end: The width at the last point; by default that at the first.
+
+    Returns:
+        (2 n, 2), a closed outline.
+    """
     padded = np.concatenate([points[:1], points, points[-1:]])
     normals = _normals(points, padded[2:] - padded[:-2])
     widths = np.linspace(start, start if end is None else end, len(points)) / 2
@@ -93,10 +136,17 @@ def stroke(points: np.ndarray, start: float, end: float | None = None) -> np.nda
 
 
 def fill(points: np.ndarray, size: int) -> Patch | None:
-    """Fill a closed outline of (n, 2) vertices (x, y) in pixels; None where nothing of it lies in the image.
+    """Fill a closed outline.
 
     Edges are steeper than area coverage: below 5/16 of a pixel counts as nothing and above 11/16 as all of it, so
     a mask of all pixels that a part touches is hardly wider than the part.
+
+    Args:
+        points: (n, 2), x and y of the vertices, in pixels.
+        size: Side of the image in pixels.
+
+    Returns:
+        The patch, or None where nothing of it lies in the image.
     """
     points = np.floor(points * 64 + 0.5) / 64
     low = np.maximum(np.floor(points.min(axis=0)), 0).astype(int)
@@ -121,7 +171,15 @@ def fill(points: np.ndarray, size: int) -> Patch | None:
 
 
 def clip_to(patch: Patch | None, *others: Patch | None) -> Patch | None:
-    """The patch where any of the others is, at most as opaque as they are."""
+    """Keep of a patch what lies on any of some others, at most as opaque as they are.
+
+    Args:
+        patch: The patch; None, outside of the image, stays None.
+        *others: Patches, or None where they lie outside of the image.
+
+    Returns:
+        The rest of the patch.
+    """
     if patch is None:
         return None
     limit = np.zeros_like(patch.alpha)
@@ -131,14 +189,30 @@ def clip_to(patch: Patch | None, *others: Patch | None) -> Patch | None:
 
 
 def cut_out(patch: Patch | None, other: Patch | None) -> Patch | None:
-    """The patch where the other is not."""
+    """Keep of a patch what does not lie on another.
+
+    Args:
+        patch: The patch; None, outside of the image, stays None.
+        other: The other one, or None.
+
+    Returns:
+        The rest of the patch.
+    """
     if patch is None:
         return None
     return Patch(patch.top, patch.left, np.maximum(patch.alpha - _shifted(other, patch), 0))
 
 
 def join(first: Patch | None, second: Patch | None) -> Patch | None:
-    """Both patches as one."""
+    """Make one patch of two.
+
+    Args:
+        first: A patch, or None.
+        second: A patch, or None.
+
+    Returns:
+        Both as one; None where both are None.
+    """
     if first is None or second is None:
         return first or second
     top, left = min(first.top, second.top), min(first.left, second.left)
@@ -165,9 +239,14 @@ def _shifted(patch: Patch | None, frame: Patch) -> np.ndarray:
 
 
 def composite(layers: list[Layer], ground: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lay layers, hindmost first, on a ground (3, rows, cols).
+    """Lay layers on a ground.
 
-    Returns the image (3, rows, cols), and for every pixel (rows, cols; uint16) the bits of the parts seen in it.
+    Args:
+        layers: The hindmost first.
+        ground: (3, rows, cols), 0 to 255.
+
+    Returns:
+        The image (3, rows, cols), and for every pixel (rows, cols; uint16) the bits of the parts seen in it.
     """
     image = np.zeros_like(ground)
     parts = np.zeros(ground.shape[1:], dtype=np.uint16)

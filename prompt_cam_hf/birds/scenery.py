@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What surrounds a bird? A painted wash, and clutter in the colours of the traits, so that colour alone tells nothing.
+"""The surroundings of a bird: a painted wash, and clutter in the colours of the traits.
+
+Colour alone tells nothing, because the clutter has the same colours as the traits.
 
 Shapes are outlines in units of the image's side, (0, 0) top left.
 """
@@ -38,7 +40,13 @@ _MOTTLE = 6
 
 @dataclass(frozen=True)
 class Shape:
-    """A filled outline (n, 2) of one colour (3,), 0 to 255; opacity is a multiple of 1/4."""
+    """A filled outline.
+
+    Attributes:
+        outline: (n, 2), x and y.
+        colour: (3,), 0 to 255.
+        opacity: 0 to 1, a multiple of 1/4.
+    """
 
     outline: np.ndarray
     colour: np.ndarray
@@ -49,8 +57,13 @@ class Shape:
 class Scenery:
     """Everything but the bird.
 
-    The wash: its corners (2, 2, 3) and mottling (n, n). Clutter behind and in front of the bird. The perch: slope,
-    width and bend, and the colour of its bark.
+    Attributes:
+        corners: (2, 2, 3), the colours of the wash in the corners.
+        mottle: (n, n), what is added to the wash.
+        behind: Clutter behind the bird.
+        front: Clutter in front of the bird.
+        perch: Its slope, width and bend.
+        bark: (3,), the colour of the perch.
     """
 
     corners: np.ndarray
@@ -129,7 +142,14 @@ def _blade(rng: np.random.Generator) -> Shape:
 
 
 def scenery(rng: np.random.Generator) -> Scenery:
-    """Random surroundings."""
+    """Draw random surroundings.
+
+    Args:
+        rng: Where the numbers are from.
+
+    Returns:
+        The surroundings.
+    """
     wash = _WASHES[rng.integers(len(_WASHES), size=2)] * rng.uniform(0.8, 1.05)
     corners = wash[rng.integers(2, size=(2, 2))] + rng.uniform(-26, 26, (2, 2, 3))
     behind: list[Shape] = []
@@ -162,7 +182,15 @@ def _stretched(grid: np.ndarray, size: int) -> np.ndarray:
 
 
 def paint_wash(scene: Scenery, size: int) -> np.ndarray:
-    """The empty background, (3, size, size) in 0 to 255."""
+    """Paint the empty background.
+
+    Args:
+        scene: Of `scenery`.
+        size: Side of the image in pixels.
+
+    Returns:
+        (3, size, size), 0 to 255.
+    """
     ground = _stretched(scene.corners, size) + _stretched(scene.mottle, size)[..., None]
     return np.ascontiguousarray(ground.transpose(2, 0, 1))
 
