@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How is work saved that every epoch would repeat?
+"""Cached features, which save the work that every epoch would repeat.
 
 Where no prompt enters before layer k, what the first k layers make of an image never changes. It is computed once,
 kept on disk, and training starts from there: the same losses, at the cost of the remaining layers.
@@ -43,7 +43,12 @@ class FeatureDataset(Dataset):
     """
 
     def __init__(self, path: str | os.PathLike, labels: list[int]):
-        """Read the file written by `cache_features`, an array (views, images, ...)."""
+        """Read a file of `cache_features`.
+
+        Args:
+            path: The file, an array (views, images, ...).
+            labels: The class number of each image.
+        """
         self.path = path
         self.labels = labels
         # Shared with data loader workers that outlive an epoch.
@@ -69,7 +74,11 @@ class FeatureDataset(Dataset):
         return {**self.__dict__, "_features": None}
 
     def set_epoch(self, epoch: int) -> None:
-        """Use the view of `epoch` (from 0) from now on; they are taken in turn."""
+        """Use the view of another epoch from now on; views are taken in turn.
+
+        Args:
+            epoch: From 0.
+        """
         self._epoch.fill_(epoch)
 
 
@@ -77,11 +86,22 @@ class FeatureCollator:
     """Makes a batch, and adds to features what the pixels would have told: the grid of patches."""
 
     def __init__(self, patch_grid: tuple[int, int]):
-        """For images of `patch_grid`, (rows, columns)."""
+        """Add the same grid to every batch.
+
+        Args:
+            patch_grid: Rows and columns of patches of an image.
+        """
         self.patch_grid = patch_grid
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """Stack the items of a `FeatureDataset` or an `ImageDataset`."""
+        """Make a batch.
+
+        Args:
+            items: Of a `FeatureDataset` or an `ImageDataset`.
+
+        Returns:
+            The items' tensors, stacked, and with features `patch_grid`.
+        """
         batch = default_data_collator(items)
         if "prefix_hidden_states" in batch:
             batch["patch_grid"] = self.patch_grid
@@ -112,6 +132,9 @@ def cache_features(
         autocast_dtype: Mixed precision to compute in, as in training.
         batch_size: Images a step and process.
         num_workers: Processes that read images, for each process that computes.
+
+    Returns:
+        The features of all images.
 
     Raises:
         ValueError: a prompt enters the first layer, so that nothing is fixed.
@@ -186,12 +209,7 @@ def _check_disk(folder: Path, shape: tuple[int, ...]) -> None:
         )
 
 
-def _fingerprint(
-    model: PrefixModel,
-    dataset: ImageDataset,
-    num_views: int,
-    autocast_dtype: torch.dtype | None,
-) -> str:
+def _fingerprint(model: PrefixModel, dataset: ImageDataset, num_views: int, autocast_dtype: torch.dtype | None) -> str:
     """SHA-256, in hexadecimal, over all that the features depend on."""
     transform = dataset.transform
     augmentation = None

@@ -4,7 +4,6 @@
 Classes are numbered as in the official implementation: in the sorted order of their names, over all splits together.
 """
 
-import csv
 import logging
 import os
 import re
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 import datasets
 import numpy as np
+import pandas as pd
 from datasets.utils import tqdm
 
 from prompt_cam_hf.data.images import image_name, unreadable_reason
@@ -66,10 +66,7 @@ class ImageData:
         Args:
             path: The file; one that is there is replaced.
         """
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(SkippedImage._fields)
-            writer.writerows(self.skipped)
+        pd.DataFrame(self.skipped, columns=SkippedImage._fields).to_csv(path, index=False)
 
 
 def _number_classes(splits: dict[str, SourceSplit]) -> list[str]:

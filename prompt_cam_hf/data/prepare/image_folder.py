@@ -5,13 +5,12 @@ An image appears in its place complete or not at all, so that the same command g
 does not name is never touched.
 """
 
-import csv
-import io
 import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
 
+import pandas as pd
 from datasets.utils import tqdm
 
 from prompt_cam_hf.data.prepare.archives import Source, SourceFile
@@ -138,12 +137,8 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _write_manifest(plan: Plan, destination: Path) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(_COLUMNS)
-    for image in plan.images:
-        writer.writerow((image.split, image.class_folder, image.path, image.source.size, image.source.path))
-    _write(destination / MANIFEST, text.getvalue().encode())
+    rows = [(i.split, i.class_folder, i.path, i.source.size, i.source.path) for i in plan.images]
+    _write(destination / MANIFEST, pd.DataFrame(rows, columns=_COLUMNS).to_csv(index=False).encode())
 
 
 __all__ = ["MANIFEST", "write_image_folder"]
