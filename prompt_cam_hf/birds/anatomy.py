@@ -38,14 +38,7 @@ class Pose:
 
     @classmethod
     def sample(cls, rng: np.random.Generator) -> "Pose":
-        """Draw a random pose.
-
-        Args:
-            rng: Where the numbers are from.
-
-        Returns:
-            The pose.
-        """
+        """A random pose."""
 
         def degrees(low: float, high: float) -> float:
             return math.radians(rng.uniform(low, high))
@@ -73,15 +66,7 @@ class Pose:
 
 
 def rotated(points: np.ndarray, angle: float) -> np.ndarray:
-    """Turn points about the origin.
-
-    Args:
-        points: (..., 2), x and y.
-        angle: In radians; the forward end goes up where it is positive.
-
-    Returns:
-        (..., 2), the points turned.
-    """
+    """Points turned by an angle, forward end up where it is positive."""
     c, s = math.cos(angle), math.sin(angle)
     x, y = points[..., 0], points[..., 1]
     return np.stack([c * x + s * y, c * y - s * x], axis=-1)

@@ -19,13 +19,7 @@ _OPEN = 1 / 16
 
 @dataclass(frozen=True)
 class Patch:
-    """A rectangle of opacities.
-
-    Attributes:
-        top: The row of its first row in the image.
-        left: The column of its first column in the image.
-        alpha: (rows, cols), 0 to 1 in multiples of 1/4.
-    """
+    """A rectangle of opacities (rows, cols) in multiples of 1/4, with its top left corner."""
 
     top: int
     left: int
@@ -40,13 +34,7 @@ class Patch:
 
 @dataclass(frozen=True)
 class Layer:
-    """A painted patch.
-
-    Attributes:
-        patch: Where it is, and how opaque.
-        colour: (3, 1, 1) or (3, rows, cols), 0 to 255.
-        part: The bit that it sets in the mask image, or None.
-    """
+    """A painted patch: colour, (3, 1, 1) or (3, rows, cols) in 0 to 255, and the bit it sets in the mask image."""
 
     patch: Patch
     colour: np.ndarray
@@ -69,26 +57,12 @@ def _spline(padded: np.ndarray) -> np.ndarray:
 
 
 def smooth_closed(points: np.ndarray) -> np.ndarray:
-    """Draw a closed curve through points.
-
-    Args:
-        points: (n, 2), x and y.
-
-    Returns:
-        (6 n, 2), six vertices for each point.
-    """
+    """A closed curve through (n, 2) points, six vertices for each."""
     return _spline(np.concatenate([points[-1:], points, points[:2]]))
 
 
 def smooth_open(points: np.ndarray) -> np.ndarray:
-    """Draw a curve through points, from the first to the last.
-
-    Args:
-        points: (n, 2), x and y.
-
-    Returns:
-        (6 n - 5, 2), the vertices.
-    """
+    """A curve through (n, 2) points from the first to the last."""
     before, after = 2 * points[:1] - points[1:2], 2 * points[-1:] - points[-2:-1]
     return np.concatenate([_spline(np.concatenate([before, points, after])), points[-1:]])
 
@@ -103,15 +77,7 @@ def _normals(points: np.ndarray, tangents: np.ndarray) -> np.ndarray:
 
 
 def outset(points: np.ndarray, width: float) -> np.ndarray:
-    """Move a closed outline outwards, whichever way round it runs.
-
-    Args:
-        points: (n, 2), x and y.
-        width: How far.
-
-    Returns:
-        (n, 2), the outline moved.
-    """
+    """A closed outline moved outwards by width, whichever way round it runs."""
     ahead, behind = np.concatenate([points[1:], points[:1]]), np.concatenate([points[-1:], points[:-1]])
     area = float((points[:, 0] * ahead[:, 1] - points[:, 1] * ahead[:, 0]).sum())
     normals = _normals(points, ahead - behind)
@@ -119,16 +85,7 @@ def outset(points: np.ndarray, width: float) -> np.ndarray:
 
 
 def stroke(points: np.ndarray, start: float, end: float | None = None) -> np.ndarray:
-    """Draw the outline of a line that has a width.
-
-    Args:
-        points: (n, 2), x and y.
-        start: The width at the first point.
-        end: The width at the last point; by default that at the first.
-
-    Returns:
-        (2 n, 2), a closed outline.
-    """
+    """The outline of a line through (n, 2) points whose width goes from start to end."""
     padded = np.concatenate([points[:1], points, points[-1:]])
     normals = _normals(points, padded[2:] - padded[:-2])
     widths = np.linspace(start, start if end is None else end, len(points)) / 2
@@ -171,15 +128,7 @@ def fill(points: np.ndarray, size: int) -> Patch | None:
 
 
 def clip_to(patch: Patch | None, *others: Patch | None) -> Patch | None:
-    """Keep of a patch what lies on any of some others, at most as opaque as they are.
-
-    Args:
-        patch: The patch; None, outside of the image, stays None.
-        *others: Patches, or None where they lie outside of the image.
-
-    Returns:
-        The rest of the patch.
-    """
+    """The patch where any of the others is, at most as opaque as they are."""
     if patch is None:
         return None
     limit = np.zeros_like(patch.alpha)
@@ -189,30 +138,14 @@ def clip_to(patch: Patch | None, *others: Patch | None) -> Patch | None:
 
 
 def cut_out(patch: Patch | None, other: Patch | None) -> Patch | None:
-    """Keep of a patch what does not lie on another.
-
-    Args:
-        patch: The patch; None, outside of the image, stays None.
-        other: The other one, or None.
-
-    Returns:
-        The rest of the patch.
-    """
+    """The patch where the other is not."""
     if patch is None:
         return None
     return Patch(patch.top, patch.left, np.maximum(patch.alpha - _shifted(other, patch), 0))
 
 
 def join(first: Patch | None, second: Patch | None) -> Patch | None:
-    """Make one patch of two.
-
-    Args:
-        first: A patch, or None.
-        second: A patch, or None.
-
-    Returns:
-        Both as one; None where both are None.
-    """
+    """Both patches as one."""
     if first is None or second is None:
         return first or second
     top, left = min(first.top, second.top), min(first.left, second.left)

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The surroundings of a bird: a painted wash, and clutter in the colours of the traits.
-
-Colour alone tells nothing, because the clutter has the same colours as the traits.
+"""The surroundings of a bird: a painted wash, and clutter in the colours of the traits, so that colour tells nothing.
 
 Shapes are outlines in units of the image's side, (0, 0) top left.
 """
@@ -40,13 +38,7 @@ _MOTTLE = 6
 
 @dataclass(frozen=True)
 class Shape:
-    """A filled outline.
-
-    Attributes:
-        outline: (n, 2), x and y.
-        colour: (3,), 0 to 255.
-        opacity: 0 to 1, a multiple of 1/4.
-    """
+    """A filled outline (n, 2) of one colour (3,), 0 to 255; opacity is a multiple of 1/4."""
 
     outline: np.ndarray
     colour: np.ndarray
@@ -142,14 +134,7 @@ def _blade(rng: np.random.Generator) -> Shape:
 
 
 def scenery(rng: np.random.Generator) -> Scenery:
-    """Draw random surroundings.
-
-    Args:
-        rng: Where the numbers are from.
-
-    Returns:
-        The surroundings.
-    """
+    """Random surroundings."""
     wash = _WASHES[rng.integers(len(_WASHES), size=2)] * rng.uniform(0.8, 1.05)
     corners = wash[rng.integers(2, size=(2, 2))] + rng.uniform(-26, 26, (2, 2, 3))
     behind: list[Shape] = []
@@ -182,15 +167,7 @@ def _stretched(grid: np.ndarray, size: int) -> np.ndarray:
 
 
 def paint_wash(scene: Scenery, size: int) -> np.ndarray:
-    """Paint the empty background.
-
-    Args:
-        scene: Of `scenery`.
-        size: Side of the image in pixels.
-
-    Returns:
-        (3, size, size), 0 to 255.
-    """
+    """The empty background, (3, size, size) in 0 to 255."""
     ground = _stretched(scene.corners, size) + _stretched(scene.mottle, size)[..., None]
     return np.ascontiguousarray(ground.transpose(2, 0, 1))
 
