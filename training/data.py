@@ -78,7 +78,23 @@ class TrainingAugmentation:
         return (view.flip(-1) if random.random() < 0.5 else view).contiguous()
 
 
-class ImageDataset(Dataset):
+class EpochDataset(Dataset):
+    """A data set whose items depend on the epoch, which data loader workers that outlive an epoch hear of too."""
+
+    def __init__(self) -> None:
+        """Start with epoch 0."""
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Give the items of another epoch from now on, in running workers too.
+
+        Args:
+            epoch: From 0.
+        """
+        self._epoch.fill_(epoch)
+
+
+class ImageDataset(EpochDataset):
     """Labelled images as model inputs: a map-style, picklable torch data set.
 
     Item `i` is `{"pixel_values": float32 of (3, rows, cols), "labels": int}`.
@@ -91,12 +107,11 @@ class ImageDataset(Dataset):
             dataset: With the columns `image` and `label`.
             transform: An image processor, for evaluation, or a `TrainingAugmentation`.
         """
+        super().__init__()
         if isinstance(dataset.features["image"], datasets.Image):
             dataset = dataset.cast_column("image", datasets.Image(decode=False))
         self.dataset = dataset
         self.transform = transform
-        # In shared memory, so that a new epoch also reaches data loader workers that outlive the last one.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         """Count the images."""
@@ -116,14 +131,6 @@ class ImageDataset(Dataset):
             pixel_values = self.transform(image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixel_values, "labels": row["label"]}
 
-    def set_epoch(self, epoch: int) -> None:
-        """Draw the augmentation of another epoch from now on, in running workers too.
-
-        Args:
-            epoch: From 0.
-        """
-        self._epoch.fill_(epoch)
-
 
 class SetEpochCallback(TrainerCallback):
     """Tell the training data which epoch begins, so that `TrainingAugmentation` draws new views in each.
@@ -141,4 +148,4 @@ class SetEpochCallback(TrainerCallback):
             dataset.set_epoch(int(state.epoch or 0))
 
 
-__all__ = ["RESIZE_MARGIN", "ImageDataset", "SetEpochCallback", "TrainingAugmentation"]
+__all__ = ["RESIZE_MARGIN", "EpochDataset", "ImageDataset", "SetEpochCallback", "TrainingAugmentation"]

@@ -20,13 +20,13 @@ import transformers
 from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
 from huggingface_hub.utils import WeakFileLock
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
 from prompt_cam_hf.baselines import LinearProbe, VPTForImageClassification
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
-from prompt_cam_hf.training.data import ImageDataset, TrainingAugmentation
+from prompt_cam_hf.training.data import EpochDataset, ImageDataset, TrainingAugmentation
 from prompt_cam_hf.training.trainer import on_main_process
 
 # What has an `encode_prefix`, and a config that says what that depends on.
@@ -35,8 +35,8 @@ PrefixModel: TypeAlias = PromptCAMForImageClassification | VPTForImageClassifica
 DEFAULT_CACHE_DIR = Path(HF_HOME) / "prompt_cam_features"
 
 
-class FeatureDataset(Dataset):
-    """Labelled images as the model knows them after its fixed first layers.
+class FeatureDataset(EpochDataset):
+    """Labelled images as the model knows them after its fixed first layers, one view of each in turn.
 
     Item `i` is `{"prefix_hidden_states": float32 of (tokens, hidden_size), "labels": int}`, of a linear probe float32
     of (features,). Nothing is held in memory but the labels.
@@ -49,10 +49,9 @@ class FeatureDataset(Dataset):
             path: The file, an array (views, images, ...).
             labels: The class number of each image.
         """
+        super().__init__()
         self.path = path
         self.labels = labels
-        # Shared with data loader workers that outlive an epoch.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._features: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -72,14 +71,6 @@ class FeatureDataset(Dataset):
     def __getstate__(self) -> dict[str, Any]:
         # A pickled memory map would carry the whole file.
         return {**self.__dict__, "_features": None}
-
-    def set_epoch(self, epoch: int) -> None:
-        """Use the view of another epoch from now on; views are taken in turn.
-
-        Args:
-            epoch: From 0.
-        """
-        self._epoch.fill_(epoch)
 
 
 class FeatureCollator:

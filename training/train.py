@@ -288,19 +288,37 @@ def _find_checkpoint(recipe: Recipe) -> Path | None:
     """
     folder, resume = Path(recipe.output_dir), recipe.resume_from_checkpoint
     checkpoint = None
-    if folder.exists() and any(folder.iterdir()):
-        if resume is False:
-            raise FileExistsError(
-                f"The output folder {folder} is not empty; choose another output_dir, or go on with the run that is "
-                "in it: --resume_from_checkpoint."
-            )
+    if holds_run(folder, resume):
         check_same_recipe(recipe, folder)
         checkpoint = next(reversed(complete_checkpoints(folder)), None)
     if isinstance(resume, str) and resume != "auto":
         checkpoint = next((path for path in complete_checkpoints(folder) if path.samefile(resume)), None)
         if checkpoint is None:
-            raise FileNotFoundError(f"{resume} is no complete checkpoint of the output folder {folder}.")
+            raise FileNotFoundError(f"{resume} is not a complete checkpoint of the output folder {folder}.")
     return checkpoint
+
+
+def holds_run(folder: Path, resume: bool | str) -> bool:
+    """Say whether there is a run to go on with.
+
+    Args:
+        folder: The output folder.
+        resume: The recipe's `resume_from_checkpoint`.
+
+    Returns:
+        Whether the folder holds anything.
+
+    Raises:
+        FileExistsError: it does, and the recipe does not say to resume.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    if resume is False:
+        raise FileExistsError(
+            f"The output folder {folder} is not empty; choose another output_dir, or go on with the run that is in "
+            "it: --resume_from_checkpoint."
+        )
+    return True
 
 
 def check_same_recipe(recipe: Recipe, folder: Path) -> None:
@@ -468,6 +486,7 @@ __all__ = [
     "Run",
     "TrainResult",
     "check_same_recipe",
+    "holds_run",
     "load_data",
     "main",
     "prepare_run",

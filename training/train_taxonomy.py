@@ -35,7 +35,7 @@ from prompt_cam_hf.explanations.results import write_atomically
 from prompt_cam_hf.explanations.taxonomy_path import TAXONOMY_FILE
 from prompt_cam_hf.training.data import ImageDataset
 from prompt_cam_hf.training.recipe import Recipe, parse_recipe, training_arguments
-from prompt_cam_hf.training.train import RESULTS_FILE, check_same_recipe, load_data, refuse, train
+from prompt_cam_hf.training.train import RESULTS_FILE, check_same_recipe, holds_run, load_data, refuse, train
 from prompt_cam_hf.training.trainer import on_main_process
 
 LEVELS_FOLDER = "levels"
@@ -201,13 +201,8 @@ def _open_folder(folder: Path, taxonomy: Taxonomy, recipes: dict[str, Recipe], r
         FileNotFoundError: the folder holds something else.
         ValueError: the earlier run had another recipe or another tree.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    if not holds_run(folder, resume):
         return set()
-    if resume is False:
-        raise FileExistsError(
-            f"The output folder {folder} is not empty; choose another output_dir, or go on with the run that is in "
-            "it: --resume_from_checkpoint."
-        )
     if not (folder / TAXONOMY_FILE).is_file():
         raise FileNotFoundError(f"The output folder {folder} holds no taxonomy to go on with: no {TAXONOMY_FILE}.")
     _check_same_tree(read_taxonomy(folder / TAXONOMY_FILE), taxonomy, folder)

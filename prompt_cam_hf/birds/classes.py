@@ -282,7 +282,7 @@ _WING_BAR_FIRST = ("wing-bar", *(part for part in TRAIT_PARTS if part != "wing-b
 
 
 def _hidden_colour(part: str, values: Mapping[str, str | None], traits: Mapping[str, str]) -> str | None:
-    """The colour that would hide a wing-bar on its wing, so that the part must not take it; None where there is none."""
+    """The colour that would hide a wing-bar on its wing, which the part must not take; None where there is none."""
     other = {"wing": values.get("wing-bar"), "wing-bar": traits.get("wing")}.get(part)
     return split_value(other)[1] if other else None
 

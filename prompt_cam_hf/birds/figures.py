@@ -75,10 +75,7 @@ def plot_failures(birds: datasets.Dataset, reading: BirdReading, count: int = 3)
         return None
     return _plot(
         [_misread_row(birds, reading, row) for row in misread]
-        + [
-            _hit_row(birds, reading, row, "read correctly, but the first head misses the trait")
-            for row in beside
-        ]
+        + [_hit_row(birds, reading, row, "read correctly, but the first head misses the trait") for row in beside]
     )
 
 

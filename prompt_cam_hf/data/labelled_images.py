@@ -13,7 +13,7 @@ from typing import Any, Literal
 import datasets
 
 from prompt_cam_hf.data.images import find_images, image_name, image_suffixes
-from prompt_cam_hf.data.sources import SourceSplit, image_rows, read_source, some_of
+from prompt_cam_hf.data.sources import SourceSplit, image_rows, read_images, read_source, some_of
 from prompt_cam_hf.explanations.class_names import find_class
 
 logger = logging.getLogger(__name__)
@@ -121,13 +121,7 @@ def read_labelled_images(
             unlabelled = image_rows(find_images([folder]))
             return LabelledImages(unlabelled, [None] * len(unlabelled), folder.name, folder)
     if isinstance(data, datasets.Dataset) and label_column not in data.column_names:
-        if image_column not in data.column_names:
-            raise ValueError(
-                f"The data set has no column {image_column!r}; set image_column to one of "
-                f"{', '.join(data.column_names)}."
-            )
-        images = data.select_columns(image_column).rename_columns({image_column: "image"})
-        images = images.cast_column("image", datasets.Image(decode=False))
+        images = read_images(data, "The data set", None, image_column)
         return LabelledImages(images, [None] * len(images), "a data set without labels")
     found = read_source(data, name=name, revision=revision, image_column=image_column, label_column=label_column)
     chosen = split or list(found)[-1]

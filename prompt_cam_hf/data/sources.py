@@ -132,7 +132,7 @@ def _read_class_folders(folder: Path, class_names: list[str]) -> SourceSplit:
         labels += [class_folder.name] * len(images)
         if not images:
             empty.append(class_folder.name)
-    _warn_about("files that are no images", other, folder)
+    _warn_about("files that are not images", other, folder)
     if not files:
         raise ValueError(f"The folder {folder} holds no class folders with images; make one folder for each class.")
     if empty:
@@ -174,18 +174,34 @@ def _read_table(path: Path, image_column: str, label_column: str) -> dict[str, S
 def _read_columns(
     table: datasets.Dataset, where: str, folder: Path | None, image_column: str, label_column: str
 ) -> SourceSplit:
-    for option, column in (("image_column", image_column), ("label_column", label_column)):
-        if column not in table.column_names:
-            raise ValueError(
-                f"{where} has no column {column!r}; set {option} to one of {', '.join(table.column_names)}."
-            )
+    images = read_images(table, where, folder, image_column)
+    _check_column(table, where, "label_column", label_column)
     if not len(table):
         raise ValueError(f"{where} has no rows.")
-    labels, class_names = _read_labels(table, where, label_column)
-    return SourceSplit(_read_images(table, where, folder, image_column), labels, class_names)
+    return SourceSplit(images, *_read_labels(table, where, label_column))
 
 
-def _read_images(table: datasets.Dataset, where: str, folder: Path | None, column: str) -> datasets.Dataset:
+def _check_column(table: datasets.Dataset, where: str, option: str, column: str) -> None:
+    if column not in table.column_names:
+        raise ValueError(f"{where} has no column {column!r}; set {option} to one of {', '.join(table.column_names)}.")
+
+
+def read_images(table: datasets.Dataset, where: str, folder: Path | None, column: str) -> datasets.Dataset:
+    """Take the images out of a table, without opening any.
+
+    Args:
+        table: With a column of images or their paths.
+        where: What the table is called, for messages.
+        folder: That paths start from; None for that of the process.
+        column: The column.
+
+    Returns:
+        The one column `image`, a `datasets.Image(decode=False)`.
+
+    Raises:
+        ValueError: the column is missing, holds something else, or has empty rows.
+    """
+    _check_column(table, where, "image_column", column)
     feature = table.features[column]
     if _is_text(feature):
         paths = list(table[column])
@@ -300,4 +316,4 @@ def read_source(
     return _read_dataset_dict(_load_dataset(location, name, revision), location, image_column, label_column)
 
 
-__all__ = ["SPLIT_NAMES", "SourceSplit", "image_rows", "read_source", "some_of"]
+__all__ = ["SPLIT_NAMES", "SourceSplit", "image_rows", "read_images", "read_source", "some_of"]

@@ -133,7 +133,7 @@ def read_taxonomy(path: str | os.PathLike) -> Taxonomy:
         try:
             rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no CSV file in UTF-8: {error}.") from error
+            raise ValueError(f"{path} is not a CSV file in UTF-8: {error}.") from error
     if not rows:
         raise ValueError(f"{path} is empty; its first row names the levels, such as species,genus,family.")
     levels = _check_header(rows[0][1], path)

@@ -104,15 +104,7 @@ class OtherBirds(Dataset):
     """Drawn birds in memory, and after them their mirror images, with labels for every patch and the whole bird."""
 
     def __init__(self, birds: datasets.Dataset, patch_size: int) -> None:
-        """Decode birds, once.
-
-        Args:
-            birds: Of `other_birds_dataset`.
-            patch_size: Side of a patch in pixels.
-
-        Raises:
-            ValueError: a bird belongs to a class.
-        """
+        """Decode `birds` (from `other_birds_dataset`) once; raises ValueError where one belongs to a class."""
         size = np.asarray(birds[0]["masks"]).shape[0]
         rows = size // patch_size
         self.images = np.empty((len(birds), size, size, 3), np.uint8)
@@ -154,15 +146,7 @@ def _normalised(images: torch.Tensor) -> torch.Tensor:
 
 
 def patch_presence(bits: np.ndarray, patch_size: int) -> np.ndarray:
-    """Find which parts are in each patch.
-
-    Args:
-        bits: (rows, cols), uint16, a mask image.
-        patch_size: Side of a patch in pixels.
-
-    Returns:
-        (rows // patch_size, cols // patch_size), uint16: bit k says that part k of `PARTS` is in the patch.
-    """
+    """Find which parts are in each patch, as bits: a mask image (rows, cols; uint16) to its patches."""
     rows, cols = bits.shape[0] // patch_size, bits.shape[1] // patch_size
     blocks = bits.reshape(rows, patch_size, cols, patch_size)
     present = np.zeros((rows, cols), np.uint16)
@@ -173,11 +157,7 @@ def patch_presence(bits: np.ndarray, patch_size: int) -> np.ndarray:
 
 
 def attribute_queries() -> list[tuple[int, str]]:
-    """List the attributes that a pre-training bird can have.
-
-    Returns:
-        Pairs of an index in `TRAIT_PARTS` and a colour or pattern.
-    """
+    """List every (index in TRAIT_PARTS, colour or pattern) that a pre-training bird can have."""
     queries = []
     for index, part in enumerate(TRAIT_PARTS):
         values = [split_value(value) for value in part_values(part) if not _makes_a_class(part, value)]
@@ -199,11 +179,7 @@ class AttributeReader(nn.Module):
     trait_bits: torch.Tensor
 
     def __init__(self, backbone: ViTModel) -> None:
-        """Add untrained heads.
-
-        Args:
-            backbone: The backbone to train.
-        """
+        """Add untrained heads to a backbone."""
         super().__init__()
         self.backbone = backbone
         width, parts = backbone.config.hidden_size, len(TRAIT_PARTS)
@@ -366,14 +342,7 @@ def _as_it_is(batch: Any) -> dict[str, torch.Tensor]:
 
 
 def pretrain(arguments: PretrainArguments) -> ViTModel:
-    """Draw the birds, train, and write the backbone; goes on from the last checkpoint in `output_dir`.
-
-    Args:
-        arguments: The settings.
-
-    Returns:
-        The backbone, in evaluation mode.
-    """
+    """Draw the birds, train, and write the backbone; goes on from the last checkpoint in `output_dir`."""
     output, start = Path(arguments.output_dir), time.time()
     set_seed(arguments.seed)
     birds = other_birds_dataset(arguments.num_birds, arguments.image_size, arguments.seed)

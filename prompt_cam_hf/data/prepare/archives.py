@@ -13,9 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip")
 
@@ -33,7 +31,7 @@ class SourceFile:
         location: The file itself, or the archive that holds it.
         in_archive: Which of these it is.
         position: The archive's number and the place in it; reading in this order passes through each archive once.
-        open: Opens the file for reading.
+        content: Reads it.
     """
 
     path: str
@@ -41,7 +39,7 @@ class SourceFile:
     location: Path
     in_archive: bool
     position: tuple[int, int]
-    open: Callable[[], IO[bytes]]
+    content: Callable[[], bytes]
 
     @property
     def folder(self) -> str:
@@ -60,8 +58,8 @@ class SourceFile:
         Raises:
             ValueError: the archive is damaged, or the content is longer or shorter than `size`.
         """
-        with _damage_named(self), self.open() as file:
-            content = file.read()
+        with _damage_named(self):
+            content = self.content()
         if len(content) != self.size:
             raise ValueError(f"{self} gave {len(content)} bytes instead of {self.size}; download the data set again.")
         return content
@@ -208,11 +206,8 @@ class Source:
                     self._archives.append(location)
                     continue
                 path = location.relative_to(self.path).as_posix()
-                self._add(
-                    SourceFile(
-                        path, location.stat().st_size, location, False, (0, number), partial(_open_file, location)
-                    )
-                )
+                size = location.stat().st_size
+                self._add(SourceFile(path, size, location, False, (0, number), location.read_bytes))
                 number += 1
 
     def _index_archives(self) -> None:
@@ -230,9 +225,8 @@ class Source:
         for place, entry in enumerate(opened.infolist()):
             if not entry.is_dir():
                 path = _safe_path(entry.filename, archive)
-                self._add(
-                    SourceFile(path, entry.file_size, archive, True, (number, place), partial(opened.open, entry))
-                )
+                content = partial(opened.read, entry)
+                self._add(SourceFile(path, entry.file_size, archive, True, (number, place), content))
 
     def _index_tar(self, archive: Path, number: int) -> None:
         opened = self._stack.enter_context(tarfile.TarFile.open(archive))
@@ -240,27 +234,23 @@ class Source:
             path = _safe_path(entry.name, archive)
             if not entry.isfile():
                 continue
-            opener: Callable[[], IO[bytes]] = partial(_open_tar_entry, opened, entry)
+            content = partial(_read_tar_entry, opened, entry)
             if PurePosixPath(path).name in self._list_names:
                 # Going back to it later would unpack the archive from its beginning.
-                with opener() as file:
-                    opener = partial(BytesIO, file.read())
-            self._add(SourceFile(path, entry.size, archive, True, (number, place), opener))
+                content = partial(bytes, content())
+            self._add(SourceFile(path, entry.size, archive, True, (number, place), content))
 
 
 def _is_archive(name: str) -> bool:
     return name.lower().endswith(ARCHIVE_SUFFIXES) and not name.startswith(".")
 
 
-def _open_file(path: Path) -> IO[bytes]:
-    return open(path, "rb")
-
-
-def _open_tar_entry(archive: tarfile.TarFile, entry: tarfile.TarInfo) -> IO[bytes]:
+def _read_tar_entry(archive: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes:
     file = archive.extractfile(entry)
     if file is None:
-        raise tarfile.ReadError(f"{entry.name} is no regular file")
-    return file
+        raise tarfile.ReadError(f"{entry.name} is not a regular file")
+    with file:
+        return file.read()
 
 
 def _safe_path(name: str, archive: Path) -> str:

@@ -71,7 +71,7 @@ def _check_destination(plan: Plan, source: Source, destination: Path) -> None:
     # Hidden files are our own unfinished copies, and what file managers leave behind.
     if foreign := [path for path in foreign if not Path(path).name.startswith(".")]:
         raise FileExistsError(
-            f"{destination} holds files that are no part of {plan.facts.title} as asked for: {some_of(foreign)}; "
+            f"{destination} holds files that are not part of {plan.facts.title} as asked for: {some_of(foreign)}; "
             "choose a new folder."
         )
 
@@ -89,7 +89,7 @@ def _is_there(image: PlannedImage, destination: Path) -> bool:
         return False
     if path.is_file() and (size := path.stat().st_size) == image.source.size:
         return True
-    found = f"has {size} bytes" if path.is_file() else "is no file"
+    found = f"has {size} bytes" if path.is_file() else "is not a file"
     raise FileExistsError(
         f"{path} is another file than {image.source}: it {found}, and not {image.source.size}; remove it, "
         "or choose a new folder."

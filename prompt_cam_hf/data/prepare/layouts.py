@@ -64,7 +64,7 @@ def _text(file: SourceFile) -> str:
     try:
         return file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text in UTF-8: {error}.") from error
+        raise ValueError(f"{file} is not text in UTF-8: {error}.") from error
 
 
 def _rows(file: SourceFile, pattern: str, form: str) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -83,7 +83,7 @@ def _table(file: SourceFile, pattern: str, form: str) -> dict[int, str]:
     table: dict[int, str] = {}
     for where, (number, text) in _rows(file, pattern, form):
         if int(number) in table:
-            raise ValueError(f"{where}: the number {number} stands there a second time.")
+            raise ValueError(f"{where}: the number {number} is listed a second time.")
         table[int(number)] = text
     return table
 
@@ -263,7 +263,9 @@ def _read_inaturalist(
             path_of = {entry["id"]: entry["file_name"] for entry in content["images"]}
             labels = [(entry["image_id"], entry["category_id"]) for entry in content["annotations"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is no list of categories, images and annotations in JSON: {error!r}.") from error
+            raise ValueError(
+                f"{file} is not a list of categories, images and annotations in JSON: {error!r}."
+            ) from error
         for wanted in (taxa, without):
             if unknown := [rank for rank in wanted if any(rank not in entry for entry in categories.values())]:
                 ranks = ", ".join(sorted(next(iter(categories.values()))))
@@ -317,7 +319,7 @@ def _read_medicinal_leaf(source: Source, test_fraction: float, seed: int) -> lis
 _BUTTERFLIES = ("Hedylidae", "Hesperiidae", "Lycaenidae", "Nymphalidae", "Papilionidae", "Pieridae", "Riodinidae")
 _INATURALIST_LISTS = ("train.json", "train_mini.json", "val.json")
 
-# What the paper took of iNaturalist-2021 is unknown: these are all Fungi, and all Lepidoptera that are no butterflies.
+# What the paper took of iNaturalist-2021 is unknown: these are all Fungi, and all Lepidoptera but the butterflies.
 LAYOUTS: Mapping[str, Layout] = {
     "cub": Layout(_read_cub, ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")),
     "birds525": Layout(_read_birds525),
