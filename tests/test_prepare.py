@@ -648,7 +648,7 @@ def test_a_folder_with_other_files_is_refused(birds):
     mine = {"train/my birds/1.jpg": b"mine", "manifest.csv": b"my list"}
     write_folder(mine, out)
     with pytest.raises(
-        FileExistsError, match=r"no part of CUB-200-2011 .*: manifest\.csv, train/my birds/1\.jpg; choose"
+        FileExistsError, match=r"not part of CUB-200-2011 .*: manifest\.csv, train/my birds/1\.jpg; choose"
     ):
         call()
     assert snapshot(out) == mine
