@@ -128,13 +128,13 @@ def test_images_are_found_at_any_depth_and_through_links(tmp_path):
     (elsewhere / "e.png").touch()
     (folder / "linked").symlink_to(elsewhere)
     (folder / "gone.png").symlink_to(tmp_path / "nowhere")
-    given = elsewhere / "no_image.txt"
+    (given := tmp_path / "given.txt").touch()
     found = [folder / name for name in ("a/deep/c.JPG", "b.png", "linked/e.png")]
     assert find_images([given, folder]) == [given, *found]
     with pytest.raises(ValueError, match="hidden holds no images"):
         (folder / ".hidden" / "d.png").unlink()
         find_images([folder / ".hidden"])
-    with pytest.raises(FileNotFoundError, match="There is no file or folder .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="There is no file or folder"):
         find_images([tmp_path / "nowhere"])
 
 
