@@ -256,16 +256,16 @@ def test_splits_share_no_seed():
         (lambda: birds.other_birds_dataset(4, size=16), "size is 16 pixels.*at least 32"),
         (lambda: birds.draw_bird(birds.bird_spec("train", 0), 31), "size is 31 pixels.*at least 32"),
         (lambda: birds.sample_spec(np.random.default_rng(0), 18), "label is 18.*0 to 17"),
-        (lambda: birds.counterfactual(birds.bird_spec("train", 0), "belly"), "'belly' is no part with traits.*crown"),
-        (lambda: birds.counterfactual(birds.bird_spec("train", 0), "wing", "mauve"), "'mauve' is no value.*turquoise"),
+        (lambda: birds.counterfactual(birds.bird_spec("train", 0), "belly"), "'belly' is not a part.*crown"),
+        (lambda: birds.counterfactual(birds.bird_spec("train", 0), "wing", "mauve"), "'mauve' is not.*turquoise"),
         (
             lambda: birds.counterfactual(birds.bird_spec("train", 0), "beak", "barred red"),
             "beak cannot be 'barred red'",
         ),
-        (lambda: birds.part_values("eye"), "'eye' is no part with traits"),
-        (lambda: birds.split_value("plain red"), "'plain red' is no value"),
+        (lambda: birds.part_values("eye"), "'eye' is not a part with traits"),
+        (lambda: birds.split_value("plain red"), "'plain red' is not a value"),
         (lambda: BirdSpec(0, {"crown": "red"}), "lack throat, beak"),
-        (lambda: BirdSpec(0, natural_values() | {"leg": "red"}), "'leg' is no part with traits"),
+        (lambda: BirdSpec(0, natural_values() | {"leg": "red"}), "'leg' is not a part with traits"),
     ],
 )
 def test_mistakes_are_named(call, message):

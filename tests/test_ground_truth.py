@@ -11,7 +11,7 @@ from transformers import CLIPImageProcessorPil
 from prompt_cam_hf.birds import BIRD_CLASSES, bird_spec, birds_dataset, draw_bird, other_birds_dataset
 from prompt_cam_hf.data.ground_truth import (
     bird_mask,
-    box_mask,
+    bounding_box_mask,
     mask_as_seen,
     point_mask,
     read_cub,
@@ -70,7 +70,7 @@ def test_segmentations_by_majority(cub, place):
 
 def test_boxes_and_points_in_pixels(cub):
     cardinal = read_cub(cub)[CARDINAL]
-    box = box_mask(cardinal, (6, 9))
+    box = bounding_box_mask(cardinal, (6, 9))
     assert np.argwhere(box).min(0).tolist() == [1, 2] and np.argwhere(box).max(0).tolist() == [3, 6]
     assert box.sum() == 3 * 5
     # Both points are centres of pixels: of (2, 3) and (2, 6).

@@ -19,7 +19,13 @@ from transformers.image_utils import load_image
 # Without torchvision, transformers 5.17 has a placeholder at `transformers.AutoImageProcessor`.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from prompt_cam_hf.data.images import UnreadableImageError, build_image_processor, open_image, unreadable_reason
+from prompt_cam_hf.data.images import (
+    UnreadableImageError,
+    build_image_processor,
+    find_images,
+    open_image,
+    unreadable_reason,
+)
 from prompt_cam_hf.training.data import ImageDataset, SetEpochCallback, TrainingAugmentation
 
 
@@ -111,6 +117,25 @@ def test_a_cut_image_is_found_wherever_it_is_cut(kind, tmp_path):
         assert unreadable_reason(path), f"{length} of {len(content)} bytes"
         with pytest.raises(UnreadableImageError, match=r"Cannot read the image .*cut\.jpg: \w"):
             open_image(path)
+
+
+def test_images_are_found_at_any_depth_and_through_links(tmp_path):
+    folder, elsewhere = tmp_path / "folder", tmp_path / "elsewhere"
+    for name in ("b.png", "a/deep/c.JPG", ".hidden.png", ".hidden/d.png", "__MACOSX/a.png", "notes.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    elsewhere.mkdir()
+    (elsewhere / "e.png").touch()
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere")
+    (given := tmp_path / "given.txt").touch()
+    found = [folder / name for name in ("a/deep/c.JPG", "b.png", "linked/e.png")]
+    assert find_images([given, folder]) == [given, *found]
+    with pytest.raises(ValueError, match="hidden holds no images"):
+        (folder / ".hidden" / "d.png").unlink()
+        find_images([folder / ".hidden"])
+    with pytest.raises(FileNotFoundError, match="There is no file or folder"):
+        find_images([tmp_path / "nowhere"])
 
 
 def test_unreadable_images_are_named_with_the_reason(tmp_path):

@@ -648,7 +648,7 @@ def test_a_folder_with_other_files_is_refused(birds):
     mine = {"train/my birds/1.jpg": b"mine", "manifest.csv": b"my list"}
     write_folder(mine, out)
     with pytest.raises(
-        FileExistsError, match=r"no part of CUB-200-2011 .*: manifest\.csv, train/my birds/1\.jpg; choose"
+        FileExistsError, match=r"not part of CUB-200-2011 .*: manifest\.csv, train/my birds/1\.jpg; choose"
     ):
         call()
     assert snapshot(out) == mine
@@ -668,7 +668,7 @@ def test_another_file_in_a_images_place_is_refused(birds):
 def test_a_folder_in_a_images_place_is_refused(birds):
     _, out, call = birds
     (out / "train/001.Black footed Albatross/Black_footed_Albatross_0.jpg").mkdir(parents=True)
-    with pytest.raises(FileExistsError, match="it is no file"):
+    with pytest.raises(FileExistsError, match="it is not a file"):
         call()
 
 
@@ -713,7 +713,7 @@ def test_other_numbers_than_the_published_ones(birds, facts, message):
     ("dataset", "name", "old", "new", "message"),
     [
         ("cub", "images.txt", b"2 001.", b"two 001.", r"images\.txt, line 2: wanted is an image number and a path"),
-        ("cub", "images.txt", b"\n2 0", b"\n1 0", r"images\.txt, line 2: the number 1 stands there a second time"),
+        ("cub", "images.txt", b"\n2 0", b"\n1 0", r"images\.txt, line 2: the number 1 is listed a second time"),
         ("cub", "images.txt", b"ross_1.jpg", b"ross_0.jpg", r"listed twice: .*images\.txt, image 1, and .*, image 2"),
         ("cub", "images.txt", b" 001.", b" ../x/001.", r"1 listed image is not in .*: images/\.\./x/001\."),
         ("cub", "class_labels.txt", b"1 1\n", b"1 9\n", r"image 1: there is no class 9; the classes are 1 to 3"),
@@ -731,7 +731,7 @@ def test_other_numbers_than_the_published_ones(birds, facts, message):
             b"1 2\n",
             r"split\.txt, line 1: wanted is .* 1 \(train\) or 0 \(test\), got '1 2'",
         ),
-        ("cub", "classes.txt", b"1 0", b"\xff 0", r"classes\.txt is no text in UTF-8"),
+        ("cub", "classes.txt", b"1 0", b"\xff 0", r"classes\.txt is not text in UTF-8"),
         (
             "pet",
             "/test.txt",
@@ -771,8 +771,14 @@ def test_other_numbers_than_the_published_ones(birds, facts, message):
             r"val\.txt, line 1: there is no class 4; the classes are 1 to 3",
         ),
         ("fish_vista", "val.csv", b"noturus 1", b"", r"val\.csv, line 3: nothing in the column standardized_species"),
-        ("fungi", "val.json", b'"images"', b'"image"', r"val\.json is no list of categories, .*KeyError\('images'\)"),
-        ("fungi", "train.json", b"{", b"", r"train\.json is no list of categories, images and annotations in JSON"),
+        (
+            "fungi",
+            "val.json",
+            b'"images"',
+            b'"image"',
+            r"val\.json is not a list of categories, .*KeyError\('images'\)",
+        ),
+        ("fungi", "train.json", b"{", b"", r"train\.json is not a list of categories, images and annotations in JSON"),
     ],
 )
 def test_wrong_lists(dataset, name, old, new, message, tmp_path):

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Does the script that made the embedded backbone compute what it says, and can it go on after an interruption?"""
 
+import configparser
 import json
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,6 +65,13 @@ def small_reader():
         patch_size=8,
     )
     return AttributeReader(ViTModel(config, add_pooling_layer=False)).eval()
+
+
+def test_the_script_is_left_out_of_the_package():
+    config = configparser.ConfigParser()
+    config.read(Path(pretrain_birds.__file__).parents[2] / "setup.cfg")
+    assert not [name for name in config["options"]["packages"].split() if "provenance" in name]
+    assert not any("provenance" in files for files in config["options.package_data"].values())
 
 
 def test_a_part_is_in_a_patch_from_five_per_cent_of_its_pixels():

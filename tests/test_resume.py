@@ -50,7 +50,7 @@ def test_another_recipe_cannot_resume(finished, recipe, tmp_path):
 
 
 def test_resume_refusals(recipe, tmp_path):
-    with pytest.raises(FileNotFoundError, match="checkpoint-4 is no complete checkpoint of the output folder"):
+    with pytest.raises(FileNotFoundError, match="checkpoint-4 is not a complete checkpoint of the output folder"):
         train(recipe(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4")))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")

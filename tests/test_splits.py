@@ -93,7 +93,7 @@ def test_folder_ignores_what_is_hidden_and_says_what_it_leaves_out(tmp_path, cap
     assert data.train["label"][:] == [0, 0, 0, 1, 1]
     assert [record.getMessage() for record in caplog.records] == [
         f"{tmp_path}: ignored 1 folders that are neither train, validation nor test: notes.",
-        f"{tmp_path / 'train'}: ignored 1 files that are no images: Auk/Thumbs.db.",
+        f"{tmp_path / 'train'}: ignored 1 files that are not images: Auk/Thumbs.db.",
     ]
 
 

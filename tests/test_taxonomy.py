@@ -98,7 +98,7 @@ def test_faults_of_a_tree_are_named(write, old, new, message):
 def test_files_that_are_no_tree_are_refused(write, tmp_path):
     with pytest.raises(FileNotFoundError, match="There is no taxonomy file"):
         read_taxonomy(tmp_path / "nowhere.csv")
-    with pytest.raises(ValueError, match="no CSV file in UTF-8"):
+    with pytest.raises(ValueError, match="not a CSV file in UTF-8"):
         read_taxonomy(write("species,genus\nBl\xe4umeise,Cyanistes\n", encoding="latin-1"))
 
 

@@ -31,7 +31,16 @@ class TrainingAugmentation:
     """
 
     def __init__(self, image_processor: BaseImageProcessor, seed: int = 0, resize_margin: float = RESIZE_MARGIN):
-        """Augment for `image_processor`; `resize_margin` (at least 1) is the resized side over the cropped side."""
+        """Augment as the image processor's settings allow.
+
+        Args:
+            image_processor: That of evaluation.
+            seed: Draws places and flips.
+            resize_margin: The resized side over the cropped side, 1 or more.
+
+        Raises:
+            ValueError: the margin is below 1, or the processor gives images of different sizes.
+        """
         if resize_margin < 1:
             raise ValueError(f"resize_margin is {resize_margin}; a crop needs a margin of at least 1 (no margin).")
         self.image_processor = image_processor
@@ -48,9 +57,15 @@ class TrainingAugmentation:
         self.resize_size = {name: round(side * resize_margin) for name, side in size.items()}
 
     def __call__(self, image: Image.Image, epoch: int, index: int) -> torch.Tensor:
-        """Return the image's view in `epoch`: `pixel_values`, float32 of (3, rows, cols).
+        """Give an image's view in an epoch.
 
-        `image` is RGB, `index` its number in the data set; both numbers are 0 or more.
+        Args:
+            image: RGB.
+            epoch: From 0.
+            index: The image's number in the data set, from 0.
+
+        Returns:
+            `pixel_values`, float32, (3, rows, cols).
         """
         random = np.random.default_rng((self.seed, epoch, index))
         inputs = self.image_processor(image, size=self.resize_size, do_center_crop=False, return_tensors="pt")
@@ -63,30 +78,51 @@ class TrainingAugmentation:
         return (view.flip(-1) if random.random() < 0.5 else view).contiguous()
 
 
-class ImageDataset(Dataset):
+class EpochDataset(Dataset):
+    """A data set whose items depend on the epoch, which data loader workers that outlive an epoch hear of too."""
+
+    def __init__(self) -> None:
+        """Start with epoch 0."""
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Give the items of another epoch from now on, in running workers too.
+
+        Args:
+            epoch: From 0.
+        """
+        self._epoch.fill_(epoch)
+
+
+class ImageDataset(EpochDataset):
     """Labelled images as model inputs: a map-style, picklable torch data set.
 
     Item `i` is `{"pixel_values": float32 of (3, rows, cols), "labels": int}`.
     """
 
     def __init__(self, dataset: datasets.Dataset, transform: BaseImageProcessor | TrainingAugmentation):
-        """Read the columns `image` and `label` of `dataset` through `transform`.
+        """Read images through a transform.
 
-        `transform` is an image processor (evaluation) or a `TrainingAugmentation`.
+        Args:
+            dataset: With the columns `image` and `label`.
+            transform: An image processor, for evaluation, or a `TrainingAugmentation`.
         """
+        super().__init__()
         if isinstance(dataset.features["image"], datasets.Image):
             dataset = dataset.cast_column("image", datasets.Image(decode=False))
         self.dataset = dataset
         self.transform = transform
-        # In shared memory, so that a new epoch also reaches data loader workers that outlive the last one.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
         """Count the images."""
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Open and transform one image; raises `UnreadableImageError` and `FileNotFoundError`."""
+        """Open and transform one image.
+
+        Raises:
+            FileNotFoundError, UnreadableImageError: as in `open_image`.
+        """
         row = self.dataset[index]
         image = open_image(row["image"])
         if isinstance(self.transform, TrainingAugmentation):
@@ -94,10 +130,6 @@ class ImageDataset(Dataset):
         else:
             pixel_values = self.transform(image, return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixel_values, "labels": row["label"]}
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw the augmentation of `epoch` (from 0) from now on, in running workers too."""
-        self._epoch.fill_(epoch)
 
 
 class SetEpochCallback(TrainerCallback):
@@ -108,16 +140,12 @@ class SetEpochCallback(TrainerCallback):
     """
 
     def on_epoch_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Pass the number of the epoch to the training data, where they have `set_epoch`."""
+        """Pass the number of the epoch to the training data, where they have `set_epoch`; called by Trainer."""
         dataset = kwargs["train_dataloader"].dataset
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(int(state.epoch or 0))
 
 
-__all__ = ["RESIZE_MARGIN", "ImageDataset", "SetEpochCallback", "TrainingAugmentation"]
+__all__ = ["RESIZE_MARGIN", "EpochDataset", "ImageDataset", "SetEpochCallback", "TrainingAugmentation"]

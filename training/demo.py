@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How does a Prompt-CAM do where the truth is known? Train on drawn birds, measure, draw, save and load again.
+"""The demonstration, where the truth is known: train on drawn birds, measure, draw, save and load again.
 
 It calls what every user can call: `train` with a recipe, the measurements and figures of `prompt_cam_hf.birds`, and
 transformers' pipeline. `prompt-cam demo` is this module from the command line.
@@ -70,6 +70,9 @@ def run_demo(
         birds_per_class: To train on, to choose the best epoch on, and to test on.
         num_proc: Processes that draw birds; one for each processor core by default.
         **settings: Keys of the recipe that win over recipes/birds.yaml or recipes/birds_deep.yaml.
+
+    Returns:
+        What was found, and where the files are.
 
     Raises:
         FileExistsError: the folder holds something else.

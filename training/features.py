@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How is work saved that every epoch would repeat?
+"""Cached features, which save the work that every epoch would repeat.
 
 Where no prompt enters before layer k, what the first k layers make of an image never changes. It is computed once,
 kept on disk, and training starts from there: the same losses, at the cost of the remaining layers.
@@ -20,13 +20,13 @@ import transformers
 from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
 from huggingface_hub.utils import WeakFileLock
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
 from transformers import default_data_collator
 
 from prompt_cam_hf.baselines import LinearProbe, VPTForImageClassification
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
-from prompt_cam_hf.training.data import ImageDataset, TrainingAugmentation
+from prompt_cam_hf.training.data import EpochDataset, ImageDataset, TrainingAugmentation
 from prompt_cam_hf.training.trainer import on_main_process
 
 # What has an `encode_prefix`, and a config that says what that depends on.
@@ -35,19 +35,23 @@ PrefixModel: TypeAlias = PromptCAMForImageClassification | VPTForImageClassifica
 DEFAULT_CACHE_DIR = Path(HF_HOME) / "prompt_cam_features"
 
 
-class FeatureDataset(Dataset):
-    """Labelled images as the model knows them after its fixed first layers.
+class FeatureDataset(EpochDataset):
+    """Labelled images as the model knows them after its fixed first layers, one view of each in turn.
 
     Item `i` is `{"prefix_hidden_states": float32 of (tokens, hidden_size), "labels": int}`, of a linear probe float32
     of (features,). Nothing is held in memory but the labels.
     """
 
     def __init__(self, path: str | os.PathLike, labels: list[int]):
-        """Read the file written by `cache_features`, an array (views, images, ...)."""
+        """Read a file of `cache_features`.
+
+        Args:
+            path: The file, an array (views, images, ...).
+            labels: The class number of each image.
+        """
+        super().__init__()
         self.path = path
         self.labels = labels
-        # Shared with data loader workers that outlive an epoch.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._features: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -68,20 +72,27 @@ class FeatureDataset(Dataset):
         # A pickled memory map would carry the whole file.
         return {**self.__dict__, "_features": None}
 
-    def set_epoch(self, epoch: int) -> None:
-        """Use the view of `epoch` (from 0) from now on; they are taken in turn."""
-        self._epoch.fill_(epoch)
-
 
 class FeatureCollator:
     """Makes a batch, and adds to features what the pixels would have told: the grid of patches."""
 
     def __init__(self, patch_grid: tuple[int, int]):
-        """For images of `patch_grid`, (rows, columns)."""
+        """Add the same grid to every batch.
+
+        Args:
+            patch_grid: Rows and columns of patches of an image.
+        """
         self.patch_grid = patch_grid
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """Stack the items of a `FeatureDataset` or an `ImageDataset`."""
+        """Make a batch.
+
+        Args:
+            items: Of a `FeatureDataset` or an `ImageDataset`.
+
+        Returns:
+            The items' tensors, stacked, and with features `patch_grid`.
+        """
         batch = default_data_collator(items)
         if "prefix_hidden_states" in batch:
             batch["patch_grid"] = self.patch_grid
@@ -112,6 +123,9 @@ def cache_features(
         autocast_dtype: Mixed precision to compute in, as in training.
         batch_size: Images a step and process.
         num_workers: Processes that read images, for each process that computes.
+
+    Returns:
+        The features of all images.
 
     Raises:
         ValueError: a prompt enters the first layer, so that nothing is fixed.
@@ -186,12 +200,7 @@ def _check_disk(folder: Path, shape: tuple[int, ...]) -> None:
         )
 
 
-def _fingerprint(
-    model: PrefixModel,
-    dataset: ImageDataset,
-    num_views: int,
-    autocast_dtype: torch.dtype | None,
-) -> str:
+def _fingerprint(model: PrefixModel, dataset: ImageDataset, num_views: int, autocast_dtype: torch.dtype | None) -> str:
     """SHA-256, in hexadecimal, over all that the features depend on."""
     transform = dataset.transform
     augmentation = None

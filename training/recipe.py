@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which settings does a training run have, and where does each value come from: default, recipe file, command line?
+"""The settings of a training run: defaults, recipe files, the command line, and what they mean for Trainer.
 
 The defaults are the official DINO settings (Prompt-CAM, Chowdhury et al., CVPR 2025).
 """
@@ -43,11 +43,13 @@ class Recipe:
     )
     backbone: str = _key("Vision transformer to build on: a Hub id, or a folder in transformers' format.")
     backbone_revision: str | None = _key("Branch, tag or commit of the backbone on the Hub.", default=None)
-    class_prompt_layer: int = _key("Layer that class prompts enter: -1 the last (Deep), 0 the first.", default=-1)
-    num_agnostic_prompts: int | None = _key(
-        "Class-agnostic prompts in each layer before; empty: as many as classes.", default=None
+    class_prompt_layer: int = _key(
+        "Layer that class prompts enter, counted from 0: -1 the last (Deep), 0 the first (Shallow).", default=-1
     )
-    first_prompt_layer: int = _key("First layer that class-agnostic prompts enter.", default=0)
+    num_agnostic_prompts: int | None = _key(
+        "Class-agnostic prompts in each layer before class_prompt_layer; empty: as many as classes.", default=None
+    )
+    first_prompt_layer: int = _key("First layer that class-agnostic prompts enter, counted from 0.", default=0)
     prompt_dropout: float = _key("Dropout on the prompts, one mask a batch.", default=0.1)
     drop_path_rate: float = _key("Stochastic depth of the last layer, rising evenly from 0.", default=0.1)
 
@@ -120,9 +122,8 @@ class Recipe:
         self._check_combinations()
 
     def _check_ranges(self) -> None:
-        for name in ("train_batch_size", "num_train_epochs", "eval_every_epochs", "eval_batch_size"):
-            _require(getattr(self, name) >= 1, self, name, "at least 1")
-        for name in ("image_size", "cache_views"):
+        counts = ("train_batch_size", "num_train_epochs", "eval_every_epochs", "eval_batch_size")
+        for name in (*counts, "image_size", "cache_views"):
             _require(getattr(self, name) >= 1, self, name, "at least 1")
         for name in ("warmup_epochs", "weight_decay", "dataloader_num_workers", "seed"):
             _require(getattr(self, name) >= 0, self, name, "0 or more")
@@ -170,19 +171,30 @@ class Recipe:
                 raise ValueError(_unknown(f"trainer.{name}", [f"trainer.{key}" for key in known - set(ours)]))
 
     def to_yaml(self) -> str:
-        """The recipe as a YAML file that gives the same run again; how it was resumed is no part of it."""
+        """Write the recipe as text that gives the same run again; how the run was resumed is left out.
+
+        Returns:
+            The text of a YAML file.
+        """
         values = dataclasses.asdict(self)
         del values["resume_from_checkpoint"]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def load_recipe(path: str | os.PathLike, **overrides: Any) -> Recipe:
-    """Read a recipe file; `overrides` are keys that win over the file.
+    """Read a recipe file.
+
+    Args:
+        path: The file, in YAML.
+        **overrides: Keys that win over the file.
+
+    Returns:
+        The recipe.
 
     Raises:
         FileNotFoundError: there is no such file.
-        TypeError, ValueError: the file is no list of `key: value`, a key is unknown, twice there or missing, or
-            `Recipe` refuses a value.
+        TypeError, ValueError: the file has other lines than `key: value`, a key is unknown, there twice or missing,
+            or `Recipe` refuses a value.
     """
     settings = _read_yaml(path)
     if isinstance(settings.get("trainer"), dict):
@@ -208,9 +220,13 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
 
 
 def training_arguments(recipe: Recipe) -> TrainingArguments:
-    """What the recipe means for `Trainer`; this also joins the other processes, where there are several.
+    """Say what the recipe means for `Trainer`; this also joins the other processes, where there are several.
 
-    `warmup_steps` stays 0: only with the data is it known how many steps an epoch has.
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        The arguments. `warmup_steps` stays 0: only with the data is it known how many steps an epoch has.
 
     Raises:
         ValueError: the batch cannot be shared evenly by the processes.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How does a recipe become a trained Prompt-CAM, or a baseline on the same backbone?
+"""Training: from a recipe to a trained Prompt-CAM, or to a baseline on the same backbone.
 
     accelerate launch training/train.py RECIPE.yaml [--key value ...]
     accelerate launch -m prompt_cam_hf.training.train RECIPE.yaml [--key value ...]
@@ -7,7 +7,6 @@
 The best epoch is chosen on the validation part; the test split is looked at once, at the end.
 """
 
-import csv
 import json
 import os
 import sys
@@ -18,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
@@ -91,7 +90,15 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Run:
-    """A training run that is ready to start: recipe, data and model have been checked."""
+    """A training run that is ready to start: recipe, data and model have been checked.
+
+    Attributes:
+        recipe: The settings.
+        data: The images.
+        image_processor: That of evaluation.
+        trainer: With model and data.
+        checkpoint: Where to start, or None to start from nothing.
+    """
 
     recipe: Recipe
     data: ImageData
@@ -101,6 +108,9 @@ class Run:
 
     def train(self) -> TrainResult:
         """Train, evaluate, save and report.
+
+        Returns:
+            The finished run.
 
         Raises:
             FloatingPointError: the loss became infinite or not a number.
@@ -158,7 +168,9 @@ class Run:
         result.image_processor.save_pretrained(folder)
         self.trainer.save_state()
         for name, report in reports.items():
-            _write_confusion(folder / f"confusion_{name}.csv", report["confusion"], self.data.id2label)
+            names = [label for _, label in sorted(self.data.id2label.items())]
+            table = pd.DataFrame(report["confusion"], index=names, columns=names)
+            table.to_csv(folder / f"confusion_{name}.csv", index_label="true \\ predicted")
         facts = {
             "best_epoch": result.best_epoch,
             "best_epoch_chosen_on": None if self.data.validation is None else "validation",
@@ -178,18 +190,48 @@ class Run:
 
 
 def train(recipe: Recipe, data: ImageData | None = None) -> TrainResult:
-    """Train as the recipe says; `data` replaces what `recipe.data` names.
+    """Train as the recipe says.
+
+    Args:
+        recipe: The settings.
+        data: Images in place of what `recipe.data` names.
+
+    Returns:
+        The finished run, which is also saved in `recipe.output_dir`.
 
     Raises:
         FileExistsError: `output_dir` is not empty, and the recipe does not say to resume.
         ValueError, OSError: recipe, data and backbone do not fit together; one sentence says which and why.
         FloatingPointError: training diverged.
+
+    Example:
+        On a folder `photos` with one folder for each class, with the tiny backbone that comes with the package:
+
+        >>> from prompt_cam_hf import train
+        >>> from prompt_cam_hf.birds.backbone import BACKBONE
+        >>> from prompt_cam_hf.training.recipe import Recipe
+        >>> recipe = Recipe(data="photos", backbone=BACKBONE, image_size=96, output_dir="first_try",
+        ...                 num_train_epochs=2, warmup_epochs=0, dataloader_num_workers=0)
+        >>> result = train(recipe)
+        >>> sorted(result.metrics)
+        ['chance', 'validation']
     """
-    return prepare(recipe, data).train()
+    return prepare_run(recipe, data).train()
 
 
-def prepare(recipe: Recipe, data: ImageData | None = None) -> Run:
-    """All of `train` that can be refused, before the first step."""
+def prepare_run(recipe: Recipe, data: ImageData | None = None) -> Run:
+    """Do all of `train` that can be refused, before the first step.
+
+    Args:
+        recipe: The settings.
+        data: Images in place of what `recipe.data` names.
+
+    Returns:
+        The run, ready to start.
+
+    Raises:
+        FileExistsError, ValueError, OSError: as in `train`.
+    """
     arguments = training_arguments(recipe)
     checkpoint = on_main_process(partial(_find_checkpoint, recipe))
     if recipe.hub_model_id and arguments.should_save:
@@ -246,23 +288,45 @@ def _find_checkpoint(recipe: Recipe) -> Path | None:
     """
     folder, resume = Path(recipe.output_dir), recipe.resume_from_checkpoint
     checkpoint = None
-    if folder.exists() and any(folder.iterdir()):
-        if resume is False:
-            raise FileExistsError(
-                f"The output folder {folder} is not empty; choose another output_dir, or go on with the run that is "
-                "in it: --resume_from_checkpoint."
-            )
+    if holds_run(folder, resume):
         check_same_recipe(recipe, folder)
         checkpoint = next(reversed(complete_checkpoints(folder)), None)
     if isinstance(resume, str) and resume != "auto":
         checkpoint = next((path for path in complete_checkpoints(folder) if path.samefile(resume)), None)
         if checkpoint is None:
-            raise FileNotFoundError(f"{resume} is no complete checkpoint of the output folder {folder}.")
+            raise FileNotFoundError(f"{resume} is not a complete checkpoint of the output folder {folder}.")
     return checkpoint
+
+
+def holds_run(folder: Path, resume: bool | str) -> bool:
+    """Say whether there is a run to go on with.
+
+    Args:
+        folder: The output folder.
+        resume: The recipe's `resume_from_checkpoint`.
+
+    Returns:
+        Whether the folder holds anything.
+
+    Raises:
+        FileExistsError: it does, and the recipe does not say to resume.
+    """
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    if resume is False:
+        raise FileExistsError(
+            f"The output folder {folder} is not empty; choose another output_dir, or go on with the run that is in "
+            "it: --resume_from_checkpoint."
+        )
+    return True
 
 
 def check_same_recipe(recipe: Recipe, folder: Path) -> None:
     """Refuse to go on with a run in a folder with another recipe than it was started with.
+
+    Args:
+        recipe: The recipe now.
+        folder: The output folder of the run.
 
     Raises:
         FileNotFoundError: there is no run.
@@ -281,7 +345,17 @@ def check_same_recipe(recipe: Recipe, folder: Path) -> None:
 
 
 def load_data(recipe: Recipe) -> ImageData:
-    """The images that a recipe names; errors as in `load_image_data`."""
+    """Load the images that a recipe names.
+
+    Args:
+        recipe: The settings.
+
+    Returns:
+        The images.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `load_image_data`.
+    """
     return load_image_data(
         recipe.data,
         name=recipe.data_name,
@@ -340,17 +414,8 @@ def _report(trainer: PromptCAMTrainer, dataset: Dataset) -> dict[str, Any]:
     )
 
 
-def _write_confusion(path: Path, confusion: np.ndarray, id2label: dict[int, str]) -> None:
-    """Write counts (true classes, predicted classes) as CSV, with the class names in the first row and column."""
-    names = [id2label[index] for index in range(len(id2label))]
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["true \\ predicted", *names])
-        writer.writerows([name, *counts.tolist()] for name, counts in zip(names, confusion, strict=True))
-
-
 def _check_upload(recipe: Recipe) -> None:
-    """What the Hub would refuse is better refused now than after the last epoch."""
+    """Refuse now what the Hub would refuse after the last epoch."""
     repo_id = str(recipe.hub_model_id)
     check_repo_id(repo_id)
     check_license(ModelCardData(license=recipe.hub_license))
@@ -383,18 +448,32 @@ def _print_results(result: TrainResult, recipe: Recipe, data: ImageData) -> None
 
 
 def refuse(error: Exception) -> None:
-    """End the program with one sentence, which the first process alone prints."""
+    """End the program with one sentence, which the first process alone prints.
+
+    Args:
+        error: What was raised.
+
+    Raises:
+        SystemExit: always.
+    """
     sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command: `RECIPE.yaml [--key value ...]`."""
+    """Run the command `RECIPE.yaml [--key value ...]`.
+
+    Args:
+        arguments: The words of the command line; by default those of this process.
+
+    Raises:
+        SystemExit: recipe, data or backbone are refused.
+    """
     try:
         recipe = parse_recipe(sys.argv[1:] if arguments is None else arguments)
     except (OSError, TypeError, ValueError) as error:
         refuse(error)
     try:
-        run = prepare(recipe)
+        run = prepare_run(recipe)
     except (OSError, ValueError) as error:
         refuse(error)
     run.train()
@@ -407,9 +486,10 @@ __all__ = [
     "Run",
     "TrainResult",
     "check_same_recipe",
+    "holds_run",
     "load_data",
     "main",
-    "prepare",
+    "prepare_run",
     "refuse",
     "train",
 ]

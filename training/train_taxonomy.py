@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""How does a tree of classes become a model with one prompt set for each of its levels?
+"""Training on a tree of classes: from a recipe to a model with one prompt set for each level of the tree.
 
-    accelerate launch training/taxonomy.py RECIPE.yaml --taxonomy TREE.csv [--key value ...]
+    accelerate launch training/train_taxonomy.py RECIPE.yaml --taxonomy TREE.csv [--key value ...]
     accelerate launch -m prompt_cam_hf.training.train_taxonomy RECIPE.yaml --taxonomy TREE.csv [--key value ...]
 
 Each level is an ordinary run of `training/train.py` with the same images under other labels, in `OUTPUT_DIR/levels`;
@@ -35,7 +35,7 @@ from prompt_cam_hf.explanations.taxonomy_path import TAXONOMY_FILE
 from prompt_cam_hf.files import write_atomically
 from prompt_cam_hf.training.data import ImageDataset
 from prompt_cam_hf.training.recipe import Recipe, parse_recipe, training_arguments
-from prompt_cam_hf.training.train import RESULTS_FILE, check_same_recipe, load_data, refuse, train
+from prompt_cam_hf.training.train import RESULTS_FILE, check_same_recipe, holds_run, load_data, refuse, train
 from prompt_cam_hf.training.trainer import on_main_process
 
 LEVELS_FOLDER = "levels"
@@ -68,7 +68,10 @@ def train_taxonomy(recipe: Recipe, taxonomy: Taxonomy, data: ImageData | None = 
     Args:
         recipe: As for `train`; `output_dir` is the folder of all levels.
         taxonomy: The tree; its leaves are the classes of the data. A level with a single node is passed over.
-        data: In place of what `recipe.data` names.
+        data: Images in place of what `recipe.data` names.
+
+    Returns:
+        The model with all prompt sets, which is also saved in `recipe.output_dir`.
 
     Raises:
         FileExistsError: `output_dir` is not empty, and the recipe does not say to resume.
@@ -86,7 +89,8 @@ def train_taxonomy(recipe: Recipe, taxonomy: Taxonomy, data: ImageData | None = 
     on_main_process(partial(_write_taxonomy, folder, taxonomy))
     for level in levels:
         if level not in finished:
-            _say(f"{level}: {len(taxonomy.nodes(level))} classes")
+            if PartialState().is_main_process:
+                print(f"{level}: {len(taxonomy.nodes(level))} classes", flush=True)
             train(recipes[level], relabel(images, taxonomy, level))
     PartialState().wait_for_everyone()
     result = _put_together(folder, [Path(recipes[level].output_dir) for level in levels])
@@ -103,7 +107,16 @@ def train_taxonomy(recipe: Recipe, taxonomy: Taxonomy, data: ImageData | None = 
 
 
 def relabel(data: ImageData, taxonomy: Taxonomy, level: str) -> ImageData:
-    """The same images in the same splits, with the nodes of a level for classes, numbered in sorted order."""
+    """Give the images of a data set the nodes of a level for classes.
+
+    Args:
+        data: With the classes of the tree.
+        taxonomy: The tree.
+        level: One of its levels.
+
+    Returns:
+        The same images in the same splits; nodes are numbered in sorted order.
+    """
     if level == taxonomy.leaf_level:
         return data
     nodes = taxonomy.nodes(level)
@@ -129,9 +142,9 @@ def evaluate_paths(
     taxonomy: Taxonomy,
     batch_size: int = 32,
 ) -> dict[str, float]:
-    """Count the images whose whole path is right, and those whose predictions are a path of the tree at all.
+    """Count the images whose whole path is right, and those whose predictions form a path of the tree, right or not.
 
-    Where there are several processes, each of them looks at its share.
+    Where there are several processes, each of them evaluates its share.
 
     Args:
         model: With a prompt set for each level.
@@ -188,13 +201,8 @@ def _open_folder(folder: Path, taxonomy: Taxonomy, recipes: dict[str, Recipe], r
         FileNotFoundError: the folder holds something else.
         ValueError: the earlier run had another recipe or another tree.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    if not holds_run(folder, resume):
         return set()
-    if resume is False:
-        raise FileExistsError(
-            f"The output folder {folder} is not empty; choose another output_dir, or go on with the run that is in "
-            "it: --resume_from_checkpoint."
-        )
     if not (folder / TAXONOMY_FILE).is_file():
         raise FileNotFoundError(f"The output folder {folder} holds no taxonomy to go on with: no {TAXONOMY_FILE}.")
     _check_same_tree(read_taxonomy(folder / TAXONOMY_FILE), taxonomy, folder)
@@ -255,13 +263,15 @@ def _print_results(result: TaxonomyResult) -> None:
     print(f"Saved in {result.output_dir}")
 
 
-def _say(message: str) -> None:
-    if PartialState().is_main_process:
-        print(message, flush=True)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command: `RECIPE.yaml --taxonomy TREE.csv [--key value ...]`."""
+    """Run the command `RECIPE.yaml --taxonomy TREE.csv [--key value ...]`.
+
+    Args:
+        arguments: The words of the command line; by default those of this process.
+
+    Raises:
+        SystemExit: recipe, tree, data or backbone are refused.
+    """
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--taxonomy")
     given, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)

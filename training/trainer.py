@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What does training a Prompt-CAM need beyond transformers' Trainer?
+"""What training a Prompt-CAM needs beyond transformers' Trainer.
 
 Small checkpoints that are never half written, an order of images that no interruption and no number of processes
 changes, and a log that can be read.
@@ -42,7 +42,14 @@ _LOG_FILE_INTERVAL = 30.0
 
 
 def on_main_process(function: Callable[[], Any]) -> Any:
-    """Call in the main process, and give all processes what it returned; a failure there ends them all."""
+    """Call a function in the main process; a failure there ends all processes.
+
+    Args:
+        function: What to call.
+
+    Returns:
+        What it returned, in every process.
+    """
     return broadcast_object_list([function() if PartialState().is_main_process else None])[0]
 
 
@@ -54,14 +61,24 @@ class EpochSampler(Sampler[int]):
     """
 
     def __init__(self, num_samples: int, batch_size: int, seed: int):
-        """Draw from `num_samples` images, in batches of `batch_size` over all processes together."""
+        """Start with epoch 0.
+
+        Args:
+            num_samples: Images in the data set.
+            batch_size: Images in a batch, over all processes together.
+            seed: Draws the order.
+        """
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Use the order of `epoch` (from 0) from now on; Trainer calls this."""
+        """Use the order of another epoch from now on; Trainer calls this.
+
+        Args:
+            epoch: From 0.
+        """
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -80,14 +97,28 @@ class PromptCAMTrainer(Trainer):
     model: PreTrainedModel
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, *, eval_every_epochs: int = 1, **kwargs: Any):
-        """As `Trainer`, with a look at the validation data every `eval_every_epochs` epochs and after the last."""
+        """Make a Trainer with our callbacks.
+
+        Args:
+            model: As for `Trainer`.
+            args: As for `Trainer`.
+            eval_every_epochs: Epochs between two evaluations; the last epoch is always evaluated.
+            **kwargs: As for `Trainer`.
+        """
         super().__init__(model, args, **kwargs)
         self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
         for callback in (SetEpochCallback(), _EvaluateSomeEpochs(eval_every_epochs), _KeepCheckpoints(), _Report()):
             self.add_callback(callback)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All trained parameters: the official recipe decays the head's bias as well."""
+        """Name the parameters that decay: all that are trained, as in the official recipe, the head's bias included.
+
+        Args:
+            model: The model.
+
+        Returns:
+            Their names.
+        """
         return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
@@ -116,6 +147,10 @@ def _trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
 def load_trained_parameters(model: nn.Module, checkpoint: str | os.PathLike) -> None:
     """Set what is trained to a checkpoint's values; the frozen backbone stays.
 
+    Args:
+        model: The model to change.
+        checkpoint: Its folder.
+
     Raises:
         ValueError: the checkpoint is of a model with other prompts.
     """
@@ -130,12 +165,24 @@ def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def complete_checkpoints(folder: str | os.PathLike) -> list[Path]:
-    """The checkpoints in an output folder that were written to the end, oldest first."""
+    """List the checkpoints that were written to the end.
+
+    Args:
+        folder: The output folder.
+
+    Returns:
+        Their folders, oldest first.
+    """
     return [path for path in _checkpoints(folder) if (path / _COMPLETE).is_file()]
 
 
 def remove_checkpoints_after(checkpoint: Path | None, folder: str | os.PathLike) -> None:
-    """Remove what a resumed run will write again: unfinished checkpoints, and those after `checkpoint`."""
+    """Remove what a resumed run will write again: unfinished checkpoints, and those after where it starts.
+
+    Args:
+        checkpoint: Where the run starts; None to remove all.
+        folder: The output folder.
+    """
     complete = complete_checkpoints(folder)
     for path in _checkpoints(folder):
         if path not in complete or checkpoint is None or _step(path) > _step(checkpoint):
@@ -228,11 +275,7 @@ class _Report(ProgressCallback):
             self._write(args, state, "")
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_evaluate(args, state, control, **kwargs)
         top1 = kwargs["metrics"]["eval_top1"]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Drawn birds with known traits: a fine-grained data set on which a trait map can be right or wrong.
 
-Photos carry no ground truth about traits. Here every class is defined by one or two local traits, every part has a
-mask, and any bird can be drawn again with one trait changed, so that explanations can be checked.
+Real images carry no ground truth about traits. Here every class is defined by one or two local traits, every part has
+a mask, and any bird can be drawn again with one trait changed, so that explanations can be checked.
 """
 
 from .classes import (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What shape is a bird? Random poses and the outline of every part.
+"""The shape of a bird: random poses, and the outline of every part.
 
 Lengths are in units of the body's length, x runs forward and y down, the bird faces right. Body parts live in the
 body's frame, which is tilted; the head is held level, whatever the body does, as birds do.
@@ -197,9 +197,14 @@ def _legs(hip: np.ndarray, length: float) -> dict[str, np.ndarray]:
 
 
 def outlines(pose: Pose) -> dict[str, np.ndarray]:
-    """Every shape of the bird as an (n, 2) outline (lines of feathers: open), upright and facing right.
+    """Build every shape of the bird, upright and facing right.
 
-    The extra entry "foot" is the point (2,) between the feet, where the perch is.
+    Args:
+        pose: The build and posture.
+
+    Returns:
+        By name an (n, 2) outline, which is open for the lines of feathers; the extra entry "foot" is the point (2,)
+        between the feet, where the perch is.
     """
     h = pose.plump / 2
     body = {name: rotated(shape, pose.tilt) for name, shape in _body_frame(pose).items()}

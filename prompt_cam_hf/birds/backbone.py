@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where is the tiny backbone that comes with the package?
+"""The tiny backbone that comes with the package, and its checksum.
 
 A vision transformer of 1.3 million parameters, pre-trained on drawn birds of no class by
 `training/provenance/pretrain_birds.py`. Its model card, tiny_vit/README.md, says how.

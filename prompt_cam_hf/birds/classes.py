@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which birds are there? Parts, the values that a part can take, the classes made of them, and specs of single birds.
+"""Parts of birds, the values that a part can take, the classes made of them, and specs of single birds.
 
 A *value* is a short text: a colour ("red"), or a pattern on a ground colour ("spotted white"); None is the part's
 natural tint. A class is a set of one or two values at named parts. On the parts that do not define it a bird carries
@@ -50,7 +50,11 @@ PATTERNS = ("plain", "spotted", "barred")
 
 @dataclass(frozen=True)
 class BirdClass:
-    """A class: its traits as (part, value) pairs. A bird belongs to it when it carries all of them."""
+    """A class of birds.
+
+    Attributes:
+        traits: (part, value) pairs; a bird belongs to the class when it carries all of them.
+    """
 
     traits: tuple[tuple[str, str], ...]
 
@@ -96,8 +100,10 @@ BIRD_CLASSES = tuple(
 class BirdSpec:
     """All that is needed to draw one bird.
 
-    seed fixes pose, size, place, lighting, background and the natural tints; values maps every trait part to its
-    value, or to None for its natural tint; label is the index in BIRD_CLASSES, None for a bird of no class.
+    Attributes:
+        seed: Fixes pose, size, place, lighting, background and the natural tints.
+        values: From every trait part to its value, or to None for its natural tint.
+        label: The index in `BIRD_CLASSES`, or None for a bird of no class.
 
     Raises:
         ValueError: values lacks a part, or names a part or value that does not exist.
@@ -117,7 +123,13 @@ class BirdSpec:
 
 
 def split_value(value: str) -> tuple[str, str]:
-    """A value's (pattern, colour): "red" is ("plain", "red"), "spotted white" is ("spotted", "white").
+    """Split a value into its pattern and its colour.
+
+    Args:
+        value: Such as "red" or "spotted white".
+
+    Returns:
+        Such as ("plain", "red") or ("spotted", "white").
 
     Raises:
         ValueError: the text names no colour or pattern.
@@ -126,14 +138,20 @@ def split_value(value: str) -> tuple[str, str]:
     pattern = pattern or "plain"
     if colour not in COLOURS or pattern not in PATTERNS or value == f"plain {colour}":
         raise ValueError(
-            f"{value!r} is no value of a bird's part: write a colour ({', '.join(COLOURS)}), "
+            f"{value!r} is not a value of a bird's part: write a colour ({', '.join(COLOURS)}), "
             "or 'spotted' or 'barred' and a colour."
         )
     return pattern, colour
 
 
 def part_values(part: str) -> tuple[str, ...]:
-    """All values that a part can take, the natural tint left out.
+    """List all values that a part can take, the natural tint left out.
+
+    Args:
+        part: One of `TRAIT_PARTS`.
+
+    Returns:
+        The values, plain colours first.
 
     Raises:
         ValueError: the part carries no traits.
@@ -144,13 +162,33 @@ def part_values(part: str) -> tuple[str, ...]:
 
 
 def class_values(part: str) -> tuple[str, ...]:
-    """The values with which some class is defined at a part."""
+    """List the values with which some class is defined at a part.
+
+    Args:
+        part: One of `TRAIT_PARTS`.
+
+    Returns:
+        The values, each once.
+
+    Raises:
+        ValueError: the part carries no traits.
+    """
     _check_trait_part(part)
     return tuple(dict.fromkeys(value for bird in BIRD_CLASSES for p, value in bird.traits if p == part))
 
 
 def filler_values(part: str) -> tuple[str, ...]:
-    """The values for a part that does not define the class: colours and patterns that no class has at that part."""
+    """List the values for a part that does not define the class.
+
+    Args:
+        part: One of `TRAIT_PARTS`.
+
+    Returns:
+        The values whose colour and pattern no class has at that part.
+
+    Raises:
+        ValueError: the part carries no traits.
+    """
     used = [split_value(value) for value in class_values(part)]
     colours = {colour for _, colour in used}
     patterns = {pattern for pattern, _ in used} - {"plain"}
@@ -159,7 +197,14 @@ def filler_values(part: str) -> tuple[str, ...]:
 
 
 def matching_classes(values: Mapping[str, str | None]) -> tuple[int, ...]:
-    """Indices of the classes whose traits a bird with these values carries."""
+    """Find the classes whose traits a bird carries.
+
+    Args:
+        values: The bird's value at every trait part.
+
+    Returns:
+        Their indices in `BIRD_CLASSES`.
+    """
     return tuple(
         index for index, bird in enumerate(BIRD_CLASSES) if all(values[part] == value for part, value in bird.traits)
     )
@@ -168,8 +213,15 @@ def matching_classes(values: Mapping[str, str | None]) -> tuple[int, ...]:
 def sample_spec(rng: np.random.Generator, label: int) -> BirdSpec:
     """Draw a bird of a class: its traits, and on all other parts natural tints or values that no class has there.
 
+    Args:
+        rng: Where the numbers are from.
+        label: The index of the class in `BIRD_CLASSES`.
+
+    Returns:
+        The bird.
+
     Raises:
-        ValueError: label is not an index of BIRD_CLASSES.
+        ValueError: `label` is not an index of `BIRD_CLASSES`.
     """
     if not 0 <= label < len(BIRD_CLASSES):
         raise ValueError(f"label is {label}, but there are {len(BIRD_CLASSES)} classes: 0 to {len(BIRD_CLASSES) - 1}.")
@@ -187,6 +239,12 @@ def sample_other_spec(rng: np.random.Generator) -> BirdSpec:
 
     So no pre-training bird could be given a class label: a value that is a class by itself never appears at that part,
     and the two values of a class never appear together.
+
+    Args:
+        rng: Where the numbers are from.
+
+    Returns:
+        The bird, with no label.
     """
     while True:
         values: dict[str, str | None] = {}
@@ -197,10 +255,18 @@ def sample_other_spec(rng: np.random.Generator) -> BirdSpec:
 
 
 def counterfactual(spec: BirdSpec, part: str, value: str | None = None) -> BirdSpec:
-    """The same bird in the same image with one trait changed, or taken away (value None: the natural tint).
+    """Change one trait of a bird, or take it away.
 
-    Drawn at the same size, the two images differ in pixels of that part's mask only. The label is that of the class
-    that the changed bird belongs to, None where it carries the traits of no class, or of several.
+    Drawn at the same size, the two images differ in pixels of that part's mask only.
+
+    Args:
+        spec: The bird.
+        part: One of `TRAIT_PARTS`.
+        value: What the part gets; None gives it its natural tint.
+
+    Returns:
+        The changed bird. Its label is that of the class that it belongs to now, None where it carries the traits of
+        no class, or of several.
 
     Raises:
         ValueError: the part carries no traits, or cannot take the value.
@@ -216,7 +282,7 @@ _WING_BAR_FIRST = ("wing-bar", *(part for part in TRAIT_PARTS if part != "wing-b
 
 
 def _hidden_colour(part: str, values: Mapping[str, str | None], traits: Mapping[str, str]) -> str | None:
-    """The colour that a part must not take lest a wing-bar be lost on its wing; None where there is no such colour."""
+    """The colour that would hide a wing-bar on its wing, which the part must not take; None where there is none."""
     other = {"wing": values.get("wing-bar"), "wing-bar": traits.get("wing")}.get(part)
     return split_value(other)[1] if other else None
 
@@ -249,7 +315,7 @@ def _check_value(part: str, value: str | None) -> None:
 
 def _check_trait_part(part: str) -> None:
     if part not in TRAIT_PARTS:
-        raise ValueError(f"{part!r} is no part with traits; those are: {', '.join(TRAIT_PARTS)}.")
+        raise ValueError(f"{part!r} is not a part with traits; those are: {', '.join(TRAIT_PARTS)}.")
 
 
 __all__ = [

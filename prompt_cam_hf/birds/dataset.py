@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How do birds become a `datasets.Dataset`? Numbered specs, drawn in several processes, kept in the datasets cache."""
+"""Birds as a `datasets.Dataset`: numbered specs, drawn in several processes, kept in the datasets cache."""
 
 import io
 import os
@@ -20,7 +20,15 @@ _STREAMS = {"train": 0, "validation": 1, "test": 2, "other": 3}
 
 
 def bird_spec(split: str, index: int, seed: int = 0) -> BirdSpec:
-    """The spec of one row of `birds_dataset`; classes take turns.
+    """Give the spec of one row of `birds_dataset`; classes take turns.
+
+    Args:
+        split: "train", "validation" or "test".
+        index: The row, from 0.
+        seed: Of the data set.
+
+    Returns:
+        The bird.
 
     Raises:
         ValueError: there is no such split.
@@ -29,7 +37,15 @@ def bird_spec(split: str, index: int, seed: int = 0) -> BirdSpec:
 
 
 def other_bird_spec(index: int, seed: int = 0) -> BirdSpec:
-    """The spec of one row of `other_birds_dataset`."""
+    """Give the spec of one row of `other_birds_dataset`.
+
+    Args:
+        index: The row, from 0.
+        seed: Of the data set.
+
+    Returns:
+        The bird.
+    """
     return sample_other_spec(_stream("other", index, seed))
 
 
@@ -40,7 +56,14 @@ def _stream(split: str, index: int, seed: int) -> np.random.Generator:
 
 
 def row_spec(row: Mapping[str, Any]) -> BirdSpec:
-    """The spec of a data set's row, to draw it again, or a counterfactual of it, at any size."""
+    """Give the spec of a data set's row, to draw it again, or a counterfactual of it, at any size.
+
+    Args:
+        row: Of `birds_dataset` or `other_birds_dataset`.
+
+    Returns:
+        The bird.
+    """
     return BirdSpec(row["seed"], {part: row["values"][part] for part in TRAIT_PARTS}, row.get("label"))
 
 
@@ -102,15 +125,25 @@ def birds_dataset(
     num_proc: int | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> datasets.Dataset:
-    """Labelled birds: per_class images of each of BIRD_CLASSES, the same on every machine.
+    """Draw labelled birds of all of `BIRD_CLASSES`, the same on every machine.
 
-    Columns: `image` (RGB, size x size), `label`, `masks` (for `unpack_masks`), `discriminative_mask` (the pixels of
-    the parts that define the class), `seed` and `values` (for `row_spec`). Splits share no image; a larger per_class
-    begins with the same images. Drawn once in num_proc processes (None: one for each processor), then read from the
-    datasets cache, or from cache_dir.
+    They are drawn once, and read from a cache after that. Splits share no image; a larger `per_class` begins with the
+    same images.
+
+    Args:
+        split: "train", "validation" or "test".
+        per_class: Images of each class, 1 or more.
+        size: Side of the images in pixels, 32 or more.
+        seed: Another seed gives other birds.
+        num_proc: Processes that draw; None for one on each processor.
+        cache_dir: Where the birds are kept; None for the cache of the datasets library.
+
+    Returns:
+        The columns `image` (RGB, size x size), `label`, `masks` (for `unpack_masks`), `discriminative_mask` (the
+        pixels of the parts that define the class), `seed` and `values` (for `row_spec`).
 
     Raises:
-        ValueError: no such split, no image asked for, or a size below 32.
+        ValueError: there is no such split, no image is asked for, or the size is below 32.
     """
     if split not in ("train", "validation", "test"):
         raise ValueError(f"There is no split {split!r}; choose train, validation or test.")
@@ -124,12 +157,20 @@ def other_birds_dataset(
     num_proc: int | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> datasets.Dataset:
-    """Birds for pre-training: any value at every part, none of them of any class (see `sample_other_spec`).
+    """Draw birds for pre-training: any value at every part, none of them of any class (see `sample_other_spec`).
 
-    Columns as in `birds_dataset`, without `label` and `discriminative_mask`.
+    Args:
+        count: Images, 1 or more.
+        size: Side of the images in pixels, 32 or more.
+        seed: As in `birds_dataset`.
+        num_proc: As in `birds_dataset`.
+        cache_dir: As in `birds_dataset`.
+
+    Returns:
+        The columns of `birds_dataset` without `label` and `discriminative_mask`.
 
     Raises:
-        ValueError: no image asked for, or a size below 32.
+        ValueError: no image is asked for, or the size is below 32.
     """
     return _generate("other", count, size, seed, num_proc, cache_dir)
 

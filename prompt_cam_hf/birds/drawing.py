@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How is a bird drawn? From a spec to an image and the mask of every part."""
+"""Drawing a bird: from a spec to an image and the mask of every part."""
 
 import math
 from dataclasses import dataclass
@@ -232,13 +232,23 @@ def _perch(painter: _Painter) -> Patch | None:
 
 
 def unpack_masks(mask_image: np.ndarray | Image.Image) -> dict[str, np.ndarray]:
-    """The mask of each of PARTS (rows, cols; bool) from a mask image of `draw_bits`, or a row's `masks`."""
+    """Unpack a mask image.
+
+    Args:
+        mask_image: (rows, cols), the second result of `draw_bits`, or a row's `masks`.
+
+    Returns:
+        The mask of each of `PARTS`, boolean, (rows, cols).
+    """
     bits = np.asarray(mask_image, dtype=np.uint16)
     return {part: (bits >> index & 1).astype(bool) for index, part in enumerate(PARTS)}
 
 
 def check_size(size: int) -> None:
     """Refuse images too small to show every part.
+
+    Args:
+        size: Side of the image in pixels.
 
     Raises:
         ValueError: size is below 32.
@@ -248,10 +258,16 @@ def check_size(size: int) -> None:
 
 
 def draw_bits(spec: BirdSpec, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a bird as arrays: the image (size, size, 3; uint8, RGB) and the mask image (size, size; uint16).
+    """Draw a bird in its surroundings, as arrays.
 
-    Bit k of the mask image says that part k of PARTS is seen in the pixel: repainting the part changes it. Parts side
-    by side share the pixels of their border.
+    Args:
+        spec: The bird.
+        size: Side of the image in pixels, 32 or more.
+
+    Returns:
+        The image (size, size, 3; uint8, RGB) and the mask image (size, size; uint16). Bit k of the mask image says
+        that part k of `PARTS` is seen in the pixel: repainting the part changes it. Parts side by side share the
+        pixels of their border.
 
     Raises:
         ValueError: size is below 32.
@@ -279,7 +295,12 @@ def draw_bits(spec: BirdSpec, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
 def draw_bird(spec: BirdSpec, size: int = 96) -> tuple[Image.Image, dict[str, np.ndarray]]:
     """Draw a bird in its surroundings.
 
-    Returns the RGB image, and for each of PARTS the pixels (size, size; bool) that show it.
+    Args:
+        spec: The bird.
+        size: Side of the image in pixels, 32 or more.
+
+    Returns:
+        The RGB image, and for each of `PARTS` the pixels that show it, boolean, (size, size).
 
     Raises:
         ValueError: size is below 32.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Is a Prompt-CAM right about drawn birds, and for the right reason? Numbers, each beside what chance would reach.
+"""Measurements of a Prompt-CAM on drawn birds: is it right, and for the right reason, each beside what chance reaches.
 
-For photos this cannot be told. A drawn bird has a mask of every part, and can be drawn again without its trait.
+Real images cannot tell. A drawn bird has a mask of every part, and can be drawn again without its trait.
 """
 
 from collections.abc import Iterable, Iterator
@@ -78,7 +78,15 @@ class BirdReading:
 def read_birds(
     model: PromptCAMForImageClassification, image_processor: BaseImageProcessor, birds: datasets.Dataset
 ) -> BirdReading:
-    """Classify birds of `birds_dataset`, rank the heads, and keep every class's trait maps beside the true places.
+    """Classify birds, rank the heads, and keep every class's trait maps beside the true places.
+
+    Args:
+        model: Trained on `BIRD_CLASSES`.
+        image_processor: Its image processor.
+        birds: Of `birds_dataset`.
+
+    Returns:
+        What the model makes of them.
 
     Raises:
         ValueError: the model was trained on other classes.
@@ -105,7 +113,10 @@ def read_birds(
 
 
 def measure_localisation(reading: BirdReading) -> dict[str, dict[str, float]]:
-    """How well the first-ranked heads' maps hit the traits, on the birds that were classified correctly.
+    """Measure how well the first-ranked heads' maps hit the traits, on the birds that were classified correctly.
+
+    Args:
+        reading: Of `read_birds`.
 
     Returns:
         By metric, the mean of: `first_head`, asked by the true class; `other_classes`, the same heads asked by all
@@ -147,7 +158,7 @@ def measure_removal(
     reading: BirdReading,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """What becomes of correct predictions when a place, or a trait, is taken out of the image.
+    """Measure what becomes of correct predictions when a place, or a trait, is taken out of the image.
 
     Args:
         model: The model that gave the reading.
@@ -199,7 +210,15 @@ def _correct_rows(reading: BirdReading) -> np.ndarray:
 
 
 def without_values(spec: BirdSpec, parts: Iterable[str]) -> BirdSpec:
-    """The same bird in the same image, with the natural tint at some parts."""
+    """Give some parts of a bird their natural tint.
+
+    Args:
+        spec: The bird.
+        parts: Which of `TRAIT_PARTS`.
+
+    Returns:
+        The same bird in the same image, without the values of these parts.
+    """
     return reduce(counterfactual, parts, spec)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How do trait maps look beside the truth? Drawn birds with their traits outlined, the clear cases and the failures.
+"""Figures of trait maps beside the truth: drawn birds with their traits outlined, clear cases and failures.
 
 Which birds are shown is fixed by a rule that is written over each function, not chosen by eye.
 """
@@ -32,7 +32,7 @@ _EVERY_NTH_CLASS = 4
 
 
 class _Panel(NamedTuple):
-    """An image, or a map on it, with the true traits' pixels (height, width; bool) outlined."""
+    """An image, or a map on it, with the true traits' pixels (height, width; boolean) outlined."""
 
     title: str
     image: Image.Image
@@ -41,22 +41,33 @@ class _Panel(NamedTuple):
 
 
 def plot_trait_hits(birds: datasets.Dataset, reading: BirdReading) -> Figure:
-    """Where the first three heads look, and where the first one looks for another class.
+    """Draw where the first three heads look, and where the first one looks for another class.
 
     Shown is the first correctly classified bird of every fourth class. The other class is the best-scoring one that
     shares no part with the true one.
+
+    Args:
+        birds: Of `birds_dataset`.
+        reading: Of `read_birds`, of the same birds.
+
+    Returns:
+        The figure, a row for each bird.
     """
-    correct = reading.predictions == reading.labels
-    labels = range(0, len(BIRD_CLASSES), _EVERY_NTH_CLASS)
-    rows = [np.flatnonzero(correct & (reading.labels == label)) for label in labels]
-    return _plot([_hit_row(birds, reading, int(found[0])) for found in rows if len(found)])
+    return _plot([_hit_row(birds, reading, row) for row in _clear_cases(reading)])
 
 
 def plot_failures(birds: datasets.Dataset, reading: BirdReading, count: int = 3) -> Figure | None:
-    """What goes wrong: misread birds, and correctly read ones whose first head looks beside the trait.
+    """Draw what goes wrong: misread birds, and correctly read ones whose first head misses the trait.
 
-    Shown are the first `count` of each kind. A misread bird has the two first heads of the predicted class, and the
-    same two asked by the true class. None where nothing went wrong.
+    A misread bird has the two first heads of the predicted class, and the same two asked by the true class.
+
+    Args:
+        birds: Of `birds_dataset`.
+        reading: Of `read_birds`, of the same birds.
+        count: How many of each kind are shown, the first ones.
+
+    Returns:
+        The figure, a row for each bird, or None where nothing went wrong.
     """
     misread = np.flatnonzero(reading.predictions != reading.labels)[:count].tolist()
     beside = np.flatnonzero((reading.predictions == reading.labels) & (reading.hits == 0))[:count].tolist()
@@ -64,10 +75,7 @@ def plot_failures(birds: datasets.Dataset, reading: BirdReading, count: int = 3)
         return None
     return _plot(
         [_misread_row(birds, reading, row) for row in misread]
-        + [
-            _hit_row(birds, reading, row, "read correctly, but the first head looks beside the trait")
-            for row in beside
-        ]
+        + [_hit_row(birds, reading, row, "read correctly, but the first head misses the trait") for row in beside]
     )
 
 
@@ -78,18 +86,22 @@ def plot_counterfactuals(
     birds: datasets.Dataset,
     reading: BirdReading,
 ) -> Figure:
-    """The same birds with and without the traits of their class: scores, and the map of the same head.
+    """Draw the same birds with and without the traits of their class: scores, and the map of the same head.
 
     Shown are the birds of `plot_trait_hits`, drawn at the size that the model was trained on.
+
+    Args:
+        model: The model that gave the reading.
+        image_processor: Its image processor.
+        birds: Of `birds_dataset`.
+        reading: Of `read_birds`, of the same birds.
+
+    Returns:
+        The figure, a row for each bird.
     """
-    correct = reading.predictions == reading.labels
     rows = []
-    for label in range(0, len(BIRD_CLASSES), _EVERY_NTH_CLASS):
-        found = np.flatnonzero(correct & (reading.labels == label))
-        if not len(found):
-            continue
-        row = int(found[0])
-        bird, head = birds[row], int(reading.head_order[row, 0])
+    for row in _clear_cases(reading):
+        bird, label, head = birds[row], int(reading.labels[row]), int(reading.head_order[row, 0])
         specs = (row_spec(bird), without_values(row_spec(bird), BIRD_CLASSES[label].parts))
         images = [draw_bird(spec, bird["image"].width)[0] for spec in specs]
         pixel_values = image_processor(images, return_tensors="pt")["pixel_values"].to(model.device)
@@ -106,6 +118,14 @@ def plot_counterfactuals(
             ]
         rows.append((BIRD_CLASSES[label].name, panels))
     return _plot(rows)
+
+
+def _clear_cases(reading: BirdReading) -> list[int]:
+    """The first correctly classified bird of every fourth class, where there is one."""
+    correct = reading.predictions == reading.labels
+    labels = range(0, len(BIRD_CLASSES), _EVERY_NTH_CLASS)
+    found = [np.flatnonzero(correct & (reading.labels == label))[:1].tolist() for label in labels]
+    return [row for rows in found for row in rows]
 
 
 def _hit_row(birds: datasets.Dataset, reading: BirdReading, row: int, remark: str = "") -> tuple[str, list[_Panel]]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""How do outlines become pixels, and which pixels show which part?
+"""An anti-aliasing polygon filler and compositor in numpy, which also tells which pixels show which part.
 
-A small anti-aliasing polygon filler and compositor in numpy. Images must be the same on every machine and with
+Images must be the same on every machine and with
 every version of an imaging library, so only additions, multiplications, divisions and square roots touch pixels (no
 BLAS, no transcendental functions), and vertices are rounded to 1/64 pixel before anything depends on them.
 """
@@ -93,10 +93,17 @@ def stroke(points: np.ndarray, start: float, end: float | None = None) -> np.nda
 
 
 def fill(points: np.ndarray, size: int) -> Patch | None:
-    """Fill a closed outline of (n, 2) vertices (x, y) in pixels; None where nothing of it lies in the image.
+    """Fill a closed outline.
 
     Edges are steeper than area coverage: below 5/16 of a pixel counts as nothing and above 11/16 as all of it, so
     a mask of all pixels that a part touches is hardly wider than the part.
+
+    Args:
+        points: (n, 2), x and y of the vertices, in pixels.
+        size: Side of the image in pixels.
+
+    Returns:
+        The patch, or None where nothing of it lies in the image.
     """
     points = np.floor(points * 64 + 0.5) / 64
     low = np.maximum(np.floor(points.min(axis=0)), 0).astype(int)
@@ -165,9 +172,14 @@ def _shifted(patch: Patch | None, frame: Patch) -> np.ndarray:
 
 
 def composite(layers: list[Layer], ground: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lay layers, hindmost first, on a ground (3, rows, cols).
+    """Lay layers on a ground.
 
-    Returns the image (3, rows, cols), and for every pixel (rows, cols; uint16) the bits of the parts seen in it.
+    Args:
+        layers: The hindmost first.
+        ground: (3, rows, cols), 0 to 255.
+
+    Returns:
+        The image (3, rows, cols), and for every pixel (rows, cols; uint16) the bits of the parts seen in it.
     """
     image = np.zeros_like(ground)
     parts = np.zeros(ground.shape[1:], dtype=np.uint16)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What surrounds a bird? A painted wash, and clutter in the colours of the traits, so that colour alone tells nothing.
+"""The surroundings of a bird: a painted wash, and clutter in the colours of the traits, so that colour tells nothing.
 
 Shapes are outlines in units of the image's side, (0, 0) top left.
 """
@@ -49,8 +49,13 @@ class Shape:
 class Scenery:
     """Everything but the bird.
 
-    The wash: its corners (2, 2, 3) and mottling (n, n). Clutter behind and in front of the bird. The perch: slope,
-    width and bend, and the colour of its bark.
+    Attributes:
+        corners: (2, 2, 3), the colours of the wash in the corners.
+        mottle: (n, n), what is added to the wash.
+        behind: Clutter behind the bird.
+        front: Clutter in front of the bird.
+        perch: Its slope, width and bend.
+        bark: (3,), the colour of the perch.
     """
 
     corners: np.ndarray

@@ -16,7 +16,7 @@ from prompt_cam_hf.birds import birds_dataset
 from prompt_cam_hf.cli.atlas import SplitName
 from prompt_cam_hf.cli.common import DeviceOption, OverwriteOption, one_sentence_errors
 from prompt_cam_hf.cli.explain import OutOption
-from prompt_cam_hf.data.ground_truth import bird_mask, box_mask, point_mask, read_cub, segmentation_mask
+from prompt_cam_hf.data.ground_truth import bird_mask, bounding_box_mask, point_mask, read_cub, segmentation_mask
 from prompt_cam_hf.evaluation import Evaluation
 from prompt_cam_hf.evaluation import evaluate as run_evaluation
 from prompt_cam_hf.evaluation.build import GroundTruth
@@ -144,7 +144,7 @@ def _cub_truth(folder: Path, kind: CubMask) -> GroundTruth:
             return None
         if kind is CubMask.segmentation:
             return segmentation_mask(annotation)
-        mask = box_mask if kind is CubMask.box else point_mask
+        mask = bounding_box_mask if kind is CubMask.box else point_mask
         return mask(annotation, (image.height, image.width))
 
     return GroundTruth(f"CUB's {_CUB_WORDS[kind]}", truth)

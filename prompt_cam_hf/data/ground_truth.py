@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where are the parts of the animal, really? Readers of CUB's annotations and of the drawn birds' masks.
+"""Ground truth about the parts of an animal: readers of CUB's annotations and of the drawn birds' masks.
 
 Everything becomes boolean masks (height, width) of the original image, which `mask_as_seen` sends the way that the
 image goes into the model; `prompt_cam_hf.metrics.localization` takes them from there.
@@ -46,12 +46,13 @@ class CubAnnotation:
 def read_cub(folder: str | os.PathLike) -> dict[str, CubAnnotation]:
     """Read the annotations of CUB-200-2011 (Wah et al., 2011).
 
-    The folder is the unpacked CUB_200_2011, with `images.txt`, `bounding_boxes.txt`, `parts/parts.txt` and
-    `parts/part_locs.txt`. Segmentations are a download of their own: they are found in `segmentations/`, in the folder
-    or beside it.
+    Args:
+        folder: The unpacked CUB_200_2011, with `images.txt`, `bounding_boxes.txt`, `parts/parts.txt` and
+            `parts/part_locs.txt`. Segmentations are a separate download: they are found in `segmentations/`, in the
+            folder or beside it.
 
     Returns:
-        One annotation an image, by file name without folders, which is unique in CUB: images that were moved to
+        One annotation for each image, by file name without folders, which is unique in CUB: images that were moved to
         other folders find their annotation.
 
     Raises:
@@ -85,9 +86,8 @@ def read_cub(folder: str | os.PathLike) -> dict[str, CubAnnotation]:
 
 
 def _read_table(path: Path, columns: dict[str, type]) -> pd.DataFrame:
-    """A file of numbered lines, words parted by spaces."""
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}; the folder must be CUB_200_2011 as it was unpacked.")
+    """Read a file of numbered lines whose words are separated by spaces."""
+    _check_file(path)
     names = ["number", *columns]
     try:
         table = pd.read_csv(path, sep=" ", header=None, index_col=False, dtype=str, keep_default_na=False)
@@ -101,9 +101,8 @@ def _read_table(path: Path, columns: dict[str, type]) -> pd.DataFrame:
 
 
 def _read_part_names(path: Path) -> dict[int, str]:
-    """Part names by number; they have spaces in them, "left wing"."""
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}; the folder must be CUB_200_2011 as it was unpacked.")
+    """Read part names by number; they have spaces in them, such as "left wing"."""
+    _check_file(path)
     lines = (line.split(maxsplit=1) for line in path.read_text().splitlines() if line.strip())
     try:
         return {int(number): name.strip() for number, name in lines}
@@ -111,8 +110,19 @@ def _read_part_names(path: Path) -> dict[int, str]:
         raise ValueError(f"{path} is not in CUB's form, number and name on each line: {error}.") from error
 
 
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}; the folder must be CUB_200_2011 as it was unpacked.")
+
+
 def segmentation_mask(annotation: CubAnnotation) -> np.ndarray:
-    """The pixels that at least three of five people marked as the bird, boolean, (height, width).
+    """Read the pixels that at least three of five people marked as the bird.
+
+    Args:
+        annotation: Of the image.
+
+    Returns:
+        Boolean, (height, width).
 
     Raises:
         FileNotFoundError: the segmentations were not unpacked.
@@ -126,10 +136,15 @@ def segmentation_mask(annotation: CubAnnotation) -> np.ndarray:
     return np.asarray(open_image(annotation.segmentation).convert("L")) >= _MAJORITY
 
 
-def box_mask(annotation: CubAnnotation, size: tuple[int, int]) -> np.ndarray:
-    """The pixels in the bird's box, boolean; `size` is the image's height and width.
+def bounding_box_mask(annotation: CubAnnotation, size: tuple[int, int]) -> np.ndarray:
+    """Mark the pixels whose centre lies in the bird's box.
 
-    A pixel belongs to the box if its centre does.
+    Args:
+        annotation: Of the image.
+        size: Height and width of the image.
+
+    Returns:
+        Boolean, (height, width).
     """
     left, top, right, bottom = annotation.box
     y, x = _pixel_centres(size)
@@ -142,7 +157,7 @@ def point_mask(
     parts: Iterable[str] | None = None,
     radius: float | None = None,
 ) -> np.ndarray:
-    """Discs around the points of parts, boolean; nothing where none of them is visible.
+    """Mark discs around the points of parts.
 
     Args:
         annotation: Of the image.
@@ -150,6 +165,9 @@ def point_mask(
         parts: Which parts; all that are visible by default.
         radius: In pixels of the image. By default `POINT_RADIUS` of the side of a square as large as the box, so
             that a bird has the same share of itself marked in a small and in a large image.
+
+    Returns:
+        Boolean, (height, width); nothing is marked where none of the parts is visible.
     """
     left, top, right, bottom = annotation.box
     if radius is None:
@@ -169,11 +187,14 @@ def _pixel_centres(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bird_mask(row: Mapping[str, Any], parts: Iterable[str] | None = None) -> np.ndarray:
-    """The pixels that show parts of a drawn bird, boolean, (height, width).
+    """Mark the pixels that show parts of a drawn bird.
 
     Args:
         row: Of `prompt_cam_hf.birds.birds_dataset`.
         parts: Which of `prompt_cam_hf.birds.PARTS`; by default those that define the bird's class.
+
+    Returns:
+        Boolean, (height, width).
 
     Raises:
         ValueError: there is no such part, or the bird is of no class and no parts are given.
@@ -190,7 +211,7 @@ def bird_mask(row: Mapping[str, Any], parts: Iterable[str] | None = None) -> np.
 
 
 def mask_as_seen(mask: np.ndarray, image_processor: BaseImageProcessor) -> np.ndarray:
-    """Send a mask through an image processor: resized and cropped as the image is, boolean, (height, width).
+    """Send a mask through an image processor, so that it is resized and cropped as the image is.
 
     A pixel is on the mask if at least half of what it shows is. What a processor crops away is lost, as it is to the
     model; and the maps of any processor lie on the whole of what comes out.
@@ -198,6 +219,9 @@ def mask_as_seen(mask: np.ndarray, image_processor: BaseImageProcessor) -> np.nd
     Args:
         mask: (height, width), boolean, of the original image.
         image_processor: The model's.
+
+    Returns:
+        Boolean, with the height and width that the processor gives images.
     """
     image = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)).convert("RGB")
     inputs = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
@@ -208,7 +232,7 @@ __all__ = [
     "POINT_RADIUS",
     "CubAnnotation",
     "bird_mask",
-    "box_mask",
+    "bounding_box_mask",
     "mask_as_seen",
     "point_mask",
     "read_cub",

@@ -23,7 +23,14 @@ class UnreadableImageError(ValueError):
 
 
 def image_name(source: ImageSource) -> str:
-    """Give the path of an image, for a message; empty where it has none."""
+    """Give the path of an image, for a message.
+
+    Args:
+        source: What `open_image` opens.
+
+    Returns:
+        The path; empty where there is none.
+    """
     if isinstance(source, Mapping):
         source = source.get("path") or b""
     if isinstance(source, Image.Image):
@@ -67,15 +74,22 @@ def _reason(error: Exception) -> str:
 
 
 def open_image(source: ImageSource) -> Image.Image:
-    """Open an image, decode it fully and return it upright, as 8-bit RGB.
+    """Open an image and decode it fully.
 
-    `source` is a path, the bytes of an encoded file, a PIL image, or a value of `datasets.Image(decode=False)`: a
-    mapping with `path` and `bytes`. The EXIF orientation is applied. The result equals transformers' own `load_image`,
-    which pipelines use, so that a model sees in use what it saw in training: an alpha channel is dropped, not blended
-    with a background. Only 16-bit images differ: they are scaled to 8 bits, where `load_image` clips them.
+    The result equals that of transformers' own `load_image`, which pipelines use, so that a model sees in use what it
+    saw in training: an alpha channel is dropped, not blended with a background. Only 16-bit images differ: they are
+    scaled to 8 bits, where `load_image` clips them.
 
-    Raises `FileNotFoundError` for a path that does not exist and `UnreadableImageError` for an image that is broken,
-    truncated, or has 32-bit pixels.
+    Args:
+        source: A path, the bytes of an encoded file, a PIL image, or a value of `datasets.Image(decode=False)`: a
+            mapping with `path` and `bytes`.
+
+    Returns:
+        The image as 8-bit RGB, turned upright by its EXIF orientation.
+
+    Raises:
+        FileNotFoundError: the path does not exist.
+        UnreadableImageError: the image is broken or truncated, or has 32-bit pixels.
     """
     try:
         with _open_lazily(source) as image:
@@ -88,16 +102,45 @@ def open_image(source: ImageSource) -> Image.Image:
 
 
 def image_suffixes() -> set[str]:
-    """List the file endings, in lower case with the dot, of all formats that Pillow can open."""
+    """List the formats that Pillow can open.
+
+    Returns:
+        Their file endings, in lower case and with the dot.
+    """
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
+def visible_files(folder: Path) -> list[Path]:
+    """List the files in a folder at any depth, following links to folders.
+
+    Hidden files and folders (`.name`) are passed over, and so are folders like `__MACOSX`.
+
+    Args:
+        folder: Where to look.
+
+    Returns:
+        The files, sorted.
+    """
+    found: list[Path] = []
+    for parent, subfolders, files in os.walk(folder, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__"))]
+        found += [Path(parent, name) for name in files if not name.startswith(".")]
+    return sorted(found)
+
+
 def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
-    """List the images among files and, at any depth, in folders, each folder's in sorted order.
+    """List the images among files and in folders.
 
-    Files are taken as they are given; in folders, hidden files and files that are no images are passed over.
+    Args:
+        paths: Files, which are taken as they are, and folders, in which `visible_files` with the ending of an image
+            are taken.
 
-    Raises `FileNotFoundError` for a path that does not exist, and `ValueError` for a folder without images.
+    Returns:
+        The files in the order of `paths`, those of a folder sorted.
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: a folder has no images.
     """
     suffixes = image_suffixes()
     found: list[Path] = []
@@ -107,8 +150,7 @@ def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
         if not path.is_dir():
             found.append(path)
             continue
-        inside = (file for file in path.rglob("*") if not any(p.startswith(".") for p in file.relative_to(path).parts))
-        images = sorted(file for file in inside if file.is_file() and file.suffix.lower() in suffixes)
+        images = [file for file in visible_files(path) if file.suffix.lower() in suffixes and file.is_file()]
         if not images:
             raise ValueError(f"The folder {path} holds no images.")
         found += images
@@ -116,9 +158,15 @@ def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
 
 
 def unreadable_reason(source: ImageSource) -> str | None:
-    """Say why `open_image` would refuse an image, or None where it would not.
+    """Say why `open_image` would refuse an image.
 
     Faster than `open_image`: a JPEG is decoded at an eighth of its size, for which its file is still read to the end.
+
+    Args:
+        source: As for `open_image`.
+
+    Returns:
+        The reason in words, or None where the image can be read.
     """
     try:
         with _open_lazily(source) as image:
@@ -136,11 +184,18 @@ def build_image_processor(
 ) -> BaseImageProcessor:
     """Build the image processor of the official preprocessing, for every backbone.
 
-    An image is squashed (bilinear, no crop) to `image_size`, one side or (rows, cols) in pixels, scaled to 0..1 and
-    normalised with the mean and standard deviation of each channel (red, green, blue). It runs on torchvision where
-    that can be imported and on PIL elsewhere; once saved, it loads in both places.
+    It runs on torchvision where that can be imported and on PIL elsewhere; once saved, it loads in both places.
 
-    Raises `ValueError` for sizes below one pixel and statistics that are not three numbers.
+    Args:
+        image_size: To which every image is squashed (bilinear, no crop): one side, or (rows, cols), in pixels.
+        image_mean: Subtracted from red, green and blue, after pixels were scaled to 0..1.
+        image_std: By which red, green and blue are divided then.
+
+    Returns:
+        The image processor.
+
+    Raises:
+        ValueError: a size is below one pixel, or the statistics are not three numbers.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
     if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
@@ -175,4 +230,5 @@ __all__ = [
     "image_suffixes",
     "open_image",
     "unreadable_reason",
+    "visible_files",
 ]

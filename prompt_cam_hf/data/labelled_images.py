@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which images does an atlas look at, and which of the model's classes are they labelled with, if any?"""
+"""Images with the classes of a model that they are labelled with, if any: what an atlas or an evaluation looks at."""
 
 import hashlib
 import logging
@@ -13,7 +13,7 @@ from typing import Any, Literal
 import datasets
 
 from prompt_cam_hf.data.images import find_images, image_name, image_suffixes
-from prompt_cam_hf.data.sources import SourceSplit, read_source, some_of
+from prompt_cam_hf.data.sources import SourceSplit, image_rows, read_images, read_source, some_of
 from prompt_cam_hf.explanations.class_names import find_class
 
 logger = logging.getLogger(__name__)
@@ -42,18 +42,36 @@ class LabelledImages:
         return len(self.labels)
 
     def source(self, index: int) -> Any:
-        """What `open_image` opens."""
+        """Give what `open_image` opens.
+
+        Args:
+            index: The image's place, from 0.
+
+        Returns:
+            A mapping with `path` and `bytes`, empty where the row has no image.
+        """
         return self.images[index]["image"] or {}
 
     def name(self, index: int) -> str:
-        """An image's path within the folder; its row, where it has no name."""
+        """Name an image for a reader.
+
+        Args:
+            index: The image's place, from 0.
+
+        Returns:
+            Its path within the folder, or its row, where it has no path.
+        """
         name = image_name(self.source(index))
         if self.folder is not None and name.startswith(f"{self.folder}{os.sep}"):
             name = name[len(f"{self.folder}{os.sep}") :]
         return name or f"row {index}"
 
     def digest(self) -> str:
-        """SHA-256 over labels and files (path, size, time of the last change) or encoded images, in hexadecimal."""
+        """Compute a fingerprint of the images, without reading the files.
+
+        Returns:
+            SHA-256 over labels and files (path, size, time of the last change) or encoded images, in hexadecimal.
+        """
         digest = hashlib.sha256()
         for index, label in enumerate(self.labels):
             source = self.source(index)
@@ -89,6 +107,9 @@ def read_labelled_images(
         image_column: Column of images or paths.
         label_column: Column of class names or numbers.
 
+    Returns:
+        The images of one split, in the order of the data.
+
     Raises:
         FileNotFoundError: there are no such data.
         ValueError: there is no such split or column, or there are no images.
@@ -97,15 +118,10 @@ def read_labelled_images(
     if isinstance(data, str | os.PathLike) and Path(data).expanduser().is_dir():
         folder = Path(data).expanduser()
         if _is_unlabelled(folder):
-            return LabelledImages(*_without_labels([str(path) for path in find_images([folder])]), folder.name, folder)
+            unlabelled = image_rows(find_images([folder]))
+            return LabelledImages(unlabelled, [None] * len(unlabelled), folder.name, folder)
     if isinstance(data, datasets.Dataset) and label_column not in data.column_names:
-        if image_column not in data.column_names:
-            raise ValueError(
-                f"The data set has no column {image_column!r}; set image_column to one of "
-                f"{', '.join(data.column_names)}."
-            )
-        images = data.select_columns(image_column).rename_columns({image_column: "image"})
-        images = images.cast_column("image", datasets.Image(decode=False))
+        images = read_images(data, "The data set", None, image_column)
         return LabelledImages(images, [None] * len(images), "a data set without labels")
     found = read_source(data, name=name, revision=revision, image_column=image_column, label_column=label_column)
     chosen = split or list(found)[-1]
@@ -130,11 +146,6 @@ def _is_unlabelled(folder: Path) -> bool:
         return True
     logger.warning("%s: left out %s, in no class folder.", folder, some_of(sorted(path.name for path in loose)))
     return False
-
-
-def _without_labels(files: list[str]) -> tuple[datasets.Dataset, list[int | None]]:
-    features = datasets.Features({"image": datasets.Image(decode=False)})
-    return datasets.Dataset.from_dict({"image": files}, features=features), [None] * len(files)
 
 
 def _number_labels(found: SourceSplit, id2label: Mapping[int, str], origin: str) -> list[int | None]:

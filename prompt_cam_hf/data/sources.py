@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where do labelled images lie, and how are they read? One reader for each kind of source.
+"""Readers of labelled images, one for each kind of source: folders, tables, data sets of the datasets library.
 
 Whatever the source, the result maps `train`, `validation` and `test` to a `SourceSplit`. No image is opened here.
 """
@@ -15,7 +15,7 @@ import datasets
 import pandas as pd
 from datasets.exceptions import DatasetNotFoundError
 
-from prompt_cam_hf.data.images import image_suffixes
+from prompt_cam_hf.data.images import image_suffixes, visible_files
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +36,10 @@ _MAX_NAMED = 5
 class SourceSplit(NamedTuple):
     """One split as it was found.
 
-    `images` has the one column `image`, undecoded; `labels` is the class name of each row; `class_names` lists all
-    classes in the order of their numbers where the source gives one.
+    Attributes:
+        images: The one column `image`, undecoded.
+        labels: The class name of each row.
+        class_names: All classes in the order of their numbers, where the source gives one.
     """
 
     images: datasets.Dataset
@@ -46,7 +48,14 @@ class SourceSplit(NamedTuple):
 
 
 def some_of(names: Iterable[object]) -> str:
-    """List the first few names for a message and count the rest."""
+    """List the first few names for a message, and count the rest.
+
+    Args:
+        names: Any number of them.
+
+    Returns:
+        Such as "a, b, c, d, e and 7 more".
+    """
     ordered = [str(name) for name in names]
     rest = len(ordered) - _MAX_NAMED
     return ", ".join(ordered[:_MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
@@ -57,9 +66,17 @@ def _warn_about(what: str, names: Iterable[str], where: object) -> None:
         logger.warning("%s: ignored %d %s: %s.", where, len(ordered), what, some_of(ordered))
 
 
-def _image_rows(files: list[str]) -> datasets.Dataset:
+def image_rows(files: Iterable[str | os.PathLike]) -> datasets.Dataset:
+    """Make a data set of image files, none of which is opened.
+
+    Args:
+        files: Their paths.
+
+    Returns:
+        The one column `image`, a `datasets.Image(decode=False)`.
+    """
     features = datasets.Features({"image": datasets.Image(decode=False)})
-    return datasets.Dataset.from_dict({"image": files}, features=features)
+    return datasets.Dataset.from_dict({"image": list(map(str, files))}, features=features)
 
 
 def _named_splits(names: Iterable[str], origin: str) -> dict[str, str]:
@@ -83,14 +100,6 @@ def _visible_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
 
 
-def _visible_files(folder: Path) -> list[Path]:
-    found: list[Path] = []
-    for parent, subfolders, files in os.walk(folder, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__"))]
-        found += [Path(parent, name) for name in files if not name.startswith(".")]
-    return sorted(found)
-
-
 def _read_folder(folder: Path) -> dict[str, SourceSplit]:
     subfolders = {path.name for path in _visible_folders(folder)}
     split_like = {name for name in subfolders if name.lower() in SPLIT_NAMES}
@@ -111,24 +120,24 @@ def _read_class_folders(folder: Path, class_names: list[str]) -> SourceSplit:
     `bird_test.jpg` for part of a test split, and name a class after the innermost folder.
     """
     suffixes = image_suffixes()
-    files: list[str] = []
+    files: list[Path] = []
     labels: list[str] = []
     empty: list[str] = []
     other: list[str] = []
     for class_folder in _visible_folders(folder):
-        inside = _visible_files(class_folder)
-        images = [str(path) for path in inside if path.suffix.lower() in suffixes]
+        inside = visible_files(class_folder)
+        images = [path for path in inside if path.suffix.lower() in suffixes]
         other += [str(path.relative_to(folder)) for path in inside if path.suffix.lower() not in suffixes]
         files += images
         labels += [class_folder.name] * len(images)
         if not images:
             empty.append(class_folder.name)
-    _warn_about("files that are no images", other, folder)
+    _warn_about("files that are not images", other, folder)
     if not files:
         raise ValueError(f"The folder {folder} holds no class folders with images; make one folder for each class.")
     if empty:
         raise ValueError(f"No images of the class {some_of(empty)} in {folder}; add some or remove the empty folder.")
-    return SourceSplit(_image_rows(files), labels, class_names)
+    return SourceSplit(image_rows(files), labels, class_names)
 
 
 # --- Tables ------------------------------------------------------------------------------------------------------
@@ -165,23 +174,39 @@ def _read_table(path: Path, image_column: str, label_column: str) -> dict[str, S
 def _read_columns(
     table: datasets.Dataset, where: str, folder: Path | None, image_column: str, label_column: str
 ) -> SourceSplit:
-    for option, column in (("image_column", image_column), ("label_column", label_column)):
-        if column not in table.column_names:
-            raise ValueError(
-                f"{where} has no column {column!r}; set {option} to one of {', '.join(table.column_names)}."
-            )
+    images = read_images(table, where, folder, image_column)
+    _check_column(table, where, "label_column", label_column)
     if not len(table):
         raise ValueError(f"{where} has no rows.")
-    labels, class_names = _read_labels(table, where, label_column)
-    return SourceSplit(_read_images(table, where, folder, image_column), labels, class_names)
+    return SourceSplit(images, *_read_labels(table, where, label_column))
 
 
-def _read_images(table: datasets.Dataset, where: str, folder: Path | None, column: str) -> datasets.Dataset:
+def _check_column(table: datasets.Dataset, where: str, option: str, column: str) -> None:
+    if column not in table.column_names:
+        raise ValueError(f"{where} has no column {column!r}; set {option} to one of {', '.join(table.column_names)}.")
+
+
+def read_images(table: datasets.Dataset, where: str, folder: Path | None, column: str) -> datasets.Dataset:
+    """Take the images out of a table, without opening any.
+
+    Args:
+        table: With a column of images or their paths.
+        where: What the table is called, for messages.
+        folder: That paths start from; None for that of the process.
+        column: The column.
+
+    Returns:
+        The one column `image`, a `datasets.Image(decode=False)`.
+
+    Raises:
+        ValueError: the column is missing, holds something else, or has empty rows.
+    """
+    _check_column(table, where, "image_column", column)
     feature = table.features[column]
     if _is_text(feature):
         paths = list(table[column])
         _check_complete([not path for path in paths], where, column)
-        return _image_rows([str(folder / path) if folder else path for path in paths])
+        return image_rows(folder / path if folder else path for path in paths)
     if not isinstance(feature, datasets.Image) and not (
         isinstance(feature, dict) and set(feature) == {"bytes", "path"}
     ):
@@ -259,7 +284,22 @@ def read_source(
     image_column: str,
     label_column: str,
 ) -> dict[str, SourceSplit]:
-    """Read the splits of `source`; `load_image_data` in `splits.py` says what it may be and what is raised."""
+    """Read the splits of a source.
+
+    Args:
+        source: As for `load_image_data` in `splits.py`.
+        name: Configuration of a data set on the Hub.
+        revision: Branch, tag or commit of a data set on the Hub.
+        image_column: Column of images or paths.
+        label_column: Column of class names or numbers.
+
+    Returns:
+        `train`, and `validation` and `test` where they are found, in this order.
+
+    Raises:
+        FileNotFoundError: the source does not exist.
+        ValueError: as in `load_image_data`, where no image has to be opened for it.
+    """
     if isinstance(source, datasets.Dataset):
         source = datasets.DatasetDict(train=source)
     if isinstance(source, datasets.DatasetDict):
@@ -276,4 +316,4 @@ def read_source(
     return _read_dataset_dict(_load_dataset(location, name, revision), location, image_column, label_column)
 
 
-__all__ = ["SPLIT_NAMES", "SourceSplit", "read_source", "some_of"]
+__all__ = ["SPLIT_NAMES", "SourceSplit", "image_rows", "read_images", "read_source", "some_of"]

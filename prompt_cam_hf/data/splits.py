@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Which images, which classes, which splits? Labelled images from where they lie, checked before they are used.
+"""Labelled images in splits, read from where they lie: classes numbered, images checked, a validation part held out.
 
 Classes are numbered as in the official implementation: in the sorted order of their names, over all splits together.
 """
 
-import csv
 import logging
 import os
 import re
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 import datasets
 import numpy as np
+import pandas as pd
 from datasets.utils import tqdm
 
 from prompt_cam_hf.data.images import image_name, unreadable_reason
@@ -26,7 +26,13 @@ _CHECK_CHUNK = 32
 
 
 class SkippedImage(NamedTuple):
-    """An image that cannot be read: its split, its file (or its row, where it has none), and the reason."""
+    """An image that cannot be read.
+
+    Attributes:
+        split: "train", "validation" or "test".
+        file: Its file, or its row where it has none.
+        reason: What is wrong with it, in words.
+    """
 
     split: str
     file: str
@@ -38,7 +44,14 @@ class ImageData:
     """Labelled images in up to three splits.
 
     Every split has the columns `image`, a `datasets.Image(decode=False)` for `open_image`, and `label`, a `ClassLabel`
-    of the display names. `id2label` maps class numbers to display names; `skipped` lists the images left out.
+    of the display names.
+
+    Attributes:
+        train: To train on.
+        validation: To choose the best epoch on, or None.
+        test: To test on, or None.
+        id2label: From class numbers to display names.
+        skipped: The images that were left out.
     """
 
     train: datasets.Dataset
@@ -48,11 +61,12 @@ class ImageData:
     skipped: list[SkippedImage] = field(default_factory=list)
 
     def write_skipped(self, path: str | os.PathLike) -> None:
-        """Write the skipped images to a CSV file with the columns `split`, `file` and `reason`."""
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(SkippedImage._fields)
-            writer.writerows(self.skipped)
+        """Write the skipped images to a CSV file with the columns `split`, `file` and `reason`.
+
+        Args:
+            path: The file; one that is there is replaced.
+        """
+        pd.DataFrame(self.skipped, columns=SkippedImage._fields).to_csv(path, index=False)
 
 
 def _number_classes(splits: dict[str, SourceSplit]) -> list[str]:
@@ -98,10 +112,17 @@ def _check_classes(splits: dict[str, datasets.Dataset], class_names: list[str]) 
 
 
 def find_unreadable_images(dataset: datasets.Dataset, split: str = "train") -> dict[int, SkippedImage]:
-    """Decode every image in the undecoded column `image` and say what is wrong with which row.
+    """Decode every image, and say what is wrong with which row.
 
-    `split` is the name for the result. Runs in threads (Pillow decodes without Python's lock), with a progress bar
-    unless those of the datasets library are switched off.
+    This runs in threads (Pillow decodes without Python's lock), with a progress bar unless those of the datasets
+    library are switched off.
+
+    Args:
+        dataset: With the undecoded column `image`.
+        split: The name of the split, for the result.
+
+    Returns:
+        For the number of each row that cannot be read, what is wrong with it.
     """
 
     def check(start: int) -> list[tuple[str, str | None]]:
@@ -170,23 +191,36 @@ def load_image_data(
 ) -> ImageData:
     """Load labelled images, number their classes, decode every image once, and hold out a validation part.
 
-    `source` is one of:
-
-    - a folder with `train/` and, if there are any, `validation/` (or `val/`, `valid/`, `dev/`) and `test/`, each with
-      one folder a class; or a folder of class folders, all of it train. Images may lie deeper within a class folder.
-    - a CSV or Parquet file with a column of paths, relative to the file's folder, and a column of labels; a column
-      `split` divides it. A Parquet file may hold the images themselves.
-    - the id of a data set on the Hub (`name` is its configuration), or a folder of Parquet files laid out like one.
-    - a `datasets.Dataset` (all of it train) or `DatasetDict`.
-
     Classes are numbered in the sorted order of their names (whole numbers in a table by value); a data set with a
-    `ClassLabel` keeps its own numbers. An `NNN.` prefix is cut off for display. Where there is no validation split,
-    `validation_fraction` of each class is held out of train, at least one image and never the last, drawn by `seed`;
-    0 holds nothing out.
+    `ClassLabel` keeps its own numbers. An `NNN.` prefix is cut off for display.
 
-    Raises `FileNotFoundError` for a source that does not exist, and `ValueError` naming the file, class or column for:
-    a missing column or label, no images, an empty class, a single class, a class that train lacks, two classes with
-    one display name, and images that cannot be read, unless `skip_unreadable` leaves these out.
+    Args:
+        source: One of:
+
+            - a folder with `train/` and, if there are any, `validation/` (or `val/`, `valid/`, `dev/`) and `test/`,
+              each with one folder for each class; or a folder of class folders, all of it train. Images may lie
+              deeper within a class folder.
+            - a CSV or Parquet file with a column of paths, relative to the file's folder, and a column of labels; a
+              column `split` divides it. A Parquet file may hold the images themselves.
+            - the id of a data set on the Hub, or a folder of Parquet files laid out like one.
+            - a `datasets.Dataset` (all of it train) or `DatasetDict`.
+        name: Configuration of a data set on the Hub.
+        revision: Branch, tag or commit of a data set on the Hub.
+        image_column: Column of images or paths.
+        label_column: Column of class names or numbers.
+        validation_fraction: Share of each class (0 or more, below 1) that is held out of train where there is no
+            validation split, at least one image and never the last; 0 holds nothing out.
+        seed: Draws the images that are held out.
+        skip_unreadable: Leave out images that cannot be read, and list them in `skipped`.
+
+    Returns:
+        The splits, with their classes numbered.
+
+    Raises:
+        FileNotFoundError: the source does not exist.
+        ValueError: naming the file, class or column: a missing column or label, no images, an empty class, a single
+            class, a class that train lacks, two classes with one display name, or, without `skip_unreadable`, images
+            that cannot be read.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction is {validation_fraction}; it has to be at least 0 and below 1.")

@@ -31,19 +31,46 @@ class Taxonomy:
         return self.levels[0]
 
     def nodes(self, level: str) -> list[str]:
-        """The nodes of a level, sorted."""
+        """List the nodes of a level.
+
+        Args:
+            level: One of `levels`.
+
+        Returns:
+            Their names, sorted.
+        """
         return sorted({path[self.levels.index(level)] for path in self.paths.values()})
 
     def node_of(self, name: str, level: str) -> str:
-        """The node that a class belongs to at a level."""
+        """Find the node that a class belongs to at a level.
+
+        Args:
+            name: The class.
+            level: One of `levels`.
+
+        Returns:
+            The node's name.
+        """
         return self.paths[name][self.levels.index(level)]
 
     def ancestor(self, level: str, node: str, at: str) -> str:
-        """The node that a node of `level` belongs to at the level `at`, which is higher up."""
+        """Find the node that another node belongs to.
+
+        Args:
+            level: The level of the other node.
+            node: The other node.
+            at: The level to look at, above `level`.
+
+        Returns:
+            The node's name.
+        """
         return next(self.node_of(name, at) for name in self.paths if self.node_of(name, level) == node)
 
     def check_classes(self, names: Iterable[str]) -> None:
         """Refuse a tree whose leaves are not the classes of the data.
+
+        Args:
+            names: The classes of the data.
 
         Raises:
             ValueError: a class has no row, or a row has no class.
@@ -59,7 +86,10 @@ class Taxonomy:
             raise ValueError(f"The data has no class {name!r}, which the taxonomy has a row for; remove the row.")
 
     def conflicts(self, nodes: Mapping[str, str]) -> dict[str, str]:
-        """Where nodes, given by their level from the root down, are no path of the tree.
+        """Find where nodes do not form a path of the tree.
+
+        Args:
+            nodes: A node for each level, from the root down.
 
         Returns:
             For each level whose node does not belong to the one above it: what it belongs to instead, in words.
@@ -72,7 +102,11 @@ class Taxonomy:
         return found
 
     def to_csv(self) -> str:
-        """The tree as the text of a CSV file."""
+        """Write the tree as text.
+
+        Returns:
+            The text of a CSV file that `read_taxonomy` reads.
+        """
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([self.levels, *self.paths.values()])
         return text.getvalue()
@@ -85,6 +119,9 @@ def read_taxonomy(path: str | os.PathLike) -> Taxonomy:
         path: The file, in UTF-8. The first row names the levels, from the classes up: `species,genus,family,order`.
             Every other row is a class with the nodes that it belongs to.
 
+    Returns:
+        The tree.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the header is wrong, a cell is missing, a class is there twice, or a node has two parents.
@@ -96,7 +133,7 @@ def read_taxonomy(path: str | os.PathLike) -> Taxonomy:
         try:
             rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader if any(map(str.strip, row))]
         except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no CSV file in UTF-8: {error}.") from error
+            raise ValueError(f"{path} is not a CSV file in UTF-8: {error}.") from error
     if not rows:
         raise ValueError(f"{path} is empty; its first row names the levels, such as species,genus,family.")
     levels = _check_header(rows[0][1], path)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""How was the embedded backbone made? A tiny ViT, pre-trained on drawn birds that belong to no class.
+"""The script that made the embedded backbone: a tiny ViT, pre-trained on drawn birds that belong to no class.
 
-    python training/provenance/pretrain_birds.py OUTPUT_DIR [--key value ...]
+    python training/provenance/pretrain_birds.py OUTPUT_DIR
 
 Three tasks, all on birds of `other_birds_dataset`. They ask for attributes, never for classes:
 
@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,6 @@ from torch import nn
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 from transformers import (
     AttentionInterface,
-    HfArgumentParser,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -69,7 +68,7 @@ _COLOURS = ("natural", *COLOURS)
 _PART_SHARE = 0.05
 
 
-def fp32_attention(
+def _fp32_attention(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:
     """Fused attention in float32 whatever the autocast: on processors its backward pass in bfloat16 is slower."""
@@ -78,34 +77,34 @@ def fp32_attention(
     return context.to(value.dtype).transpose(1, 2), None
 
 
-AttentionInterface.register("fp32_attention", fp32_attention)
+AttentionInterface.register("fp32_attention", _fp32_attention)
 
 
 @dataclass
 class PretrainArguments:
-    """Settings of a run; the defaults made the embedded backbone."""
+    """Settings of a run; the defaults made the embedded backbone. Sides are in pixels."""
 
     output_dir: str
-    num_birds: int = field(default=36_000, metadata={"help": "Different birds drawn, once, before training."})
-    num_steps: int = field(default=4_500, metadata={"help": "Optimiser steps."})
-    batch_size: int = field(default=64, metadata={"help": "Birds a step."})
-    learning_rate: float = field(default=1.5e-3, metadata={"help": "Peak of a cosine schedule."})
-    weight_decay: float = field(default=0.05, metadata={"help": "Of AdamW."})
-    num_layers: int = field(default=5, metadata={"help": "Transformer layers."})
-    hidden_size: int = field(default=144, metadata={"help": "Width."})
-    num_heads: int = field(default=6, metadata={"help": "Attention heads a layer."})
-    image_size: int = field(default=96, metadata={"help": "Side in pixels."})
-    patch_size: int = field(default=8, metadata={"help": "Side of a patch in pixels."})
-    save_steps: int = field(default=500, metadata={"help": "Steps between checkpoints."})
-    bf16: bool = field(default=True, metadata={"help": "bfloat16 autocast."})
-    seed: int = field(default=0, metadata={"help": "Of birds, weights and order."})
+    num_birds: int = 36_000
+    num_steps: int = 4_500
+    batch_size: int = 64
+    learning_rate: float = 1.5e-3
+    weight_decay: float = 0.05
+    num_layers: int = 5
+    hidden_size: int = 144
+    num_heads: int = 6
+    image_size: int = 96
+    patch_size: int = 8
+    save_steps: int = 500
+    bf16: bool = True
+    seed: int = 0
 
 
 class OtherBirds(Dataset):
     """Drawn birds in memory, and after them their mirror images, with labels for every patch and the whole bird."""
 
     def __init__(self, birds: datasets.Dataset, patch_size: int) -> None:
-        """Decode `birds` (from `other_birds_dataset`) once."""
+        """Decode `birds` (from `other_birds_dataset`) once; raises ValueError where one belongs to a class."""
         size = np.asarray(birds[0]["masks"]).shape[0]
         rows = size // patch_size
         self.images = np.empty((len(birds), size, size, 3), np.uint8)
@@ -141,13 +140,13 @@ class OtherBirds(Dataset):
         }
 
 
-def normalised(images: torch.Tensor) -> torch.Tensor:
+def _normalised(images: torch.Tensor) -> torch.Tensor:
     """Pixels from 0..255 to -1..1, as the backbone's image processor does."""
     return images.float() / 127.5 - 1
 
 
 def patch_presence(bits: np.ndarray, patch_size: int) -> np.ndarray:
-    """Which parts are in each patch, as bits: a mask image (rows, cols; uint16) to its patches."""
+    """Find which parts are in each patch, as bits: a mask image (rows, cols; uint16) to its patches."""
     rows, cols = bits.shape[0] // patch_size, bits.shape[1] // patch_size
     blocks = bits.reshape(rows, patch_size, cols, patch_size)
     present = np.zeros((rows, cols), np.uint16)
@@ -158,16 +157,16 @@ def patch_presence(bits: np.ndarray, patch_size: int) -> np.ndarray:
 
 
 def attribute_queries() -> list[tuple[int, str]]:
-    """Every (index in TRAIT_PARTS, colour or pattern) that a pre-training bird can have."""
+    """List every (index in TRAIT_PARTS, colour or pattern) that a pre-training bird can have."""
     queries = []
     for index, part in enumerate(TRAIT_PARTS):
-        values = [split_value(value) for value in part_values(part) if not matching_classes_alone(part, value)]
+        values = [split_value(value) for value in part_values(part) if not _makes_a_class(part, value)]
         queries += [(index, colour) for colour in COLOURS if any(c == colour for _, c in values)]
         queries += [(index, pattern) for pattern in PATTERNS[1:] if any(p == pattern for p, _ in values)]
     return queries
 
 
-def matching_classes_alone(part: str, value: str) -> bool:
+def _makes_a_class(part: str, value: str) -> bool:
     """Whether this one value already makes a class, so that no pre-training bird has it."""
     return bool(matching_classes({name: value if name == part else None for name in TRAIT_PARTS}))
 
@@ -203,16 +202,19 @@ class AttributeReader(nn.Module):
     def forward(
         self, images: torch.Tensor, presence: torch.Tensor, colours: torch.Tensor, patterns: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """The sum of the tasks' losses, and each of them in `losses`.
+        """Compute the loss; each task's part of it is kept in `losses`.
 
         Args:
             images: (batch, 3, rows, cols), uint8.
             presence: (batch, patches, PARTS), 1 where a part is in a patch.
             colours: (batch, TRAIT_PARTS), 0 for natural.
             patterns: (batch, TRAIT_PARTS), 0 for plain.
+
+        Returns:
+            `loss`, the sum of the tasks' losses.
         """
         config, layers = self.backbone.config, backbone_layers(self.backbone)
-        tokens = embed(self.backbone, normalised(images), False)
+        tokens = embed(self.backbone, _normalised(images), False)
         for layer in layers[:-1]:
             tokens, _ = run_layer(layer, config, tokens)
         patches = tokens[:, 1:]
@@ -262,17 +264,15 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return -logits.log_softmax(dim=-1).gather(-1, targets[..., None]).squeeze(-1)
 
 
-class LogLines(TrainerCallback):
+class _LogLines(TrainerCallback):
     """Writes what Trainer logs to a file, one JSON object a line, with the tasks' losses of the last batch."""
 
     def __init__(self, path: Path, model: AttributeReader) -> None:
-        """Append to path."""
         self.path, self.model, self.start = path, model, time.time()
 
     def on_log(
         self, args: Any, state: Any, control: Any, logs: Mapping[str, float] | None = None, **kwargs: Any
     ) -> None:
-        """Write one line."""
         line = {
             "step": state.global_step,
             "seconds": round(time.time() - self.start, 1),
@@ -287,10 +287,20 @@ class LogLines(TrainerCallback):
 def prompt_cam_accuracy(
     backbone: ViTModel, image_size: int = 96, per_class: int = 60, epochs: int = 40, seed: int = 0
 ) -> float:
-    """What the backbone is for: a Prompt-CAM's share of correct answers on held-out birds of the classes, 0 to 1.
+    """Measure what the backbone is for: how well a Prompt-CAM on it tells birds of the classes apart.
 
-    Class prompts at the last layer of the frozen backbone, trained on per_class birds of each class and their mirror
-    images. This is a yardstick for comparing backbones; the demonstration trains its own prompts.
+    Class prompts at the last layer of the frozen backbone are trained. This is a yardstick for comparing backbones;
+    the demonstration trains its own prompts.
+
+    Args:
+        backbone: The backbone.
+        image_size: Side of the images in pixels.
+        per_class: Birds of each class to train on, with their mirror images.
+        epochs: Passes over the birds, mirror images counted apart.
+        seed: Of prompts and order.
+
+    Returns:
+        The share of held-out birds that are classified correctly, 0 to 1.
     """
     torch.manual_seed(seed)
     model = PromptCAMForImageClassification.from_backbone(
@@ -304,7 +314,7 @@ def prompt_cam_accuracy(
         birds = birds_dataset(split, count, image_size)
         images = torch.from_numpy(np.stack([np.asarray(image) for image in birds["image"]]))
         images = (images.flip(2) if mirrored else images).permute(0, 3, 1, 2)
-        encoded = torch.cat([model.encode_prefix(normalised(batch)) for batch in images.split(64)])
+        encoded = torch.cat([model.encode_prefix(_normalised(batch)) for batch in images.split(64)])
         return TensorDataset(encoded, torch.tensor(birds["label"][:]))
 
     training_set: ConcatDataset = ConcatDataset(
@@ -332,7 +342,7 @@ def _as_it_is(batch: Any) -> dict[str, torch.Tensor]:
 
 
 def pretrain(arguments: PretrainArguments) -> ViTModel:
-    """Draw the birds, train, and write the backbone; goes on from the last checkpoint in output_dir."""
+    """Draw the birds, train, and write the backbone; goes on from the last checkpoint in `output_dir`."""
     output, start = Path(arguments.output_dir), time.time()
     set_seed(arguments.seed)
     birds = other_birds_dataset(arguments.num_birds, arguments.image_size, arguments.seed)
@@ -371,7 +381,7 @@ def pretrain(arguments: PretrainArguments) -> ViTModel:
         ),
         train_dataset=OtherBirds(birds, arguments.patch_size),
         data_collator=_as_it_is,
-        callbacks=[LogLines(output / "log.jsonl", model)],
+        callbacks=[_LogLines(output / "log.jsonl", model)],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output / "checkpoints")))
     backbone = model.backbone.eval()
@@ -392,13 +402,5 @@ def pretrain(arguments: PretrainArguments) -> ViTModel:
     return backbone
 
 
-def main() -> None:
-    """Run from the command line."""
-    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
-        sys.argv[1:2] = ["--output_dir", sys.argv[1]]
-    (arguments,) = HfArgumentParser(PretrainArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
-    pretrain(arguments)
-
-
 if __name__ == "__main__":
-    main()
+    pretrain(PretrainArguments(sys.argv[1]))

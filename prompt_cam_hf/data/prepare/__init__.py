@@ -16,7 +16,14 @@ from .plan import Plan, make_plan
 
 
 def open_source(dataset: str, source: str | os.PathLike) -> Source:
-    """Open the downloaded folder or archive of `dataset`, to be used in a `with` statement.
+    """Open the downloaded folder or archive of a data set.
+
+    Args:
+        dataset: A key of `FACTS`.
+        source: The folder or archive.
+
+    Returns:
+        The files, to be used in a `with` statement.
 
     Raises:
         FileNotFoundError: there is no such folder or archive.
@@ -46,15 +53,26 @@ def prepare(
 ) -> Plan:
     """Make an image folder (`train/`, `test/`, `validation/` where there is one) of a downloaded data set.
 
-    `source` is the folder that the data set was downloaded to, extracted or not, or its one archive; `destination` is
-    a new folder, or one that an interrupted run of the same call left. Class folders are called `NNN.name` in the data
-    set's own order, so that classes keep their official numbers, or by their name where it has no order.
+    Class folders are called `NNN.name` in the data set's own order, so that classes keep their official numbers, or by
+    their name where it has no order.
 
-    Options of single data sets: `taxa` and `without` (iNaturalist) choose categories by rank, as in
-    `{"order": ["Lepidoptera"]}`; `test_fraction` (0.2) and `seed` (0) divide Medicinal Leaf, which has no split.
-    `skip_missing` leaves out listed images that are not there. `facts` holds the numbers of classes and images to
-    check, the published ones by default. Returns what was done; raises what `open_source`, `make_plan` and
-    `write_image_folder` raise.
+    Args:
+        dataset: A key of `FACTS`.
+        source: The folder that the data set was downloaded to, extracted or not, or its one archive.
+        destination: A new folder, or one that an interrupted run of the same call left.
+        taxa: Categories to take, by rank, as in `{"order": ["Lepidoptera"]}` (iNaturalist only).
+        without: Categories to leave out, by rank (iNaturalist only).
+        test_fraction: Share of each class to test on, 0.2 by default (Medicinal Leaf only, which has no split).
+        seed: Draws the images to test on, 0 by default (Medicinal Leaf only).
+        skip_missing: Leave out listed images that are not there.
+        facts: The numbers of classes and images to check; the published ones by default.
+
+    Returns:
+        What was done.
+
+    Raises:
+        FileNotFoundError, ValueError: as in `open_source` and `make_plan`.
+        FileExistsError, OSError: as in `write_image_folder`.
     """
     options = {"taxa": taxa, "without": without, "test_fraction": test_fraction, "seed": seed}
     with open_source(dataset, source) as opened:

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Which files does a downloaded data set hold, extracted or still in its archives, and how is one of them read?
+"""The files of a downloaded data set, extracted or still in its archives: listed, found by path, and read.
 
 Nothing is ever extracted to the path that an archive names: files are listed by these paths, and read as streams.
 """
 
 import gzip
 import os
-import shutil
 import tarfile
 import zipfile
 import zlib
@@ -14,9 +13,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip")
 
@@ -26,10 +23,15 @@ _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, E
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a data set: its path within the folder or archive, with slashes, and its size in bytes.
+    """One file of a data set.
 
-    `location` is the file itself, or the archive that holds it. `position` is (archive, place in it): reading in this
-    order passes through each archive once.
+    Attributes:
+        path: Within the folder or archive, with slashes.
+        size: In bytes.
+        location: The file itself, or the archive that holds it.
+        in_archive: Which of these it is.
+        position: The archive's number and the place in it; reading in this order passes through each archive once.
+        content: Reads it.
     """
 
     path: str
@@ -37,7 +39,7 @@ class SourceFile:
     location: Path
     in_archive: bool
     position: tuple[int, int]
-    open: Callable[[], IO[bytes]]
+    content: Callable[[], bytes]
 
     @property
     def folder(self) -> str:
@@ -48,20 +50,23 @@ class SourceFile:
         return f"{self.path} in {self.location}" if self.in_archive else str(self.location)
 
     def read(self) -> bytes:
-        """Read all of it; raises `ValueError` for a damaged archive."""
-        with damage_named(self), self.open() as file:
-            return file.read()
+        """Read all of it.
 
-    def copy_to(self, target: Path) -> None:
-        """Copy the content to a new file; raises `ValueError` for a damaged archive or a wrong size."""
-        with damage_named(self), self.open() as file, open(target, "wb") as copy:
-            shutil.copyfileobj(file, copy)
-        if (size := target.stat().st_size) != self.size:
-            raise ValueError(f"{self} gave {size} bytes instead of {self.size}; download the data set again.")
+        Returns:
+            The content.
+
+        Raises:
+            ValueError: the archive is damaged, or the content is longer or shorter than `size`.
+        """
+        with _damage_named(self):
+            content = self.content()
+        if len(content) != self.size:
+            raise ValueError(f"{self} gave {len(content)} bytes instead of {self.size}; download the data set again.")
+        return content
 
 
 @contextmanager
-def damage_named(what: object) -> Iterator[None]:
+def _damage_named(what: object) -> Iterator[None]:
     """Turn what a damaged archive raises into one sentence."""
     try:
         yield
@@ -78,7 +83,11 @@ class Source:
     """
 
     def __init__(self, path: str | os.PathLike, list_names: Collection[str] = ()):
-        """Index `path`; files of an archive called one of `list_names` are kept in memory while it is indexed.
+        """Index a folder, or note an archive.
+
+        Args:
+            path: The folder or archive.
+            list_names: Names of files that are read while an archive is indexed, and kept in memory.
 
         Raises:
             FileNotFoundError: there is no such folder or archive.
@@ -106,7 +115,17 @@ class Source:
         self._stack.close()
 
     def with_suffixes(self, suffixes: Collection[str]) -> list[SourceFile]:
-        """List the files with these endings (in lower case, with the dot), sorted by path."""
+        """List the files with certain endings; archives are opened where there are none without them.
+
+        Args:
+            suffixes: The endings, in lower case, with the dot.
+
+        Returns:
+            The files, sorted by path.
+
+        Raises:
+            ValueError: an archive is damaged.
+        """
         found = self._with_suffixes(suffixes)
         if not found:
             self._index_archives()
@@ -114,10 +133,16 @@ class Source:
         return sorted(found, key=lambda file: file.path)
 
     def find(self, path: str, folder: str | None = None) -> SourceFile | None:
-        """Find the file with this path, below whatever other folders; None where there is none.
+        """Find a file by its path.
 
-        Of several, an extracted one goes before those in archives, and then the one the fewest folders deep. With
-        `folder`, only the file at that very place is meant.
+        Of several, an extracted one goes before those in archives, and then the one the fewest folders deep.
+
+        Args:
+            path: The end of the path, below whatever other folders.
+            folder: If given, the file must lie at `path` below this very folder.
+
+        Returns:
+            The file, or None where there is none.
 
         Raises:
             ValueError: two are equally deep, or an archive is damaged.
@@ -133,7 +158,20 @@ class Source:
         return first[0] if first else None
 
     def require(self, path: str, folder: str | None = None, hint: str = "") -> SourceFile:
-        """Like `find`, but raise `FileNotFoundError` where there is none; `hint` says where to get the file."""
+        """Find a file that has to be there.
+
+        Args:
+            path: As for `find`.
+            folder: As for `find`.
+            hint: Where to get the file, for the message.
+
+        Returns:
+            The file.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: as in `find`.
+        """
         if (file := self.find(path, folder)) is None:
             inside = f" beside the other lists in {folder}" if folder else ""
             raise FileNotFoundError(f"{self.path} holds no {path}{inside}{hint and '; ' + hint}.")
@@ -168,18 +206,15 @@ class Source:
                     self._archives.append(location)
                     continue
                 path = location.relative_to(self.path).as_posix()
-                self._add(
-                    SourceFile(
-                        path, location.stat().st_size, location, False, (0, number), partial(_open_file, location)
-                    )
-                )
+                size = location.stat().st_size
+                self._add(SourceFile(path, size, location, False, (0, number), location.read_bytes))
                 number += 1
 
     def _index_archives(self) -> None:
         """Index all archives that are not open yet: one pass through each."""
         archives, self._archives = self._archives, []
         for number, archive in enumerate(archives, 1):
-            with damage_named(archive):
+            with _damage_named(archive):
                 if archive.name.lower().endswith(".zip"):
                     self._index_zip(archive, number)
                 else:
@@ -190,9 +225,8 @@ class Source:
         for place, entry in enumerate(opened.infolist()):
             if not entry.is_dir():
                 path = _safe_path(entry.filename, archive)
-                self._add(
-                    SourceFile(path, entry.file_size, archive, True, (number, place), partial(opened.open, entry))
-                )
+                content = partial(opened.read, entry)
+                self._add(SourceFile(path, entry.file_size, archive, True, (number, place), content))
 
     def _index_tar(self, archive: Path, number: int) -> None:
         opened = self._stack.enter_context(tarfile.TarFile.open(archive))
@@ -200,27 +234,23 @@ class Source:
             path = _safe_path(entry.name, archive)
             if not entry.isfile():
                 continue
-            opener: Callable[[], IO[bytes]] = partial(_open_tar_entry, opened, entry)
+            content = partial(_read_tar_entry, opened, entry)
             if PurePosixPath(path).name in self._list_names:
                 # Going back to it later would unpack the archive from its beginning.
-                with opener() as file:
-                    opener = partial(BytesIO, file.read())
-            self._add(SourceFile(path, entry.size, archive, True, (number, place), opener))
+                content = partial(bytes, content())
+            self._add(SourceFile(path, entry.size, archive, True, (number, place), content))
 
 
 def _is_archive(name: str) -> bool:
     return name.lower().endswith(ARCHIVE_SUFFIXES) and not name.startswith(".")
 
 
-def _open_file(path: Path) -> IO[bytes]:
-    return open(path, "rb")
-
-
-def _open_tar_entry(archive: tarfile.TarFile, entry: tarfile.TarInfo) -> IO[bytes]:
+def _read_tar_entry(archive: tarfile.TarFile, entry: tarfile.TarInfo) -> bytes:
     file = archive.extractfile(entry)
     if file is None:
-        raise tarfile.ReadError(f"{entry.name} is no regular file")
-    return file
+        raise tarfile.ReadError(f"{entry.name} is not a regular file")
+    with file:
+        return file.read()
 
 
 def _safe_path(name: str, archive: Path) -> str:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""What is published about the paper's thirteen data sets: where they are, under which terms, how many classes and
-images? The one place for these numbers.
+"""What is published about the paper's thirteen data sets: where they are, their licences, and their numbers of classes
+and images. This is the one place for these numbers.
 
 `docs/datasets.md` says where each fact is from. What could not be established is left out, never guessed.
 """
@@ -13,9 +13,13 @@ from dataclasses import dataclass, field
 class DatasetFacts:
     """One data set as its authors describe it.
 
-    `licence` is in the words of its source, or says that none could be found. `num_classes` is None, and `num_images`
-    has no entry for a split, where no exact number is published; otherwise the entry lists the numbers that a complete
-    copy may have. `hub_id` names a data set of the Hub that training reads as it is.
+    Attributes:
+        title: Its name.
+        page: Where it is described.
+        licence: In the words of its source, or that none could be found.
+        num_classes: None where no exact number is published.
+        num_images: By split, the numbers that a complete copy may have; nothing where no exact number is published.
+        hub_id: The data set on the Hub that training reads as it is, where there is one.
     """
 
     title: str

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""How is a plan carried out? Images are linked or copied into an image folder that any interruption leaves whole.
+"""Carrying out a plan: images are linked or copied into an image folder that any interruption leaves whole.
 
 An image appears in its place complete or not at all, so that the same command goes on after a kill. What the plan
 does not name is never touched.
 """
 
-import csv
 import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
 
+import pandas as pd
 from datasets.utils import tqdm
 
 from prompt_cam_hf.data.prepare.archives import Source, SourceFile
@@ -23,10 +23,15 @@ _COLUMNS = ("split", "class", "file", "bytes", "source")
 
 
 def write_image_folder(plan: Plan, source: Source, destination: Path) -> None:
-    """Put the images of `plan` into `destination`: `SPLIT/CLASS/IMAGE`, and the list `manifest.csv`.
+    """Put the images of a plan into a folder: `SPLIT/CLASS/IMAGE`, and the list `manifest.csv`.
 
     Extracted images are hard-linked, and copied where the file system cannot link; those in archives are copied. An
     image that is there already, with the right size, stays as it is.
+
+    Args:
+        plan: Of `make_plan`.
+        source: That the plan was made from.
+        destination: A new folder, or one that an interrupted run of the same plan left.
 
     Raises:
         FileExistsError: `destination` holds something that the plan does not, or another file in an image's place.
@@ -66,7 +71,7 @@ def _check_destination(plan: Plan, source: Source, destination: Path) -> None:
     # Hidden files are our own unfinished copies, and what file managers leave behind.
     if foreign := [path for path in foreign if not Path(path).name.startswith(".")]:
         raise FileExistsError(
-            f"{destination} holds files that are no part of {plan.facts.title} as asked for: {some_of(foreign)}; "
+            f"{destination} holds files that are not part of {plan.facts.title} as asked for: {some_of(foreign)}; "
             "choose a new folder."
         )
 
@@ -84,16 +89,11 @@ def _is_there(image: PlannedImage, destination: Path) -> bool:
         return False
     if path.is_file() and (size := path.stat().st_size) == image.source.size:
         return True
-    found = f"has {size} bytes" if path.is_file() else "is no file"
+    found = f"has {size} bytes" if path.is_file() else "is not a file"
     raise FileExistsError(
         f"{path} is another file than {image.source}: it {found}, and not {image.source.size}; remove it, "
         "or choose a new folder."
     )
-
-
-def _part(path: Path) -> Path:
-    """The name under which a file is written until it is complete."""
-    return path.with_name(f".{path.name}.part")
 
 
 def _can_link(file: SourceFile, folder: Path) -> bool:
@@ -123,22 +123,22 @@ def _place(file: SourceFile, target: Path, can_link: bool) -> None:
         with suppress(OSError):
             os.link(file.location.resolve(), target)
             return
-    part = _part(target)
+    _write(target, file.read())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write all of a file or nothing, by a name that is always the same: what a killed run left is replaced."""
+    part = path.with_name(f".{path.name}.part")
     try:
-        file.copy_to(part)
-        os.replace(part, target)
+        part.write_bytes(content)
+        os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
 
 def _write_manifest(plan: Plan, destination: Path) -> None:
-    part = _part(destination / MANIFEST)
-    with open(part, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(_COLUMNS)
-        for image in plan.images:
-            writer.writerow((image.split, image.class_folder, image.path, image.source.size, image.source.path))
-    os.replace(part, destination / MANIFEST)
+    rows = [(i.split, i.class_folder, i.path, i.source.size, i.source.path) for i in plan.images]
+    _write(destination / MANIFEST, pd.DataFrame(rows, columns=_COLUMNS).to_csv(index=False).encode())
 
 
 __all__ = ["MANIFEST", "write_image_folder"]

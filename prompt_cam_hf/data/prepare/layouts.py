@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How does each data set say which image is of which class, and in which split? One reader for each layout.
+"""Readers of the lists in which each data set says which image is of which class and split: one for each layout.
 
 A reader turns the lists of a data set into `Listed` images; the images themselves need not be there yet.
 """
@@ -25,9 +25,13 @@ from prompt_cam_hf.data.sources import SPLIT_NAMES
 class Listed(NamedTuple):
     """An image as a list names it.
 
-    `number` is the class's place in the data set's own order, from 1, or None where it has no order of its own.
-    `path` is the image's path, below whatever other folders; with `folder`, exactly below that one. `where` is the
-    list and the line, for messages.
+    Attributes:
+        split: "train", "validation" or "test".
+        number: The class's place in the data set's own order, from 1, or None where it has no order of its own.
+        class_name: The class.
+        path: The image's path, below whatever other folders.
+        where: The list and the line, for messages.
+        folder: If given, `path` is exactly below this folder.
     """
 
     split: str
@@ -40,9 +44,12 @@ class Listed(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How one data set is read: `read(source, **options)`, from the lists called `list_names`.
+    """How one data set is read.
 
-    `options` holds the options that the reader takes, with their defaults.
+    Attributes:
+        read: The reader, called as `read(source, **options)`.
+        list_names: What the lists are called that it reads.
+        options: The options that it takes, with their defaults.
     """
 
     read: Callable[..., list[Listed]]
@@ -57,7 +64,7 @@ def _text(file: SourceFile) -> str:
     try:
         return file.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is no text in UTF-8: {error}.") from error
+        raise ValueError(f"{file} is not text in UTF-8: {error}.") from error
 
 
 def _rows(file: SourceFile, pattern: str, form: str) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -76,7 +83,7 @@ def _table(file: SourceFile, pattern: str, form: str) -> dict[int, str]:
     table: dict[int, str] = {}
     for where, (number, text) in _rows(file, pattern, form):
         if int(number) in table:
-            raise ValueError(f"{where}: the number {number} stands there a second time.")
+            raise ValueError(f"{where}: the number {number} is listed a second time.")
         table[int(number)] = text
     return table
 
@@ -256,7 +263,9 @@ def _read_inaturalist(
             path_of = {entry["id"]: entry["file_name"] for entry in content["images"]}
             labels = [(entry["image_id"], entry["category_id"]) for entry in content["annotations"]]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is no list of categories, images and annotations in JSON: {error!r}.") from error
+            raise ValueError(
+                f"{file} is not a list of categories, images and annotations in JSON: {error!r}."
+            ) from error
         for wanted in (taxa, without):
             if unknown := [rank for rank in wanted if any(rank not in entry for entry in categories.values())]:
                 ranks = ", ".join(sorted(next(iter(categories.values()))))
@@ -310,7 +319,7 @@ def _read_medicinal_leaf(source: Source, test_fraction: float, seed: int) -> lis
 _BUTTERFLIES = ("Hedylidae", "Hesperiidae", "Lycaenidae", "Nymphalidae", "Papilionidae", "Pieridae", "Riodinidae")
 _INATURALIST_LISTS = ("train.json", "train_mini.json", "val.json")
 
-# What the paper took of iNaturalist-2021 is unknown: these are all Fungi, and all Lepidoptera that are no butterflies.
+# What the paper took of iNaturalist-2021 is unknown: these are all Fungi, and all Lepidoptera but the butterflies.
 LAYOUTS: Mapping[str, Layout] = {
     "cub": Layout(_read_cub, ("images.txt", "image_class_labels.txt", "train_test_split.txt", "classes.txt")),
     "birds525": Layout(_read_birds525),

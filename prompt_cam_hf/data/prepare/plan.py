@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What will be written where? The images of a data set, found and counted, each with its place in an image folder.
+"""The plan of an image folder: the images of a data set, found and counted, each with its place in the folder.
 
 Making a plan reads lists and writes nothing.
 """
@@ -25,7 +25,14 @@ _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 class PlannedImage(NamedTuple):
-    """An image, and its place: `split`/`class_folder`/`file_name`."""
+    """An image, and its place: `split`/`class_folder`/`file_name`.
+
+    Attributes:
+        split: "train", "validation" or "test".
+        class_folder: The folder of its class.
+        file_name: Its name there.
+        source: The file to link or copy.
+    """
 
     split: str
     class_folder: str
@@ -40,14 +47,24 @@ class PlannedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The images of one data set, in the order of their lists. `num_missing` counts those that were left out."""
+    """What is to be written.
+
+    Attributes:
+        facts: Of the data set.
+        images: In the order of their lists.
+        num_missing: How many listed images were left out.
+    """
 
     facts: DatasetFacts
     images: list[PlannedImage]
     num_missing: int = 0
 
     def count(self) -> dict[str, dict[str, int]]:
-        """Count the images: split -> class folder -> images, both in order."""
+        """Count the images.
+
+        Returns:
+            The number of images by split and, within it, by class folder; both in order.
+        """
         counted = Counter((image.split, image.class_folder) for image in self.images)
         return {
             split: {folder: number for (of_split, folder), number in sorted(counted.items()) if of_split == split}
@@ -56,7 +73,11 @@ class Plan:
         }
 
     def summary(self) -> str:
-        """Say in one paragraph what will be done."""
+        """Say what will be done.
+
+        Returns:
+            One paragraph.
+        """
         counts = self.count()
         num_classes = len({folder for folders in counts.values() for folder in folders})
         splits = ", ".join(f"{split} {sum(folders.values()):,}" for split, folders in counts.items())
@@ -76,10 +97,18 @@ def make_plan(
     skip_missing: bool = False,
     facts: DatasetFacts | None = None,
 ) -> Plan:
-    """Read the lists of `dataset`, find every listed image and check the numbers against `facts`.
+    """Read the lists of a data set, find every listed image and check the numbers.
 
-    `options` go to the reader of the data set; a value of None stands for its default. `facts` are the published ones
-    by default. Numbers are not checked where an option chooses other classes than the published ones.
+    Args:
+        dataset: A key of `FACTS`.
+        source: Its files.
+        options: For the reader of the data set; a value of None stands for its default. Where they choose other
+            classes than the published ones, numbers are not checked.
+        skip_missing: Leave out listed images that are not there.
+        facts: The numbers to check; the published ones by default.
+
+    Returns:
+        The images, each with its place.
 
     Raises:
         FileNotFoundError: a list or, without `skip_missing`, a listed image is not there.
