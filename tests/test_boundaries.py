@@ -39,7 +39,8 @@ def imports(path: Path) -> list[tuple[int, str]]:
 
 def rank(parts: Sequence[str]) -> int:
     """How high a module stands, from its place in the repository or from the parts of its name in an import."""
-    if tuple(parts) == ("prompt_cam_hf", "__main__"):  # the command, started as a module
+    # The command, started as a module; and the public door, which leads into every room.
+    if tuple(parts) in (("prompt_cam_hf", "__main__"), ("prompt_cam_hf", "__init__")):
         return RANKS["cli"]
     inside = len(parts) > 1 and parts[0] == "prompt_cam_hf" and parts[1] in RANKS
     return RANKS[parts[1] if inside else parts[0]]

@@ -33,9 +33,7 @@ def ours(folder, **options):
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_k": 99}, {"function_to_apply": "none"}])
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_without_trait_maps_it_is_the_stock_pipeline(model_folder, images, options, batch_size):
-    stock = pipeline(
-        "image-classification", model=str(model_folder), pipeline_class=ImageClassificationPipeline
-    )
+    stock = pipeline("image-classification", model=str(model_folder), pipeline_class=ImageClassificationPipeline)
     assert type(stock) is ImageClassificationPipeline
     assert type(ours(model_folder)) is PromptCAMImageClassificationPipeline
     expected = stock(images, batch_size=batch_size, **options)
