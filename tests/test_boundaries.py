@@ -6,6 +6,7 @@ import configparser
 import importlib
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -86,6 +87,12 @@ def test_every_public_name_is_documented():
             thing = getattr(module, public)
             if inspect.isclass(thing) or inspect.isroutine(thing):
                 assert thing.__doc__, f"{name}.{public}"
+
+
+def test_every_name_of_the_door_is_in_the_documentation():
+    text = " ".join(path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))))
+    for name in set(prompt_cam_hf.__all__) - {"__version__"}:
+        assert re.search(rf"\b{name}\(|`{name}`|from prompt_cam_hf import .*\b{name}\b", text), name
 
 
 def test_setup_cfg_lists_every_package():
