@@ -6,7 +6,7 @@ import os
 from typing import NamedTuple
 
 import torch
-from transformers import AutoConfig, Pipeline, PreTrainedConfig, PreTrainedModel, pipeline
+from transformers import AutoConfig, Pipeline, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -41,12 +41,11 @@ def load_pipeline(model: str | os.PathLike, device: str | None = None) -> Prompt
     with explained_load_errors(name):
         check_prompt_cam(AutoConfig.from_pretrained(name), name)
         image_processor = AutoImageProcessor.from_pretrained(name)
-    return pipeline(
-        "image-classification",
-        model=PromptCAMForImageClassification.from_pretrained(name),
+    return PromptCAMImageClassificationPipeline(
+        PromptCAMForImageClassification.from_pretrained(name),
         image_processor=image_processor,
         device=device,
-        pipeline_class=PromptCAMImageClassificationPipeline,
+        task="image-classification",
     )
 
 

@@ -7,6 +7,7 @@ import graphlib
 import importlib
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -40,7 +41,8 @@ def imports(path: Path) -> list[tuple[int, str]]:
 
 def rank(parts: Sequence[str]) -> int:
     """How high a module stands, from its place in the repository or from the parts of its name in an import."""
-    if tuple(parts) == ("prompt_cam_hf", "__main__"):  # the command, started as a module
+    # The command, started as a module; and the public door, which leads into every room.
+    if tuple(parts) in (("prompt_cam_hf", "__main__"), ("prompt_cam_hf", "__init__")):
         return RANKS["cli"]
     inside = len(parts) > 1 and parts[0] == "prompt_cam_hf" and parts[1] in RANKS
     return RANKS[parts[1] if inside else parts[0]]
@@ -110,6 +112,12 @@ def test_every_public_name_is_documented():
             thing = getattr(module, public)
             if inspect.isclass(thing) or inspect.isroutine(thing):
                 assert thing.__doc__, f"{name}.{public}"
+
+
+def test_every_name_of_the_door_is_in_the_documentation():
+    text = " ".join(path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))))
+    for name in set(prompt_cam_hf.__all__) - {"__version__"}:
+        assert re.search(rf"\b{name}\(|`{name}`|from prompt_cam_hf import .*\b{name}\b", text), name
 
 
 def test_setup_cfg_lists_every_package():

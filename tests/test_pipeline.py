@@ -27,9 +27,7 @@ def images():
 
 
 def ours(folder, **options):
-    return pipeline(
-        "image-classification", model=str(folder), pipeline_class=PromptCAMImageClassificationPipeline, **options
-    )
+    return pipeline("image-classification", model=str(folder), **options)
 
 
 def assert_same_answers(got, expected):
@@ -47,8 +45,9 @@ def assert_same_answers(got, expected):
 @pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"top_k": 99}, {"function_to_apply": "none"}])
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_without_trait_maps_it_is_the_stock_pipeline(model_folder, images, options, batch_size):
-    stock = pipeline("image-classification", model=str(model_folder))
+    stock = pipeline("image-classification", model=str(model_folder), pipeline_class=ImageClassificationPipeline)
     assert type(stock) is ImageClassificationPipeline
+    assert type(ours(model_folder)) is PromptCAMImageClassificationPipeline
     expected = stock(images, batch_size=batch_size, **options)
     assert_same_answers(ours(model_folder)(images, batch_size=batch_size, **options), expected)
     assert_same_answers(ours(model_folder)(images, batch_size=batch_size, trait_maps=False, **options), expected)

@@ -51,4 +51,4 @@ def test_links_lead_to_files():
 def test_recipes_and_commands_exist():
     for recipe in re.findall(r"training/recipes/\w+\.yaml", README):
         assert (ROOT / recipe).exists(), recipe
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 5

@@ -1,28 +1,22 @@
 # SPDX-License-Identifier: MIT
 """`prompt-cam atlas`: where do the prompts of all classes look, over a whole data set?"""
 
-from enum import Enum
 from typing import Annotated
 
 import typer
 
-from prompt_cam_hf.class_atlas import atlas as make_atlas
 from prompt_cam_hf.cli.common import (
+    BatchSizeOption,
     DeviceOption,
+    ImageColumnOption,
+    LabelColumnOption,
+    MethodOption,
     ModelArgument,
+    OutOption,
     OverwriteOption,
-    load_pipeline,
+    SplitOption,
     one_sentence_errors,
 )
-from prompt_cam_hf.cli.explain import Method, MethodOption, OutOption
-
-
-class SplitName(str, Enum):
-    """Parts of a data set."""
-
-    train = "train"
-    validation = "validation"
-    test = "test"
 
 
 def atlas(
@@ -34,33 +28,36 @@ def atlas(
         ),
     ],
     out: OutOption,
-    split: Annotated[
-        SplitName | None, typer.Option(help="By default the last of train, validation and test that there is.")
-    ] = None,
+    split: SplitOption = None,
     top_heads: Annotated[int, typer.Option(min=1, help="So many heads of an image count as its top ones.")] = 3,
     examples: Annotated[int, typer.Option(min=0, help="Images to show of each class.")] = 3,
-    method: MethodOption = Method.greedy,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images that go through the network at once.")] = 8,
-    image_column: Annotated[str, typer.Option(help="Column of images or paths, in tables and data sets.")] = "image",
-    label_column: Annotated[str, typer.Option(help="Column of class names, in tables and data sets.")] = "label",
+    method: MethodOption = "greedy",
+    batch_size: BatchSizeOption = 8,
+    image_column: ImageColumnOption = "image",
+    label_column: LabelColumnOption = "label",
     overwrite: OverwriteOption = False,
     device: DeviceOption = None,
 ) -> None:
-    """Sum up over many images which heads each class rests on, where they look, and what is confused.
+    """Sum up over many images which heads each class rests on.
+
+    Also where these heads look, and which classes are confused.
 
     Writes images.parquet, classes.parquet and index.html, one page that works offline, to --out. When it was
     interrupted, the same command goes on. Images that cannot be read are listed and left out, and the exit status is
     then 1.
     """
+    from prompt_cam_hf.class_atlas import atlas as make_atlas
+    from prompt_cam_hf.loading import load_pipeline
+
     with one_sentence_errors():
         result = make_atlas(
             load_pipeline(model, device),
             data,
             out,
-            split=None if split is None else split.value,
+            split=split,
             top_heads=top_heads,
             num_examples=examples,
-            method=method.value,
+            method=method,
             batch_size=batch_size,
             overwrite=overwrite,
             image_column=image_column,
@@ -73,4 +70,4 @@ def atlas(
         raise typer.Exit(1)
 
 
-__all__ = ["SplitName", "atlas"]
+__all__ = ["atlas"]

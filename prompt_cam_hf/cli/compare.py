@@ -8,26 +8,18 @@ import typer
 
 from prompt_cam_hf.cli.common import (
     DeviceOption,
-    ModelArgument,
-    OverwriteOption,
-    load_pipeline,
-    one_sentence_errors,
-)
-from prompt_cam_hf.cli.explain import (
     HeadsOption,
-    Kind,
     KindOption,
-    Method,
     MethodOption,
+    ModelArgument,
     OutlineOption,
     OutOption,
-    Scale,
+    OverwriteOption,
     ScaleOption,
+    one_sentence_errors,
     output_paths,
     save_result,
 )
-from prompt_cam_hf.explanations.compare import compare as compare_classes
-from prompt_cam_hf.explanations.figures import check_head_count
 
 
 def compare(
@@ -39,25 +31,29 @@ def compare(
         str | None, typer.Option(help="In place of --classes: the class that a misread image belongs to.")
     ] = None,
     heads: HeadsOption = None,
-    kind: KindOption = Kind.attention,
-    method: MethodOption = Method.greedy,
-    scale: ScaleOption = Scale.figure,
+    kind: KindOption = "attention",
+    method: MethodOption = "greedy",
+    scale: ScaleOption = "figure",
     outline: OutlineOption = False,
     overwrite: OverwriteOption = False,
     device: DeviceOption = None,
 ) -> None:
-    """Compare classes on one image, or the true class with the predicted one.
+    """Show what classes share on an image, and what tells them apart.
+
+    Either the classes of --classes, or the class of --true and the predicted one.
 
     Writes NAME.comparison.png, .json and .csv to --out.
     """
+    from prompt_cam_hf.explanations.compare import compare as compare_classes
+    from prompt_cam_hf.explanations.figures import check_head_count
+    from prompt_cam_hf.loading import load_pipeline
+
     with one_sentence_errors():
         outputs = output_paths([image], out, "comparison", overwrite)
         classifier = load_pipeline(model, device)
         check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
-        comparison = compare_classes(
-            classifier, image, classes or None, true=true, kind=kind.value, method=method.value
-        )
-        save_result(comparison, outputs[image], heads=heads, scale=scale.value, outline=outline)
+        comparison = compare_classes(classifier, image, classes or None, true=true, kind=kind, method=method)
+        save_result(comparison, outputs[image], heads=heads, scale=scale, outline=outline)
         print(comparison)
 
 

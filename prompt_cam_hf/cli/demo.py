@@ -22,7 +22,7 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of prompts, order and augmentation.")] = 0,
 ) -> None:
-    """Train on drawn birds, offline, and measure whether the trait maps are right.
+    """Train on drawn birds, offline, and check the trait maps.
 
     A second run uses again what the first one left: drawn birds, cached features, the trained model.
     """

@@ -4,9 +4,9 @@
 import csv
 import json
 import sys
-from enum import Enum
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -14,44 +14,47 @@ from rich.progress import track
 from rich.table import Table
 
 from prompt_cam_hf.cli.common import (
+    BatchSizeOption,
     DeviceOption,
     ImagesArgument,
     ModelArgument,
-    load_pipeline,
     messages,
     one_sentence_errors,
     open_readable,
 )
-from prompt_cam_hf.data.images import find_images
 
+if TYPE_CHECKING:
+    from PIL import Image
 
-class OutputFormat(str, Enum):
-    """How results are printed."""
-
-    table = "table"
-    csv = "csv"
-    json = "json"
+OutputFormat = Literal["table", "csv", "json"]
 
 
 def predict(
     model: ModelArgument,
     images: ImagesArgument,
     top_k: Annotated[int, typer.Option(min=1, help="Classes to name for each image, best first.")] = 1,
-    output_format: Annotated[OutputFormat, typer.Option("--format", help="What to print.")] = OutputFormat.table,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images to classify at a time.")] = 8,
+    output_format: Annotated[OutputFormat, typer.Option("--format", help="What to print.")] = "table",
+    batch_size: BatchSizeOption = 8,
     device: DeviceOption = None,
 ) -> None:
     """Name the class of images.
 
     Images that cannot be read are named on standard error and left out, and the exit status is then 1.
     """
+    from prompt_cam_hf.data.images import find_images
+    from prompt_cam_hf.loading import load_pipeline
+
     with one_sentence_errors():
         files = find_images(images)
         classifier = load_pipeline(model, device)
     readable: list[Path] = []
-    predictions = classifier(
-        open_readable(files, readable), batch_size=batch_size, top_k=min(top_k, classifier.model.config.num_labels)
-    )
+
+    def opened() -> "Iterator[Image.Image]":
+        for file, image in open_readable(files):
+            readable.append(file)
+            yield image
+
+    predictions = classifier(opened(), batch_size=batch_size, top_k=min(top_k, classifier.model.config.num_labels))
     progress = track(predictions, "Classifying", total=len(files), console=messages, disable=not messages.is_terminal)
     answers = list(progress)
     _print_predictions(readable, answers, output_format)
@@ -61,7 +64,7 @@ def predict(
 
 def _print_predictions(files: list[Path], answers: list[list[dict[str, Any]]], output_format: OutputFormat) -> None:
     """Print one row for each image and class, or one JSON object for each image."""
-    if output_format is OutputFormat.json:
+    if output_format == "json":
         rows = [{"image": str(file), "predictions": answer} for file, answer in zip(files, answers, strict=True)]
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
@@ -71,7 +74,7 @@ def _print_predictions(files: list[Path], answers: list[list[dict[str, Any]]], o
         for file, answer in zip(files, answers, strict=True)
         for rank, prediction in enumerate(answer, 1)
     ]
-    if output_format is OutputFormat.csv:
+    if output_format == "csv":
         csv.writer(sys.stdout, lineterminator="\n").writerows([columns, *cells])
         return
     table = Table(*columns)
@@ -81,4 +84,4 @@ def _print_predictions(files: list[Path], answers: list[list[dict[str, Any]]], o
     Console().print(table, markup=False)
 
 
-__all__ = ["OutputFormat", "predict"]
+__all__ = ["predict"]

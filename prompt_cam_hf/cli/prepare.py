@@ -2,18 +2,26 @@
 """`prompt-cam prepare`: make an image folder of a public data set as it is downloaded."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from prompt_cam_hf.cli.common import one_sentence_errors, say
-from prompt_cam_hf.data.prepare import FACTS, Plan, make_plan, open_source, write_image_folder
+
+if TYPE_CHECKING:
+    from prompt_cam_hf.data.prepare import Plan
 
 
 def prepare(
-    dataset: Annotated[str, typer.Argument(help=f"One of {', '.join(FACTS)}.")],
+    dataset: Annotated[
+        str,
+        typer.Argument(
+            help="One of cub, birds525, dogs, pet, cars, moths, fungi, fish_vista, rare_species, insects2, flowers, "
+            "medicinal_leaf, food101."
+        ),
+    ],
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Folder of the download, extracted or not.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder, or that of an interrupted run.")],
     taxa: Annotated[
@@ -34,6 +42,8 @@ def prepare(
     Images are hard-linked where they lie extracted on the same disk, else copied. The same command goes on after an
     interruption. docs/datasets.md has the sources, the licences, and what is unknown.
     """
+    from prompt_cam_hf.data.prepare import make_plan, open_source, write_image_folder
+
     with one_sentence_errors():
         options = {
             "taxa": _parse_ranks(taxa),
@@ -63,7 +73,7 @@ def _parse_ranks(chosen: list[str] | None) -> dict[str, list[str]] | None:
     return ranks or None
 
 
-def _print_counts(plan: Plan) -> None:
+def _print_counts(plan: "Plan") -> None:
     table = Table("split", "classes", "images", "fewest in a class", "most in a class")
     for split, folders in plan.count().items():
         numbers = list(folders.values())

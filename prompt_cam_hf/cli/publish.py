@@ -2,15 +2,16 @@
 """`prompt-cam publish`: how do others get the model?"""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from prompt_cam_hf.cli.common import one_sentence_errors, say
-from prompt_cam_hf.hub.publish import Publication
-from prompt_cam_hf.hub.publish import publish as publish_folder
+
+if TYPE_CHECKING:
+    from prompt_cam_hf.hub.publish import Publication
 
 
 def publish(
@@ -33,11 +34,14 @@ def publish(
     ] = False,
     out: Annotated[Path | None, typer.Option(help="With --dry-run: leave it in this new folder.")] = None,
 ) -> None:
-    """Upload a trained model to the Hub, with its code, image processor and card, in one commit.
+    """Upload a trained model to the Hub.
 
-    The card is README.md in the folder, if there is one. Otherwise it is written from what training and evaluation
-    recorded there, and from these options. Log in with `hf auth login` first, or set HF_TOKEN.
+    One commit holds the weights, code, image processor and card. The card is README.md in the folder, if there is one.
+    Otherwise it is written from what training and evaluation recorded there, and from these options. Log in with
+    `hf auth login` first, or set HF_TOKEN.
     """
+    from prompt_cam_hf.hub.publish import publish as publish_folder
+
     facts: dict[str, Any] = {
         "license": license,
         "dataset_name": dataset,
@@ -71,7 +75,7 @@ def publish(
             say(f"All of it is in {out}.")
 
 
-def _print_files(publication: Publication) -> None:
+def _print_files(publication: "Publication") -> None:
     table = Table("file", caption="The backbone is fetched from where it is." if publication.prompts_only else None)
     table.add_column("size", justify="right")
     for name, size in publication.files.items():

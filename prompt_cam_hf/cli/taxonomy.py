@@ -9,28 +9,19 @@ import typer
 
 from prompt_cam_hf.cli.common import (
     DeviceOption,
-    ImagesArgument,
-    ModelArgument,
-    OverwriteOption,
-    load_pipeline,
-    one_sentence_errors,
-    open_readable,
-)
-from prompt_cam_hf.cli.explain import (
     HeadsOption,
-    Kind,
+    ImagesArgument,
     KindOption,
+    ModelArgument,
     OutlineOption,
     OutOption,
-    Scale,
+    OverwriteOption,
     ScaleOption,
+    one_sentence_errors,
+    open_readable,
     output_paths,
     save_result,
 )
-from prompt_cam_hf.data.images import find_images
-from prompt_cam_hf.data.taxonomy_tree import read_taxonomy
-from prompt_cam_hf.explanations.figures import check_head_count
-from prompt_cam_hf.explanations.taxonomy_path import explain_path, find_taxonomy
 
 
 def taxonomy(
@@ -41,29 +32,37 @@ def taxonomy(
         Path | None, typer.Option(help="CSV file of the tree, in place of the one that was saved with the model.")
     ] = None,
     heads: HeadsOption = None,
-    kind: KindOption = Kind.attention,
-    scale: ScaleOption = Scale.figure,
+    kind: KindOption = "attention",
+    scale: ScaleOption = "figure",
     outline: OutlineOption = False,
     overwrite: OverwriteOption = False,
     device: DeviceOption = None,
 ) -> None:
-    """Follow images through a tree: what each level says, and where its most important heads look.
+    """Follow images through a tree of classes, level by level.
+
+    Shows what each level says, and where its most important heads look.
 
     For each image, NAME.path.png, .json and .csv are written to --out, in folders like those of the images.
     Images that cannot be read are named on standard error and left out, and the exit status is then 1.
     """
+    from prompt_cam_hf.data.images import find_images
+    from prompt_cam_hf.data.taxonomy_tree import read_taxonomy
+    from prompt_cam_hf.explanations.figures import check_head_count
+    from prompt_cam_hf.explanations.taxonomy_path import explain_path, find_taxonomy
+    from prompt_cam_hf.loading import load_pipeline
+
+    num_explained = 0
     with one_sentence_errors():
         outputs = output_paths(find_images(images), out, "path", overwrite)
         classifier = load_pipeline(model, device)
         levels = read_taxonomy(tree or find_taxonomy(model))
         check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
-        readable: list[Path] = []
-        for image in open_readable(list(outputs), readable):
-            path = explain_path(classifier, image, levels, kind=kind.value)
-            path = replace(path, source=str(readable[-1]))
-            save_result(path, outputs[readable[-1]], heads=heads, scale=scale.value, outline=outline)
+        for file, image in open_readable(outputs):
+            path = replace(explain_path(classifier, image, levels, kind=kind), source=str(file))
+            save_result(path, outputs[file], heads=heads, scale=scale, outline=outline)
             print(path)
-    if len(readable) < len(outputs):
+            num_explained += 1
+    if num_explained < len(outputs):
         raise typer.Exit(1)
 
 
