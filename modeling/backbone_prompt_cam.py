@@ -107,8 +107,8 @@ def backbone_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], dic
         ValueError: the family is not supported.
     """
     check_backbone_family(config.model_type)
-    options = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
-    return getattr(transformers, SUPPORTED_BACKBONES[config.model_type][0]), options
+    family = SUPPORTED_BACKBONES[config.model_type]
+    return getattr(transformers, family.model), {"add_pooling_layer": False} if family.has_pooler else {}
 
 
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
@@ -156,7 +156,7 @@ def embed(backbone: PreTrainedModel, pixel_values: torch.Tensor, interpolate_pos
         ValueError: the images have another size than the backbone's and its position encoding is not interpolated.
     """
     options = {}
-    if backbone.config.model_type not in ("dinov2", "dinov2_with_registers", "dinov3_vit"):  # these always adapt
+    if not SUPPORTED_BACKBONES[backbone.config.model_type].takes_any_size:
         options["interpolate_pos_encoding"] = interpolate_pos_encoding
         expected, got = image_size(backbone.config), tuple(pixel_values.shape[-2:])
         if got != expected and not interpolate_pos_encoding:

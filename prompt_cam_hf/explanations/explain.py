@@ -320,7 +320,7 @@ def read_state(
     """The scores of all classes and the traits of those asked about, for each image of a batch.
 
     Args:
-        model: The model, with the prompt set in use that the state is of.
+        model: The model, with the state's prompt set in use.
         state: From its `last_layer_state` or `last_layer_states`.
         numbers: The classes asked about; None: each image's predicted class.
         kind: As in `explain`.
