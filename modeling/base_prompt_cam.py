@@ -71,9 +71,9 @@ class PromptedModel(PreTrainedModel):
     """
 
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     supports_gradient_checkpointing = True
-    _no_split_modules = []  # noqa: RUF012 - the backbone names its own
+    _no_split_modules: list[str] = []  # noqa: RUF012 - the backbone names its own
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -109,7 +109,8 @@ class PromptedModel(PreTrainedModel):
         """
         hub, config_fields = split_hub_keywords(kwargs)
         source = load_backbone(backbone, **hub)
-        config = cls.config_class(
+        config_class: Any = cls.config_class
+        config = config_class(
             backbone_config=vision_config(source.config),
             id2label=id2label,
             backbone_name_or_path=backbone_name(backbone),

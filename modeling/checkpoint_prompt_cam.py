@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from huggingface_hub import constants
@@ -66,7 +66,7 @@ def load_backbone(backbone: str | os.PathLike | PreTrainedModel, **hub: Any) -> 
         is_bare = backbone.config.model_type in SUPPORTED_BACKBONES and (
             type(backbone).__name__ == backbone_class(backbone.config)[0].__name__
         )
-        model = backbone if is_bare else getattr(backbone, "vision_model", backbone.base_model)
+        model = backbone if is_bare else cast(PreTrainedModel, getattr(backbone, "vision_model", backbone.base_model))
         check_backbone_family(model.config.model_type)
         return model
     with explained_load_errors(backbone, hub.get("revision")):
@@ -99,7 +99,8 @@ def adopt_backbone(model: PreTrainedModel, source: PreTrainedModel) -> None:
     Raises:
         ValueError: the source lacks weights that the backbone needs.
     """
-    missing = model.backbone.load_state_dict(source.state_dict(), strict=False).missing_keys
+    own = cast(PreTrainedModel, model.backbone)
+    missing = own.load_state_dict(source.state_dict(), strict=False).missing_keys
     if missing:
         raise ValueError(
             f"{type(source).__name__} lacks {len(missing)} weights of the backbone, such as {missing[0]}."
@@ -145,7 +146,7 @@ def prompts_state_dict(model: PreTrainedModel, state_dict: dict[str, torch.Tenso
     Raises:
         ValueError: the backbone is not frozen, has no name, or has other weights than were loaded under that name.
     """
-    config = model.config
+    config, backbone = model.config, cast(PreTrainedModel, model.backbone)
     keep = "save with include_backbone=True"
     if not config.freeze_backbone:
         raise ValueError(
@@ -157,7 +158,7 @@ def prompts_state_dict(model: PreTrainedModel, state_dict: dict[str, torch.Tenso
             "config.backbone_fingerprint to a Hub repository or folder and its fingerprint."
         )
     # float16 rounds differently, so its digest says nothing.
-    if model.dtype != torch.float16 and fingerprint_backbone(model.backbone) != config.backbone_fingerprint:
+    if model.dtype != torch.float16 and fingerprint_backbone(backbone) != config.backbone_fingerprint:
         raise ValueError(
             f"The backbone's weights are no longer those of {config.backbone_name_or_path}, so leaving them out would "
             f"lose them; {keep}."

@@ -6,7 +6,7 @@ The variants (Deep, Shallow, interpolation) are those of Prompt-CAM (Chowdhury e
 
 import copy
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -187,8 +187,18 @@ class PromptCAMConfig(PreTrainedConfig):
             fields.pop("label2id", None)
         return super().from_dict(fields, **kwargs)
 
+    @property
+    def class_names(self) -> dict[int, str]:
+        """The names of the classes by their numbers, `id2label`."""
+        return cast(dict[int, str], self.id2label)
+
+    @property
+    def vision(self) -> PreTrainedConfig:
+        """The backbone's configuration."""
+        return cast(PreTrainedConfig, self.backbone_config)
+
     def _check_labels(self) -> None:
-        names = self.id2label
+        names = self.class_names
         if len(names) < 2:
             raise ValueError(f"Prompt-CAM tells classes apart and needs two at least; id2label names {len(names)}.")
         if sorted(names) != list(range(len(names))):
@@ -205,7 +215,7 @@ class PromptCAMConfig(PreTrainedConfig):
         self.label2id = label2id
 
     def _check_prompts(self) -> None:
-        layers = self.backbone_config.num_hidden_layers
+        layers = self.vision.num_hidden_layers
         if not -1 <= self.class_prompt_layer < layers:
             raise ValueError(
                 f"class_prompt_layer={self.class_prompt_layer} is not a layer of this backbone: use -1 for the last "
@@ -264,7 +274,7 @@ class PromptCAMConfig(PreTrainedConfig):
             self.set_prompt_sets(sets)
         for field, value in sets[name].items():
             setattr(self, field, value)
-        self.label2id = {label: index for index, label in self.id2label.items()}
+        self.label2id = {label: index for index, label in self.class_names.items()}
         self.prompts_in_use = name
 
     def alone(self, name: str) -> "PromptCAMConfig":
@@ -306,12 +316,12 @@ class PromptCAMConfig(PreTrainedConfig):
     @property
     def class_layer(self) -> int:
         """The layer that class prompts enter, counted from 0 at the front."""
-        return range(self.backbone_config.num_hidden_layers)[self.class_prompt_layer]
+        return range(self.vision.num_hidden_layers)[self.class_prompt_layer]
 
     @property
     def agnostic_prompts_per_layer(self) -> int:
         """Class-agnostic prompts in each layer that has any."""
-        return self.num_labels if self.num_agnostic_prompts is None else self.num_agnostic_prompts
+        return len(self.class_names) if self.num_agnostic_prompts is None else self.num_agnostic_prompts
 
     @property
     def num_agnostic_layers(self) -> int:
@@ -326,7 +336,7 @@ class PromptCAMConfig(PreTrainedConfig):
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens before the patches: CLS, distillation token and registers, as far as the family has them."""
-        return num_prefix_tokens(self.backbone_config)
+        return num_prefix_tokens(self.vision)
 
 
 def num_prefix_tokens(config: PreTrainedConfig) -> int:

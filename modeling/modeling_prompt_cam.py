@@ -9,7 +9,7 @@ outputs at the positions of agnostic prompts are thrown away, so they never need
 import copy
 import os
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -58,7 +58,7 @@ class PromptCAMForImageClassification(PromptSetsModel):
         # Configs are shared objects, so the model gets its own, and its backbone the vision part of that one.
         config = copy.deepcopy(config)
         super().__init__(config)
-        self.backbone = build_backbone(config.backbone_config)
+        self.backbone = build_backbone(config.vision)
         self._add_prompt_sets()
         self.gradient_checkpointing = False
         if config.freeze_backbone:
@@ -101,9 +101,10 @@ class PromptCAMForImageClassification(PromptSetsModel):
         hub, _ = split_hub_keywords(kwargs)
         with explained_load_errors(path, kwargs.get("revision")):
             if not isinstance(config, PreTrainedConfig):
-                config, kwargs = cls.config_class.from_pretrained(config or path, return_unused_kwargs=True, **kwargs)
+                config, kwargs = PromptCAMConfig.from_pretrained(config or path, return_unused_kwargs=True, **kwargs)
                 kwargs |= hub
-            saved = cls.config_class.from_pretrained(path, **hub)
+            saved = PromptCAMConfig.from_pretrained(path, **hub)
+            config = cast(PromptCAMConfig, config)
             check_same_prompts(config, saved, path)
             if saved.backbone_in_checkpoint:
                 return super().from_pretrained(path, *model_args, config=config, **kwargs)

@@ -40,8 +40,8 @@ class PromptParts(nn.Module):
 
     def add_parts(self, config: PromptCAMConfig) -> None:
         """Make the parts of the set that is in use in `config`, without values."""
-        hidden_size = config.backbone_config.hidden_size
-        self.class_prompts = nn.Parameter(torch.empty(config.num_labels, hidden_size))
+        hidden_size = config.vision.hidden_size
+        self.class_prompts = nn.Parameter(torch.empty(len(config.class_names), hidden_size))
         self.register_parameter("agnostic_prompts", None)
         if config.num_agnostic_layers:
             shape = (config.num_agnostic_layers, config.agnostic_prompts_per_layer, hidden_size)
@@ -218,7 +218,7 @@ class PromptSetsModel(PromptedModel, PromptParts):
 
     def _describe_prompts(self, name: str) -> str:
         config = self.config.alone(name)
-        last = config.backbone_config.num_hidden_layers - 1
+        last = config.vision.num_hidden_layers - 1
         variant = {last: "Deep", 0: "Shallow"}.get(
             config.class_layer, f"class prompts from layer {config.class_layer}"
         )

@@ -15,11 +15,20 @@ from .outputs_prompt_cam import LastLayerState
 
 
 class ScoringModel(Protocol):
-    """What a ranking asks of a Prompt-CAM."""
+    """What a ranking, and a pipeline, ask of a Prompt-CAM."""
 
     @property
     def backbone(self) -> PreTrainedModel:
         """The vision transformer."""
+
+    def last_layer_state(self, pixel_values: torch.Tensor) -> LastLayerState:
+        """The state of the last layer before its attention, for images (batch, channels, height, width)."""
+
+    def last_layer_logits(self, state: LastLayerState) -> torch.Tensor:
+        """The class scores (batch, num_labels)."""
+
+    def trait_maps(self, state: LastLayerState, classes: torch.Tensor) -> torch.Tensor:
+        """Maps of `classes` (batch, k), (batch, k, heads, rows, cols)."""
 
     def class_queries(self, state: LastLayerState, classes: torch.Tensor) -> torch.Tensor:
         """The last layer's queries of the prompts of `classes` (batch, k), (batch, heads, k, head size)."""

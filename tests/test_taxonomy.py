@@ -275,7 +275,7 @@ def birds(write, tmp_path):
         alone = tiny_model(id2label=dict(enumerate(tree.nodes(level))), num_agnostic_prompts=0)
         if model is None:
             model = copy.deepcopy(alone)
-            model.config.prompt_sets = [{"name": level}]
+            model.config.prompts_in_use = level
             model = PromptCAMForImageClassification(model.config).eval()
             model.load_state_dict(alone.state_dict())
         else:

@@ -83,10 +83,10 @@ def cam_maps(
             f"Finer-CAM contrasts gradients, and {method!r} has none; use similar_classes with one of "
             f"{', '.join(_GRADIENT_METHODS)}."
         )
-    if not 0 <= similar_classes < model.config.num_labels:
+    num_labels = len(model.config.id2label or ())
+    if not 0 <= similar_classes < num_labels:
         raise ValueError(
-            f"similar_classes={similar_classes} must be from 0 to {model.config.num_labels - 1}, the number of other "
-            "classes."
+            f"similar_classes={similar_classes} must be from 0 to {num_labels - 1}, the number of other classes."
         )
     with _evaluation_mode(model):
         activation, logits = _run(model, pixel_values, interpolate_pos_encoding)

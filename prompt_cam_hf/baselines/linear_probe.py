@@ -8,7 +8,7 @@ docs/baselines.md.
 
 import copy
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -104,6 +104,10 @@ class LinearProbe(nn.Module):
         return load_backbone(self.model)
 
     @property
+    def _classifier(self) -> nn.Module:
+        return cast(nn.Module, self.model.classifier)
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.device
@@ -128,9 +132,14 @@ class LinearProbe(nn.Module):
             labels: (batch,); with them the loss (cross-entropy) is returned.
             prefix_hidden_states: (batch, features) from `encode_prefix`, in place of pixel_values.
             **kwargs: What batches hold besides; a classifier needs no grid of patches.
+
+        Raises:
+            ValueError: there are not exactly one of the two inputs.
         """
-        features = self.encode_prefix(pixel_values) if prefix_hidden_states is None else prefix_hidden_states
-        logits = self.model.classifier(features)
+        if (pixel_values is None) == (prefix_hidden_states is None):
+            raise ValueError("Give either pixel_values or prefix_hidden_states.")
+        features = prefix_hidden_states if pixel_values is None else self.encode_prefix(pixel_values)
+        logits = self._classifier(features)
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
@@ -138,7 +147,7 @@ class LinearProbe(nn.Module):
     def encode_prefix(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """What the model hands to its classifier, (batch, features): a fixed function of the image."""
         features: list[torch.Tensor] = []
-        hook = self.model.classifier.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
+        hook = self._classifier.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
         try:
             self.model(pixel_values)
         finally:

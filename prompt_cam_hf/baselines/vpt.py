@@ -13,7 +13,7 @@ Without prompts it is a linear probe on CLS. A family without CLS (SigLIP) is re
 
 import copy
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -71,7 +71,7 @@ class VPTConfig(PreTrainedConfig):
             self.backbone_config = AutoConfig.for_model(**self.backbone_config)
         self.backbone_config = vision_config(self.backbone_config)
         super().__post_init__(**kwargs)
-        layers = self.backbone_config.num_hidden_layers
+        layers = self.vision.num_hidden_layers
         if not 0 <= self.first_prompt_layer < layers:
             raise ValueError(
                 f"first_prompt_layer={self.first_prompt_layer} is not a layer of this backbone: use 0 to {layers - 1}."
@@ -83,9 +83,14 @@ class VPTConfig(PreTrainedConfig):
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 0 and below 1.")
 
     @property
+    def vision(self) -> PreTrainedConfig:
+        """The backbone's configuration."""
+        return cast(PreTrainedConfig, self.backbone_config)
+
+    @property
     def fixed_prefix_layers(self) -> int:
         """How many of the first layers no prompt enters (at most all but the last): a fixed function of the image."""
-        return self.first_prompt_layer if self.num_prompts else self.backbone_config.num_hidden_layers - 1
+        return self.first_prompt_layer if self.num_prompts else self.vision.num_hidden_layers - 1
 
 
 class VPTForImageClassification(PromptedModel):
@@ -101,13 +106,13 @@ class VPTForImageClassification(PromptedModel):
     def __init__(self, config: VPTConfig):
         config = copy.deepcopy(config)  # configs are shared objects
         super().__init__(config)
-        self.backbone = build_backbone(config.backbone_config)
+        self.backbone = build_backbone(config.vision)
         backbone = self.backbone.config
         self.prompts: nn.Parameter | None = None
         if config.num_prompts:
             layers = backbone.num_hidden_layers - config.first_prompt_layer if config.deep else 1
             self.prompts = nn.Parameter(torch.empty(layers, config.num_prompts, backbone.hidden_size))
-        self.classifier = nn.Linear(backbone.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(backbone.hidden_size, len(config.id2label or ()))
         self.gradient_checkpointing = False
         self.backbone.requires_grad_(False)
         self.post_init()

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import (
+    CardData,
     CommitInfo,
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
     ModelCard,
-    ModelCardData,
     constants,
     get_token,
 )
@@ -58,13 +58,13 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"{repo_id!r} does not say whose repository it is; give it as owner/{repo_id}.")
 
 
-def check_license(data: ModelCardData) -> None:
+def check_license(data: CardData) -> None:
     """Refuse metadata without a licence: what others may do with a model is never guessed.
 
     Raises:
         ValueError: the licence is missing, or "other" without a name and a link.
     """
-    license = data.license
+    license = data.get("license")
     if not isinstance(license, str) or not license:
         raise ValueError(
             "The model card has no licence; give the model's licence by its identifier on the Hub, such as mit or "
@@ -75,7 +75,7 @@ def check_license(data: ModelCardData) -> None:
             f"{license!r} is not the identifier of a licence; the Hub's are of the form mit, apache-2.0, cc-by-4.0 "
             "(https://huggingface.co/docs/hub/repositories-licenses)."
         )
-    if license == "other" and not (data.license_name and data.license_link):
+    if license == "other" and not (data.get("license_name") and data.get("license_link")):
         raise ValueError('The licence "other" needs license_name and license_link.')
 
 
@@ -85,7 +85,7 @@ def check_class_names(model: PreTrainedModel) -> None:
     Raises:
         ValueError: the class names are transformers' placeholders.
     """
-    names = model.config.id2label
+    names = model.config.id2label or {}
     if all(name == f"LABEL_{index}" for index, name in names.items()):
         raise ValueError(
             f"The model's {len(names)} classes have no names (LABEL_0, LABEL_1 ...); set config.id2label and "
