@@ -8,7 +8,7 @@ again, so each piece is looked up by the names it has had; a missing piece is an
 import copy
 import hashlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import transformers
@@ -74,7 +74,7 @@ def _get(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
 
 def backbone_layers(backbone: PreTrainedModel) -> nn.ModuleList:
     """The backbone's transformer layers, first one first."""
-    return _get(backbone, _LAYERS)
+    return cast(nn.ModuleList, _get(backbone, _LAYERS))
 
 
 def final_norm(backbone: PreTrainedModel) -> nn.Module:
@@ -107,8 +107,8 @@ def backbone_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], dic
         ValueError: the family is not supported.
     """
     check_backbone_family(config.model_type)
-    options = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
-    return getattr(transformers, SUPPORTED_BACKBONES[config.model_type][0]), options
+    family = SUPPORTED_BACKBONES[config.model_type]
+    return getattr(transformers, family.model), {"add_pooling_layer": False} if family.has_pooler else {}
 
 
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
@@ -156,7 +156,7 @@ def embed(backbone: PreTrainedModel, pixel_values: torch.Tensor, interpolate_pos
         ValueError: the images have another size than the backbone's and its position encoding is not interpolated.
     """
     options = {}
-    if backbone.config.model_type not in ("dinov2", "dinov2_with_registers", "dinov3_vit"):  # these always adapt
+    if not SUPPORTED_BACKBONES[backbone.config.model_type].takes_any_size:
         options["interpolate_pos_encoding"] = interpolate_pos_encoding
         expected, got = image_size(backbone.config), tuple(pixel_values.shape[-2:])
         if got != expected and not interpolate_pos_encoding:
@@ -164,7 +164,7 @@ def embed(backbone: PreTrainedModel, pixel_values: torch.Tensor, interpolate_pos
                 f"pixel_values are {got[0]}x{got[1]} pixels, the backbone expects {expected[0]}x{expected[1]}; resize "
                 "them with the image processor, or pass interpolate_pos_encoding=True."
             )
-    hidden_states = backbone.embeddings(pixel_values, **options)
+    hidden_states = _get(backbone, ("embeddings",))(pixel_values, **options)
     norm = _find(backbone, ("pre_layrnorm",))
     return hidden_states if norm is None else norm(hidden_states)
 
@@ -340,7 +340,7 @@ def finish_layer(
     branch = _run_branch(layer, _get(layer, _OUTPUT)(contexts.flatten(-2)), _AFTER_ATTENTION)
     # The residual stream follows the layer's device where a device map spreads the backbone.
     hidden_states = queries.to(branch.device) + drop_path(branch, drop_path_rate)
-    branch = _run_branch(layer, layer.mlp(_get(layer, _NORM_2)(hidden_states)), _AFTER_MLP)
+    branch = _run_branch(layer, _get(layer, ("mlp",))(_get(layer, _NORM_2)(hidden_states)), _AFTER_MLP)
     return hidden_states + drop_path(branch, drop_path_rate)
 
 

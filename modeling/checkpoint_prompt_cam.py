@@ -1,17 +1,30 @@
 # SPDX-License-Identifier: MIT
-"""How does a Prompt-CAM find its backbone, and how is it saved without one?"""
+"""Finding a backbone, saving a Prompt-CAM without one, and one sentence for what goes wrong on the Hub."""
 
 import os
-from typing import Any
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, cast
 
 import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from .backbone_prompt_cam import backbone_class, fingerprint_backbone, vision_config
 from .configuration_prompt_cam import SUPPORTED_BACKBONES, PromptCAMConfig, check_backbone_family
-from .hub_prompt_cam import explained_load_errors
 from .pipeline_prompt_cam import PromptCAMImageClassificationPipeline
 
 # For `pipeline("image-classification", model=FOLDER, trust_remote_code=True)`. Importing the class here is also what
@@ -24,12 +37,25 @@ PIPELINES = {
 }
 
 
+NOT_ACCEPTED = "The Hub does not accept the token: log in with `hf auth login`, or set HF_TOKEN."
+_NOTHING_KEPT = "Nothing incomplete is kept: try again"
+_HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+_Error = TypeVar("_Error", bound=BaseException)
+
+
+def split_hub_keywords(keywords: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keywords that say where on the Hub something is and how to fetch it, and all others."""
+    hub = {key: value for key, value in keywords.items() if key in _HUB_KEYWORDS}
+    return hub, {key: value for key, value in keywords.items() if key not in hub}
+
+
 def load_backbone(backbone: str | os.PathLike | PreTrainedModel, **hub: Any) -> PreTrainedModel:
     """The bare vision model behind a Hub id, a folder or a loaded model.
 
     Args:
         backbone: Where it is. A model with a head or a second tower is taken for its vision part.
-        **hub: revision, token and the like.
+        **hub: The Hub keywords of `from_pretrained`: revision, subfolder, cache_dir, local_files_only and the like.
 
     Raises:
         ValueError: the family is not supported.
@@ -40,13 +66,13 @@ def load_backbone(backbone: str | os.PathLike | PreTrainedModel, **hub: Any) -> 
         is_bare = backbone.config.model_type in SUPPORTED_BACKBONES and (
             type(backbone).__name__ == backbone_class(backbone.config)[0].__name__
         )
-        model = backbone if is_bare else getattr(backbone, "vision_model", backbone.base_model)
+        model = backbone if is_bare else cast(PreTrainedModel, getattr(backbone, "vision_model", backbone.base_model))
         check_backbone_family(model.config.model_type)
         return model
     with explained_load_errors(backbone, hub.get("revision")):
         config = vision_config(_load_config(backbone, **hub))
         model_class, options = backbone_class(config)
-        return model_class.from_pretrained(backbone, config=config, **options, **hub)
+        return model_class.from_pretrained(backbone, config=config, **{**options, **hub})
 
 
 def _load_config(backbone: str | os.PathLike, **hub: Any) -> PreTrainedConfig:
@@ -73,7 +99,8 @@ def adopt_backbone(model: PreTrainedModel, source: PreTrainedModel) -> None:
     Raises:
         ValueError: the source lacks weights that the backbone needs.
     """
-    missing = model.backbone.load_state_dict(source.state_dict(), strict=False).missing_keys
+    own = cast(PreTrainedModel, model.backbone)
+    missing = own.load_state_dict(source.state_dict(), strict=False).missing_keys
     if missing:
         raise ValueError(
             f"{type(source).__name__} lacks {len(missing)} weights of the backbone, such as {missing[0]}."
@@ -88,37 +115,29 @@ def check_same_prompts(config: PromptCAMConfig, saved: PromptCAMConfig, path: st
     Raises:
         ValueError: the number of classes, the place of the prompts, or the names of several prompt sets differ.
     """
-    asked_sets, saved_sets = config.prompt_sets or [{}], saved.prompt_sets or [{}]
-    # The weights of a set are found by its place in the list, those of the one in use apart; one alone has any name.
-    if max(len(asked_sets), len(saved_sets)) > 1:
-        asked_names, saved_names = _tell_sets(asked_sets), _tell_sets(saved_sets)
-        if asked_names != saved_names:
-            raise ValueError(
-                f"{path} has {saved_names} and cannot be loaded with {asked_names}; load it as it is, "
-                "and change its sets with set_prompts, add_prompts and load_prompts."
-            )
-        for asked_set, saved_set in zip(asked_sets, saved_sets, strict=True):
-            name, fields = _split_set(asked_set)
-            if fields:
-                one, other = config.of_new_prompts(name, fields), saved.of_new_prompts(name, _split_set(saved_set)[1])
-                check_same_prompts(one, other, f"The prompt set {name!r} of {path}")
-    for field in ("num_labels", "class_layer", "first_prompt_layer", "agnostic_prompts_per_layer"):
-        asked, trained = getattr(config, field), getattr(saved, field)
-        if asked != trained:
-            raise ValueError(
-                f"{path} was trained with {field}={trained} and cannot be loaded with {field}={asked}: prompts cannot "
-                "be resized or moved. Classes can be renamed; other classes need new prompts, see from_backbone."
-            )
+    asked_sets, saved_sets = config.all_sets(), saved.all_sets()
+    several = max(len(asked_sets), len(saved_sets)) > 1
+    # The weights of a set are found by its place; one alone may have any name.
+    if several and _tell_sets(config) != _tell_sets(saved):
+        raise ValueError(
+            f"{path} has {_tell_sets(saved)} and cannot be loaded with {_tell_sets(config)}; load it as it is, and "
+            "change its sets with set_prompts, add_prompts and load_prompts."
+        )
+    for asked_name, saved_name in zip(asked_sets, saved_sets, strict=True):
+        asked, trained = config.alone(asked_name), saved.alone(saved_name)
+        for field in ("num_labels", "class_layer", "first_prompt_layer", "agnostic_prompts_per_layer"):
+            if getattr(asked, field) != getattr(trained, field):
+                owner = f"The prompt set {asked_name!r} of {path}" if several else path
+                raise ValueError(
+                    f"{owner} was trained with {field}={getattr(trained, field)} and cannot be loaded with "
+                    f"{field}={getattr(asked, field)}: prompts cannot be resized or moved. Classes can be renamed; "
+                    "other classes need new prompts, see from_backbone."
+                )
 
 
-def _split_set(prompt_set: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The name of a prompt set and its settings; the one in use has them in the configuration itself."""
-    return prompt_set.get("name", ""), {field: value for field, value in prompt_set.items() if field != "name"}
-
-
-def _tell_sets(sets: list[dict[str, Any]]) -> str:
-    told = [f"{name!r}" + ("" if fields else " (in use)") for name, fields in map(_split_set, sets)]
-    return f"the prompt sets {', '.join(told)}" if len(sets) > 1 else "a single prompt set"
+def _tell_sets(config: PromptCAMConfig) -> str:
+    told = [f"{name!r}" + (" (in use)" if name == config.prompts_in_use else "") for name in config.all_sets()]
+    return f"the prompt sets {', '.join(told)}" if len(told) > 1 else "a single prompt set"
 
 
 def prompts_state_dict(model: PreTrainedModel, state_dict: dict[str, torch.Tensor] | None) -> dict[str, torch.Tensor]:
@@ -127,7 +146,7 @@ def prompts_state_dict(model: PreTrainedModel, state_dict: dict[str, torch.Tenso
     Raises:
         ValueError: the backbone is not frozen, has no name, or has other weights than were loaded under that name.
     """
-    config = model.config
+    config, backbone = model.config, cast(PreTrainedModel, model.backbone)
     keep = "save with include_backbone=True"
     if not config.freeze_backbone:
         raise ValueError(
@@ -139,7 +158,7 @@ def prompts_state_dict(model: PreTrainedModel, state_dict: dict[str, torch.Tenso
             "config.backbone_fingerprint to a Hub repository or folder and its fingerprint."
         )
     # float16 rounds differently, so its digest says nothing.
-    if model.dtype != torch.float16 and fingerprint_backbone(model.backbone) != config.backbone_fingerprint:
+    if model.dtype != torch.float16 and fingerprint_backbone(backbone) != config.backbone_fingerprint:
         raise ValueError(
             f"The backbone's weights are no longer those of {config.backbone_name_or_path}, so leaving them out would "
             f"lose them; {keep}."
@@ -169,11 +188,13 @@ def complete_state_dict(
         ValueError: the backbone has other weights than the prompts were trained with.
     """
     with explained_load_errors(path, hub.get("revision")):
-        weights = cached_file(path, f"model.{variant}.safetensors" if variant else "model.safetensors", **hub)
+        file = f"model.{variant}.safetensors" if variant else "model.safetensors"
+        weights = load_file(str(cached_file(path, file, **hub)))
     if backbone is None:
-        backbone = config.backbone_name_or_path
-        common = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
-        hub = {**common, "revision": config.backbone_revision} if config.backbone_revision else common
+        backbone = config.backbone_name_or_path or ""
+        hub = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
+        place = {"revision": config.backbone_revision, "subfolder": config.backbone_subfolder}
+        hub |= {key: value for key, value in place.items() if value}
     else:
         hub = {}
     try:
@@ -186,19 +207,87 @@ def complete_state_dict(
     fingerprint = fingerprint_backbone(source)
     if fingerprint != config.backbone_fingerprint:
         raise ValueError(
-            f"{path} holds prompts for a backbone with fingerprint {config.backbone_fingerprint[:12]}, but "
+            f"{path} holds prompts for a backbone with fingerprint {str(config.backbone_fingerprint)[:12]}, but "
             f"{backbone_name(backbone)} has {fingerprint[:12]}: it is another model or revision. Give the right one "
             "as from_pretrained(..., backbone=...)."
         )
-    return {f"backbone.{key}": value for key, value in source.state_dict().items()} | load_file(weights)
+    return {f"backbone.{key}": value for key, value in source.state_dict().items()} | weights
+
+
+@contextmanager
+def explained_load_errors(name: str | os.PathLike, revision: str | None = None) -> Iterator[None]:
+    """Turn what transformers and its Hub client raise while they load a model into one sentence.
+
+    Args:
+        name: The Hub id; errors of folders are left as they are.
+        revision: The revision asked for.
+
+    Raises:
+        FileNotFoundError: there is no such repository or revision, or one may not see it.
+        PermissionError: the Hub does not know who asks, or does not let them read there.
+        ConnectionError: the Hub cannot be reached or failed, or a download broke off.
+    """
+    try:
+        yield
+    except (HTTPError, OSError, ValueError) as error:
+        explanation = _explain(error, name, revision) if isinstance(name, str) and not os.path.isdir(name) else None
+        if explanation is None:
+            raise
+        raise explanation from error
+
+
+def _explain(error: BaseException, name: str, revision: str | None) -> Exception | None:
+    if find_cause(error, RevisionNotFoundError):
+        return FileNotFoundError(f"The repository {name} has no revision {revision}.")
+    if find_cause(error, RepositoryNotFoundError) and not find_cause(error, GatedRepoError):
+        return FileNotFoundError(
+            f"There is neither a folder {name} nor a repository of that name on the Hub; if it is a private one, log "
+            "in with `hf auth login`, or set HF_TOKEN."
+        )
+    if find_cause(error, RemoteEntryNotFoundError):
+        return None
+    answer = find_cause(error, HfHubHTTPError)
+    if answer is not None:
+        status = answer.response.status_code
+        if status == 401:
+            return PermissionError(NOT_ACCEPTED)
+        if status in (403, 451):
+            return PermissionError(f"The token may not read {name}; ask for access at {constants.ENDPOINT}/{name}.")
+        return ConnectionError(f"The Hub failed while {name} was loaded (status {status}). {_NOTHING_KEPT}.")
+    broken = find_cause(error, HTTPError) or find_cause(error, LocalEntryNotFoundError)
+    if constants.is_offline_mode() and (broken or find_cause(error, OfflineModeIsEnabled)):
+        return FileNotFoundError(f"Offline mode is on, and {name} is not in the cache; unset HF_HUB_OFFLINE.")
+    if broken is None:
+        return None
+    return ConnectionError(
+        f"The Hub at {constants.ENDPOINT} cannot be reached, or the download of {name} broke off "
+        f"({tell_reason(broken)}). {_NOTHING_KEPT}."
+    )
+
+
+def find_cause(error: BaseException | None, kind: type[_Error]) -> _Error | None:
+    """The first error of a kind among those that led to this one."""
+    while error is not None and not isinstance(error, kind):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def tell_reason(error: BaseException) -> str:
+    """What an error says, on one line, without addresses, which may hold signatures."""
+    return " ".join(re.sub(r"https?://\S*", "", str(error)).split()) or type(error).__name__
 
 
 __all__ = [
+    "NOT_ACCEPTED",
     "PIPELINES",
     "adopt_backbone",
     "backbone_name",
     "check_same_prompts",
     "complete_state_dict",
+    "explained_load_errors",
+    "find_cause",
     "load_backbone",
     "prompts_state_dict",
+    "split_hub_keywords",
+    "tell_reason",
 ]

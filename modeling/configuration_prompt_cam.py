@@ -5,21 +5,41 @@ The variants (Deep, Shallow, interpolation) are those of Prompt-CAM (Chowdhury e
 """
 
 import copy
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-# One row a family: the transformers class of the bare vision model, and how many tokens stand before the patches
-# (CLS, DeiT's distillation token). Register tokens come on top and are counted in the backbone's config.
-SUPPORTED_BACKBONES: dict[str, tuple[str, int]] = {
-    "vit": ("ViTModel", 1),
-    "deit": ("DeiTModel", 2),
-    "dinov2": ("Dinov2Model", 1),
-    "dinov2_with_registers": ("Dinov2WithRegistersModel", 1),
-    "dinov3_vit": ("DINOv3ViTModel", 1),
-    "clip_vision_model": ("CLIPVisionModel", 1),
-    "siglip_vision_model": ("SiglipVisionModel", 0),
+
+class BackboneFamily(NamedTuple):
+    """What the other files have to know about a family of backbones.
+
+    Attributes:
+        model: The transformers class of the bare vision model.
+        prefix_tokens: Tokens before the patches (CLS, DeiT's distillation token); registers come on top.
+        classifier: The transformers class that classifies images, where there is one.
+        has_pooler: Its class takes `add_pooling_layer`.
+        takes_any_size: It adapts its position encoding to images of any size by itself.
+    """
+
+    model: str
+    prefix_tokens: int = 1
+    classifier: str | None = None
+    has_pooler: bool = False
+    takes_any_size: bool = False
+
+
+SUPPORTED_BACKBONES = {
+    "vit": BackboneFamily("ViTModel", 1, "ViTForImageClassification", has_pooler=True),
+    "deit": BackboneFamily("DeiTModel", 2, "DeiTForImageClassification", has_pooler=True),
+    "dinov2": BackboneFamily("Dinov2Model", 1, "Dinov2ForImageClassification", takes_any_size=True),
+    "dinov2_with_registers": BackboneFamily(
+        "Dinov2WithRegistersModel", 1, "Dinov2WithRegistersForImageClassification", takes_any_size=True
+    ),
+    "dinov3_vit": BackboneFamily("DINOv3ViTModel", 1, takes_any_size=True),
+    "clip_vision_model": BackboneFamily("CLIPVisionModel", 1, "CLIPForImageClassification"),
+    "siglip_vision_model": BackboneFamily("SiglipVisionModel", 0, "SiglipForImageClassification"),
 }
 
 # What each prompt set has for itself, where several share a backbone.
@@ -31,6 +51,9 @@ PROMPT_FIELDS = (
     "prompt_dropout",
     "drop_path_rate",
 )
+
+# The name of the only set of a model, until it is given another one.
+DEFAULT_NAME = "default"
 
 SEVERAL_SETS_NEED_A_FROZEN_BACKBONE = (
     "Several prompt sets share a backbone, so it must stay as it is: freeze_backbone=False allows one set."
@@ -53,6 +76,17 @@ _TRANSFORMERS_KEYWORDS = {
 }
 
 
+def check_prompt_names(names: Iterable[str], sets: Iterable[str], owner: object = "This model") -> None:
+    """Refuse names of prompt sets that are not among those of the owner.
+
+    Raises:
+        ValueError: there is no such set.
+    """
+    for name in names:
+        if name not in sets:
+            raise ValueError(f"{owner} has no prompt set {name!r}; it has {', '.join(map(repr, sets))}.")
+
+
 def check_backbone_family(model_type: str) -> None:
     """Refuse a backbone family that Prompt-CAM does not know.
 
@@ -70,7 +104,7 @@ def check_backbone_family(model_type: str) -> None:
 class PromptCAMConfig(PreTrainedConfig):
     """Configuration of a Prompt-CAM: a frozen vision transformer and the prompts injected into it.
 
-    Layers are numbered from 0 at the front, as in `backbone.layers`. With N layers, class prompts enter layer
+    Layers are counted from 0 at the front, here and everywhere. With N layers, class prompts enter layer
     `class_prompt_layer` and travel on to the last layer, whose output at their positions is scored; class-agnostic
     prompts, fresh in every layer and dropped after it, enter the layers from `first_prompt_layer` up to (and without)
     `class_prompt_layer`.
@@ -80,6 +114,7 @@ class PromptCAMConfig(PreTrainedConfig):
         id2label: Class names, numbered from 0 without a gap. This, or `num_labels`, has to be given.
         backbone_name_or_path: Hub id or folder that the backbone was loaded from.
         backbone_revision: Branch, tag or commit of that repository.
+        backbone_subfolder: Where it lies in that repository or folder.
         backbone_fingerprint: Digest of the backbone's weights, see `fingerprint_backbone`.
         backbone_in_checkpoint: Whether a saved folder holds the backbone's weights. Set by `save_pretrained`.
         class_prompt_layer: Where class prompts enter: -1 is the last layer (the paper's Deep), 0 the first (Shallow).
@@ -88,8 +123,9 @@ class PromptCAMConfig(PreTrainedConfig):
         prompt_dropout: Probability of dropping a prompt's element in training, one mask for the whole batch.
         drop_path_rate: Stochastic depth of the last layer; the first has none and it grows linearly between.
         freeze_backbone: Train prompts and classifier only.
-        prompt_sets: Several prompt sets on one backbone: the `name` of each, with its settings. The one in use has a
-            name only, as its settings are this configuration's own. `None`: there is one set, without a name.
+        prompt_sets: Several prompt sets on one backbone: the `name` of each with its settings, in the order in which
+            their weights are saved. `None`: there is one set.
+        prompts_in_use: The name of the prompt set in use, whose settings are also this configuration's own.
 
     Raises:
         ValueError: a field is out of range, unknown, or contradicts another one.
@@ -103,6 +139,7 @@ class PromptCAMConfig(PreTrainedConfig):
     backbone_config: dict | PreTrainedConfig | None = None
     backbone_name_or_path: str | None = None
     backbone_revision: str | None = None
+    backbone_subfolder: str | None = None
     backbone_fingerprint: str | None = None
     backbone_in_checkpoint: bool = True
     class_prompt_layer: int = -1
@@ -112,6 +149,7 @@ class PromptCAMConfig(PreTrainedConfig):
     drop_path_rate: float = 0.0
     freeze_backbone: bool = True
     prompt_sets: list[dict] | None = None
+    prompts_in_use: str = DEFAULT_NAME
 
     # Read by Trainer: what evaluation should not gather over the data set.
     keys_to_ignore_at_inference = ["trait_maps", "trait_classes", "hidden_states", "attentions"]  # noqa: RUF012
@@ -149,8 +187,18 @@ class PromptCAMConfig(PreTrainedConfig):
             fields.pop("label2id", None)
         return super().from_dict(fields, **kwargs)
 
+    @property
+    def class_names(self) -> dict[int, str]:
+        """The names of the classes by their numbers, `id2label`."""
+        return cast(dict[int, str], self.id2label)
+
+    @property
+    def vision(self) -> PreTrainedConfig:
+        """The backbone's configuration."""
+        return cast(PreTrainedConfig, self.backbone_config)
+
     def _check_labels(self) -> None:
-        names = self.id2label
+        names = self.class_names
         if len(names) < 2:
             raise ValueError(f"Prompt-CAM tells classes apart and needs two at least; id2label names {len(names)}.")
         if sorted(names) != list(range(len(names))):
@@ -167,7 +215,7 @@ class PromptCAMConfig(PreTrainedConfig):
         self.label2id = label2id
 
     def _check_prompts(self) -> None:
-        layers = self.backbone_config.num_hidden_layers
+        layers = self.vision.num_hidden_layers
         if not -1 <= self.class_prompt_layer < layers:
             raise ValueError(
                 f"class_prompt_layer={self.class_prompt_layer} is not a layer of this backbone: use -1 for the last "
@@ -187,23 +235,58 @@ class PromptCAMConfig(PreTrainedConfig):
     def _check_prompt_sets(self) -> None:
         if self.prompt_sets is None:
             return
-        sets = [dict(fields) for fields in self.prompt_sets]
-        names = [fields.pop("name", None) for fields in sets]
+        names = [fields.get("name") for fields in self.prompt_sets]
         for name in names:
             if not isinstance(name, str) or names.count(name) > 1:
                 raise ValueError(f"prompt_sets must give every set a name of its own; there is {names}.")
-        in_use = [name for name, fields in zip(names, sets, strict=True) if not fields]
-        if len(in_use) != 1:
+        if self.prompts_in_use not in names:
             raise ValueError(
-                "prompt_sets must leave out the settings of exactly one set, the one in use; it does for "
-                f"{', '.join(map(repr, in_use)) or 'none'}."
+                f"prompts_in_use={self.prompts_in_use!r} must be one of the prompt_sets, which are "
+                f"{', '.join(map(repr, names))}."
             )
         if len(names) > 1 and not self.freeze_backbone:
             raise ValueError(SEVERAL_SETS_NEED_A_FROZEN_BACKBONE)
-        for name, fields in zip(names, sets, strict=True):
-            if fields:
-                fields |= self.of_new_prompts(name, fields).prompt_fields()
-        self.prompt_sets = [{"name": name, **fields} for name, fields in zip(names, sets, strict=True)]
+        self.set_prompt_sets(
+            {name: self.of_new_prompts(name, fields).prompt_fields() for name, fields in self.all_sets().items()}
+        )
+
+    def all_sets(self) -> dict[str, dict[str, Any]]:
+        """The settings (`PROMPT_FIELDS`) of each prompt set by its name."""
+        sets = {
+            each["name"]: {field: value for field, value in each.items() if field != "name"}
+            for each in self.prompt_sets or ()
+        }
+        return sets | {self.prompts_in_use: self.prompt_fields()}
+
+    def set_prompt_sets(self, sets: dict[str, dict[str, Any]]) -> None:
+        """Write down the settings of each prompt set."""
+        self.prompt_sets = [{"name": name, **fields} for name, fields in sets.items()]
+
+    def use_prompts(self, name: str) -> None:
+        """Make the settings of another prompt set this configuration's own.
+
+        Raises:
+            ValueError: there is no such set.
+        """
+        sets = self.all_sets()
+        check_prompt_names([name], sets)
+        if self.prompt_sets is not None:
+            self.set_prompt_sets(sets)
+        for field, value in sets[name].items():
+            setattr(self, field, value)
+        self.label2id = {label: index for index, label in self.class_names.items()}
+        self.prompts_in_use = name
+
+    def alone(self, name: str) -> "PromptCAMConfig":
+        """This configuration with one prompt set alone; the backbone's is shared.
+
+        Raises:
+            ValueError: there is no such set.
+        """
+        config = copy.copy(self)
+        config.use_prompts(name)
+        config.prompt_sets, config.prompts_in_use = None, DEFAULT_NAME
+        return config
 
     def prompt_fields(self) -> dict[str, Any]:
         """The settings of the prompt set in use, `PROMPT_FIELDS`."""
@@ -233,12 +316,12 @@ class PromptCAMConfig(PreTrainedConfig):
     @property
     def class_layer(self) -> int:
         """The layer that class prompts enter, counted from 0 at the front."""
-        return range(self.backbone_config.num_hidden_layers)[self.class_prompt_layer]
+        return range(self.vision.num_hidden_layers)[self.class_prompt_layer]
 
     @property
     def agnostic_prompts_per_layer(self) -> int:
         """Class-agnostic prompts in each layer that has any."""
-        return self.num_labels if self.num_agnostic_prompts is None else self.num_agnostic_prompts
+        return len(self.class_names) if self.num_agnostic_prompts is None else self.num_agnostic_prompts
 
     @property
     def num_agnostic_layers(self) -> int:
@@ -253,12 +336,22 @@ class PromptCAMConfig(PreTrainedConfig):
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens before the patches: CLS, distillation token and registers, as far as the family has them."""
-        family_tokens = SUPPORTED_BACKBONES[self.backbone_config.model_type][1]
-        return family_tokens + getattr(self.backbone_config, "num_register_tokens", 0)
+        return num_prefix_tokens(self.vision)
+
+
+def num_prefix_tokens(config: PreTrainedConfig) -> int:
+    """Tokens before the patches, from a backbone's configuration: CLS, distillation token and registers."""
+    return SUPPORTED_BACKBONES[config.model_type].prefix_tokens + getattr(config, "num_register_tokens", 0)
 
 
 _FIELDS = ["id2label", "num_labels", *PromptCAMConfig.__annotations__]
-_SHARED_FIELDS = ("backbone_config", "backbone_name_or_path", "backbone_revision", "backbone_fingerprint")
+_SHARED_FIELDS = (
+    "backbone_config",
+    "backbone_name_or_path",
+    "backbone_revision",
+    "backbone_subfolder",
+    "backbone_fingerprint",
+)
 
 
 def _own_backbone_config(backbone_config: dict | PreTrainedConfig | None) -> PreTrainedConfig:
@@ -289,6 +382,9 @@ __all__ = [
     "PROMPT_FIELDS",
     "SEVERAL_SETS_NEED_A_FROZEN_BACKBONE",
     "SUPPORTED_BACKBONES",
+    "BackboneFamily",
     "PromptCAMConfig",
     "check_backbone_family",
+    "check_prompt_names",
+    "num_prefix_tokens",
 ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What does a Prompt-CAM hand out, and for which classes?"""
+"""What a Prompt-CAM returns, and for which classes."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -27,8 +27,8 @@ class PromptCAMOutput(ImageClassifierOutput):
             hidden_size); the last one is (batch, num_labels, hidden_size), before the final norm.
     """
 
-    trait_maps: torch.FloatTensor | None = None
-    trait_classes: torch.LongTensor | None = None
+    trait_maps: torch.Tensor | None = None
+    trait_classes: torch.Tensor | None = None
 
 
 class LastLayerState(NamedTuple):
@@ -47,16 +47,16 @@ class LastLayerState(NamedTuple):
 
 
 def check_class_numbers(classes: torch.Tensor, num_labels: int, name: str) -> None:
-    """Refuse what are no class numbers; `name` is the argument's.
+    """Refuse numbers that are not those of classes; `name` is the argument's.
 
     Raises:
-        ValueError: a value is no whole number, or there is no such class.
+        ValueError: a value is not a whole number, or there is no such class.
     """
     if classes.is_floating_point() or ((classes < 0) | (classes >= num_labels)).any():
         raise ValueError(f"{name} must be whole numbers from 0 to {num_labels - 1}.")
 
 
-def find_trait_classes(classes: torch.LongTensor | Literal["all"] | None, logits: torch.Tensor) -> torch.LongTensor:
+def find_trait_classes(classes: torch.Tensor | Literal["all"] | None, logits: torch.Tensor) -> torch.Tensor:
     """The classes whose maps are asked for, (batch, k), from what `forward` takes as `trait_classes`.
 
     Raises:

@@ -1,19 +1,40 @@
 # SPDX-License-Identifier: MIT
-"""Which heads does the score of a class rest on?
+"""Ranking the heads that the score of a class rests on.
 
 A head is blurred when its attention from the class prompt becomes uniform (paper, section 3). That changes one row of
 the last layer only, so the network runs once, and every question after that costs one row of one layer.
 """
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
+from transformers import PreTrainedModel
 
 from .backbone_prompt_cam import attention_weights, backbone_layers, finish_layer
+from .outputs_prompt_cam import LastLayerState
 
-if TYPE_CHECKING:
-    from .modeling_prompt_cam import PromptCAMForImageClassification
-    from .outputs_prompt_cam import LastLayerState
+
+class ScoringModel(Protocol):
+    """What a ranking, and a pipeline, ask of a Prompt-CAM."""
+
+    @property
+    def backbone(self) -> PreTrainedModel:
+        """The vision transformer."""
+
+    def last_layer_state(self, pixel_values: torch.Tensor) -> LastLayerState:
+        """The state of the last layer before its attention, for images (batch, channels, height, width)."""
+
+    def last_layer_logits(self, state: LastLayerState) -> torch.Tensor:
+        """The class scores (batch, num_labels)."""
+
+    def trait_maps(self, state: LastLayerState, classes: torch.Tensor) -> torch.Tensor:
+        """Maps of `classes` (batch, k), (batch, k, heads, rows, cols)."""
+
+    def class_queries(self, state: LastLayerState, classes: torch.Tensor) -> torch.Tensor:
+        """The last layer's queries of the prompts of `classes` (batch, k), (batch, heads, k, head size)."""
+
+    def score(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Class scores from the last layer's outputs, (..., hidden_size) to (...)."""
 
 
 def check_blur(blur: str) -> None:
@@ -42,9 +63,9 @@ class BlurredScores:
 
     def __init__(
         self,
-        model: "PromptCAMForImageClassification",
-        state: "LastLayerState",
-        classes: torch.LongTensor,
+        model: ScoringModel,
+        state: LastLayerState,
+        classes: torch.Tensor,
         blur: Literal["tokens", "patches"] = "tokens",
     ):
         check_blur(blur)
@@ -58,8 +79,8 @@ class BlurredScores:
         prompts = state.class_prompts.expand(values.shape[0], -1, -1)
         self._prompts = prompts.gather(1, classes[..., None].expand(-1, -1, prompts.shape[-1]))
 
-    def __call__(self, blurred: torch.BoolTensor) -> torch.Tensor:
-        """Scores (batch, k, subsets) with the heads blurred that are set in `blurred` (batch, k, subsets, heads)."""
+    def __call__(self, blurred: torch.Tensor) -> torch.Tensor:
+        """Scores (batch, k, subsets) with the heads blurred where `blurred` (batch, k, subsets, heads) is True."""
         batch, k, subsets, _ = blurred.shape
         contexts = torch.where(blurred[..., None], self._blurred[:, :, None], self._sharp[:, :, None])
         prompts = self._prompts[:, :, None].expand(-1, -1, subsets, -1)
@@ -76,15 +97,15 @@ class GreedyRanking(NamedTuple):
         scores: (batch, k, heads), in head order: the class score left when that head is blurred in its turn.
     """
 
-    order: torch.LongTensor
+    order: torch.Tensor
     scores: torch.Tensor
 
 
 @torch.no_grad()
 def rank_heads_greedily(
-    model: "PromptCAMForImageClassification",
-    state: "LastLayerState",
-    classes: torch.LongTensor,
+    model: ScoringModel,
+    state: LastLayerState,
+    classes: torch.Tensor,
     blur: Literal["tokens", "patches"] = "tokens",
 ) -> GreedyRanking:
     """Blur, again and again, the head whose blurring leaves the highest score of the class (paper, section 3).
@@ -111,4 +132,4 @@ def rank_heads_greedily(
     return GreedyRanking(order.flip(-1), torch.empty_like(scores).scatter(-1, order, scores))
 
 
-__all__ = ["BlurredScores", "GreedyRanking", "check_blur", "rank_heads_greedily"]
+__all__ = ["BlurredScores", "GreedyRanking", "ScoringModel", "check_blur", "rank_heads_greedily"]

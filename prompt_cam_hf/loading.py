@@ -11,7 +11,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from prompt_cam_hf.modeling import PromptCAMForImageClassification, PromptCAMImageClassificationPipeline
-from prompt_cam_hf.modeling.hub_prompt_cam import explained_load_errors
+from prompt_cam_hf.modeling.checkpoint_prompt_cam import explained_load_errors
 
 
 class Classifier(NamedTuple):

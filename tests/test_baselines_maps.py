@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification
 
 from prompt_cam_hf.baselines import CAM_METHODS, VPTConfig, cam_maps, raw_attention
-from prompt_cam_hf.baselines.backbone import num_prefix_tokens
+from prompt_cam_hf.modeling.configuration_prompt_cam import num_prefix_tokens
 
 GRADIENT_METHODS = ("grad_cam", "hires_cam", "layer_cam")
 CLASSES = torch.tensor([[1, 4], [3, 0]])

@@ -23,6 +23,7 @@ from prompt_cam_hf import PromptCAMForImageClassification, PromptCAMImageClassif
 from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.hub.publish import publish
 from prompt_cam_hf.loading import load_pipeline
+from prompt_cam_hf.modeling.checkpoint_prompt_cam import load_backbone
 
 REPO, PROMPTS, BACKBONE = "org/birds", "org/prompts", "museum/backbone"
 
@@ -252,6 +253,34 @@ def test_no_such_revision_no_network_offline(published, client):
     )
     with pytest.raises(ConnectionError, match=r"The Hub at http://127.0.0.1:9 cannot be reached"):
         load()
+
+
+def test_backbones_take_the_hub_keywords(published, client, tmp_path):
+    hub, name = published.hub, "museum/many"
+    hub.add(name, {f"small/vit/{file}": content for file, content in hub.files(BACKBONE).items()})
+    client.setenv("HF_TOKEN", "")
+    place = {"subfolder": "small/vit", "cache_dir": tmp_path / "cache"}
+    hub.requests.clear()
+    model = PromptCAMForImageClassification.from_backbone(
+        name, id2label=ID2LABEL, num_agnostic_prompts=0, token=WRITER, **place
+    )
+    asked = [request for request in hub.requests if name in request.path]
+    assert asked and {request.headers.get("Authorization") for request in asked} == {f"Bearer {WRITER}"}
+    assert list((tmp_path / "cache").rglob("small/vit/model.safetensors"))
+    expected = PromptCAMForImageClassification.from_backbone(BACKBONE, id2label=ID2LABEL).backbone.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in model.backbone.state_dict().items())
+
+    hub.requests.clear()
+    assert load_backbone(name, local_files_only=True, **place).config.hidden_size == 32
+    assert not hub.requests
+    with pytest.raises(OSError):
+        load_backbone(name, local_files_only=True, subfolder="small/vit", cache_dir=tmp_path / "empty")
+
+    # Prompts alone remember the subfolder.
+    model.save_pretrained(tmp_path / "prompts", include_backbone=False)
+    loaded = PromptCAMForImageClassification.from_pretrained(tmp_path / "prompts")
+    assert loaded.config.backbone_subfolder == "small/vit"
+    assert all(torch.equal(value, expected[key]) for key, value in loaded.backbone.state_dict().items())
 
 
 # --- Code that nobody allowed ---

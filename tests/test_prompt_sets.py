@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def together(models, variants=VARIANTS):
     """All sets in one model; the first is in use."""
     first, *others = models
     config = copy.deepcopy(models[first].config)
-    config.prompt_sets = [{"name": first}]
+    config.prompts_in_use = first
     model = PromptCAMForImageClassification(config).eval()
     model.load_state_dict(models[first].state_dict())
     for name in others:
@@ -181,12 +182,14 @@ def test_changing_the_set_copies_nothing():
             if tensor.numel()
         }
 
-    before, species = places(), model.class_prompts
+    before = places()
     for name in VARIANTS:
         model.set_prompts(name)
         assert places() == before
+        assert places() == before
+        alone_ = model.only_prompts(name)
+        assert {parameter.data_ptr() for parameter in alone_.parameters()} <= {place for _, place in before}
     model.set_prompts("deep")
-    assert model.class_prompts is species
     with pytest.raises(KeyError), model.using_prompts("bare"):
         assert model.prompts_in_use == "bare"
         raise KeyError
@@ -202,7 +205,7 @@ def test_a_model_with_one_set_is_what_it_was(tmp_path):
     with torch.no_grad():
         assert_computed(model.forward_sets(random_images())["default"].logits, model(random_images()).logits)
     model.save_pretrained(tmp_path)
-    named = PromptCAMForImageClassification.from_pretrained(tmp_path, prompt_sets=[{"name": "species"}])
+    named = PromptCAMForImageClassification.from_pretrained(tmp_path, prompts_in_use="species")
     assert list(named.prompt_sets) == ["species"]
     assert_is(named, model)
 
@@ -214,7 +217,7 @@ def test_new_prompts_start_as_those_of_a_new_model(tmp_path):
     model.add_prompts("b", id2label=names_of("b", 3), class_prompt_layer=1, num_agnostic_prompts=4)
     assert model.prompts_in_use == "default"
     assert model.prompt_sets["b"] == "3 classes, class prompts from layer 1, 4 agnostic prompts in 1 layers"
-    model.set_prompts("b")
+    model = model.only_prompts("b")
     bound = (6 / (3 * 8 * 8 + 32)) ** 0.5
     for prompts in (model.class_prompts.detach(), model.agnostic_prompts.detach()):
         assert prompts.abs().max() <= bound and prompts.std() == pytest.approx(bound / 3**0.5, rel=0.15)
@@ -233,7 +236,8 @@ def test_training_touches_the_set_in_use_only():
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == set(PARTS)
     model.set_prompts("bare")
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == set(PARTS) - {"agnostic_prompts"}
+    own = {f"other_prompts.0.{part}" for part in PARTS} - {"other_prompts.0.agnostic_prompts"}
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == own
     assert_is(model.eval(), models["bare"])
     # What a user froze stays frozen.
     model.requires_grad_(False)
@@ -248,13 +252,15 @@ def test_saved_together(family, tmp_path):
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert [each["name"] for each in config["prompt_sets"]] == list(VARIANTS)
-    assert config["prompt_sets"][3] == {"name": "between"}
+    assert config["prompts_in_use"] == "between"
+    assert config["prompt_sets"][0]["id2label"]["4"] == "deep 4" and config["id2label"]["5"] == "between 5"
     for loaded in (
         PromptCAMForImageClassification.from_pretrained(tmp_path),
         AutoModelForImageClassification.from_pretrained(tmp_path, device_map="auto"),
     ):
         assert loaded.prompts_in_use == "between"
-        assert {name for name, p in loaded.named_parameters() if p.requires_grad} == set(PARTS)
+        trained = {name for name, p in loaded.named_parameters() if p.requires_grad}
+        assert trained == {f"other_prompts.2.{part}" for part in PARTS}
         for name in VARIANTS:
             loaded.set_prompts(name)
             assert_is(loaded, models[name])
@@ -337,7 +343,7 @@ def test_prompts_of_another_backbone_are_refused(backbone_folder, tmp_path, incl
     model = new_model(backbone_folder, "own", 4)
     with pytest.raises(ValueError, match=r"fingerprint \w{12}, but this model's has \w{12}: prompts work on"):
         model.load_prompts(tmp_path / "checkpoint", "other")
-    assert list(model.prompt_sets) == ["default"] and len(model.stored_prompts) == 0
+    assert list(model.prompt_sets) == ["default"] and len(model.other_prompts) == 0
     # The weights count, not what a file says about them.
     other.backbone.load_state_dict(model.backbone.state_dict())
     other.save_pretrained(tmp_path / "same")
@@ -346,7 +352,7 @@ def test_prompts_of_another_backbone_are_refused(backbone_folder, tmp_path, incl
     model.save_pretrained(tmp_path / "own", include_backbone=include_backbone)
     half = PromptCAMForImageClassification.from_pretrained(tmp_path / "own", dtype=torch.float16)
     half.load_prompts(tmp_path / "same", "again")
-    assert half.stored_prompts[2].class_prompts.dtype == torch.float16
+    assert half.other_prompts[1].class_prompts.dtype == torch.float16
 
 
 def test_mistakes_get_one_sentence(backbone_folder, tmp_path):
@@ -383,8 +389,8 @@ def test_mistakes_get_one_sentence(backbone_folder, tmp_path):
 @pytest.mark.parametrize(
     ("sets", "message"),
     [
-        ([{"name": "a"}, {"name": "b"}], "exactly one set, the one in use; it does for 'a', 'b'"),
-        ([{"name": "a", "id2label": {0: "x", 1: "y"}}], "exactly one set, the one in use; it does for none"),
+        ([{"name": "a"}, {"name": "b"}], "Prompt set 'b': PromptCAMConfig needs the class"),
+        ([{"name": "b", "id2label": {0: "x", 1: "y"}}], "prompts_in_use='a' must be one of the prompt_sets, .* 'b'"),
         ([{"name": "a"}, {"name": "b", "class_prompt_layer": 0}], "Prompt set 'b': PromptCAMConfig needs the class"),
         (
             [{"name": "a"}, {"name": "b", "id2label": {0: "x", 1: "x"}}],
@@ -397,7 +403,9 @@ def test_mistakes_get_one_sentence(backbone_folder, tmp_path):
 )
 def test_wrong_configurations_are_refused(sets, message):
     with pytest.raises(ValueError, match=message):
-        PromptCAMConfig(backbone_config=tiny_backbone_config(), id2label=names_of("own", 4), prompt_sets=sets)
+        PromptCAMConfig(
+            backbone_config=tiny_backbone_config(), id2label=names_of("own", 4), prompt_sets=sets, prompts_in_use="a"
+        )
 
 
 def test_a_checkpoint_is_not_loaded_with_other_sets(tmp_path):
@@ -420,15 +428,14 @@ def test_a_checkpoint_is_not_loaded_with_other_sets(tmp_path):
     ]:
         with pytest.raises(ValueError, match=re.escape(message)):
             PromptCAMForImageClassification.from_pretrained(tmp_path / "several", prompt_sets=sets)
-    # Another set in use with the same shapes would be loaded without a word.
+    # Class names and settings are those of the set in use.
     twins = [{"name": "a"}, {"name": "b", "id2label": names_of("b", 5)}]
-    model = tiny_model(prompt_sets=twins)
+    model = tiny_model(prompt_sets=twins, prompts_in_use="a")
     model.save_pretrained(tmp_path / "twins")
-    swapped = [{"name": "a", "id2label": names_of("a", 5)}, {"name": "b"}]
     with pytest.raises(ValueError, match=r"sets 'a' \(in use\), 'b' and cannot be loaded with .* 'a', 'b' \(in use\)"):
-        PromptCAMForImageClassification.from_pretrained(tmp_path / "twins", prompt_sets=swapped)
+        PromptCAMForImageClassification.from_pretrained(tmp_path / "twins", prompts_in_use="b")
     with pytest.raises(ValueError, match="has a single prompt set and cannot be loaded with the prompt sets 'deep'"):
-        PromptCAMForImageClassification.from_pretrained(tmp_path / "one", prompt_sets=saved)
+        PromptCAMForImageClassification.from_pretrained(tmp_path / "one", prompt_sets=saved, prompts_in_use="deep")
     same = PromptCAMForImageClassification.from_pretrained(tmp_path / "several", prompt_sets=saved)
     assert list(same.prompt_sets) == list(VARIANTS)
 
@@ -444,6 +451,47 @@ def test_sets_travel_with_the_model():
     moved = model.to(torch.float64)
     moved.set_prompts("shallow")
     assert_is(moved.float(), models["shallow"])
+
+
+def test_threads_do_not_disturb_each_other():
+    """Half of them ask all sets, half the one in use, and meanwhile the model does not change."""
+    models = alone()
+    model = together(models)
+    model.set_prompts("between")
+    images = random_images()
+    with torch.no_grad():
+        expected = {name: each(images).logits for name, each in models.items()}
+    config = copy.deepcopy(model.config)
+
+    def ask(worker):
+        with torch.no_grad():
+            if worker % 2:
+                return {name: output.logits for name, output in model.forward_sets(images).items()}
+            return {"between": model(images).logits}
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(96)))
+    for answer in answers:
+        for name, logits in answer.items():
+            torch.testing.assert_close(logits, expected[name], atol=2e-6, rtol=1e-5)
+    assert [len(answer) for answer in answers[:2]] == [1, len(VARIANTS)]
+    assert model.config.to_dict() == config.to_dict()
+
+
+def test_a_set_alone_is_an_ordinary_model_and_shares_its_weights():
+    models = alone()
+    model = together(models)
+    for name in VARIANTS:
+        single = model.only_prompts(name)
+        assert_is(single, models[name], atol=2e-6, rtol=1e-5)
+        assert single.state_dict().keys() == models[name].state_dict().keys()
+        assert single.prompts_in_use == "default" and model.prompts_in_use == "deep"
+    with torch.no_grad():
+        model.only_prompts("bare").class_prompts += 1
+        moved = models["bare"].class_prompts + 1
+    assert torch.equal(model.other_prompts[0].class_prompts, moved)
+    with pytest.raises(ValueError, match="no prompt set 'x'"):
+        model.only_prompts("x")
 
 
 _ELSEWHERE = """

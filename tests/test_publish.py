@@ -21,7 +21,7 @@ from prompt_cam_hf import PromptCAMForImageClassification
 from prompt_cam_hf.cli import app
 from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.hub.publish import publish
-from prompt_cam_hf.modeling.hub_prompt_cam import save_repository
+from prompt_cam_hf.hub.upload import save_repository
 
 CODE = {path.name for path in (Path(__file__).parents[1] / "modeling").glob("*_prompt_cam.py")}
 FILES = CODE | {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
@@ -348,36 +348,59 @@ def test_gallery(hub, model_folder, tmp_path):
 # --- The other two ways ---
 
 
-def test_push_to_hub(hub, model_folder):
+def test_a_model_in_memory(hub, model_folder):
     card = ModelCard("---\nlicense: mit\n---\n\n# From memory\n")
     model, processor = tiny_model(), build_image_processor(32)
-    info = model.push_to_hub(REPO, image_processor=processor, model_card=card, private=True)
+    publication = publish(model, REPO, image_processor=processor, model_card=card, private=True)
     (commit,) = hub.commits(REPO)
-    assert commit.oid == info.oid and commit.changed == FILES and hub.repositories[REPO].private
-    assert not hasattr(model.config, "custom_pipelines")
-    for options, message in [
-        ({"model_card": card}, "image processor is missing: a model made in memory has none"),
-        ({"image_processor": processor}, "model card is missing: a model made in memory has none"),
-        ({"image_processor": processor, "model_card": ModelCard("---\na: b\n---\n")}, "has no licence"),
+    assert publication.commit_url.endswith(commit.oid) and commit.changed == FILES and hub.repositories[REPO].private
+    assert b"# From memory" in commit.files["README.md"] and not hasattr(model.config, "custom_pipelines")
+    unnamed = tiny_model(id2label={index: f"LABEL_{index}" for index in range(5)})
+    for given, options, message in [
+        (model, {"model_card": card}, "image processor is missing: a model made in memory has none"),
+        (model, {"image_processor": processor}, "model card is missing: a model made in memory has none"),
+        (model, {"image_processor": processor, "model_card": ModelCard("---\na: b\n---\n")}, "has no licence"),
+        (unnamed, {"image_processor": processor, "model_card": card}, "5 classes have no names"),
+        (model_folder, {"image_processor": processor}, "A folder is published as it is; put the image processor"),
     ]:
         with pytest.raises(ValueError, match=message):
-            model.push_to_hub(REPO, **options)
+            publish(given, REPO, **options)
     assert len(hub.commits(REPO)) == 1
 
     # What was loaded from somewhere has both from there: from a repository, or from a folder.
     loaded = PromptCAMForImageClassification.from_pretrained(REPO)
-    loaded.push_to_hub("org/copy")
+    publish(loaded, "org/copy")
     assert hub.commits("org/copy")[0].changed == FILES
     for name in FILES - {"config.json"}:
         assert hub.files("org/copy")[name] == hub.files(REPO)[name], name
     loaded = PromptCAMForImageClassification.from_pretrained(model_folder)
     with pytest.raises(ValueError, match=r"model card is missing: .*model has none"):
-        loaded.push_to_hub("org/third")
-    loaded.push_to_hub("org/third", model_card=card)
+        publish(loaded, "org/third")
+    publish(loaded, "org/third", license="mit")
     assert hub.commits("org/third")[0].changed == FILES
     loaded = PromptCAMForImageClassification.from_pretrained("org/third")
     assert_stored(loaded, model)
     assert_computed(logits(loaded), logits(model))
+
+
+def test_one_of_several_prompt_sets_is_published(hub):
+    model = tiny_model()
+    model.add_prompts("fish", id2label={0: "cod", 1: "eel", 2: "ray"})
+    publish(model.only_prompts("fish"), REPO, image_processor=build_image_processor(32), license="mit")
+    loaded = PromptCAMForImageClassification.from_pretrained(REPO)
+    assert loaded.config.id2label == {0: "cod", 1: "eel", 2: "ray"} and list(loaded.prompt_sets) == ["default"]
+    assert torch.equal(loaded.class_prompts, model.other_prompts[0].class_prompts)
+
+
+def test_transformers_own_push_to_hub(hub, model_folder):
+    """Weights, config, code and a stub of a card in one commit; the image processor goes up by itself."""
+    model = PromptCAMForImageClassification.from_pretrained(model_folder)
+    model.push_to_hub(REPO, private=True)
+    (commit,) = hub.commits(REPO)
+    assert commit.changed == FILES - {"preprocessor_config.json"} and hub.repositories[REPO].private
+    build_image_processor(32).push_to_hub(REPO)
+    assert hub.files(REPO).keys() >= FILES
+    assert_computed(logits(PromptCAMForImageClassification.from_pretrained(REPO)), logits(model))
 
 
 def test_a_plain_trainer_with_push_to_hub(hub, tmp_path):

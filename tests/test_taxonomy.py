@@ -3,7 +3,6 @@
 
 import copy
 import json
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -276,7 +275,7 @@ def birds(write, tmp_path):
         alone = tiny_model(id2label=dict(enumerate(tree.nodes(level))), num_agnostic_prompts=0)
         if model is None:
             model = copy.deepcopy(alone)
-            model.config.prompt_sets = [{"name": level}]
+            model.config.prompts_in_use = level
             model = PromptCAMForImageClassification(model.config).eval()
             model.load_state_dict(alone.state_dict())
         else:
@@ -378,10 +377,8 @@ def test_whole_paths_are_counted(birds, tmp_path):
                 outputs[level] = SimpleNamespace(logits=torch.eye(len(nodes))[numbers])
             return outputs
 
-        @contextmanager
-        def using_prompts(self, level):
-            self.config = SimpleNamespace(id2label=dict(enumerate(tree.nodes(level))))
-            yield
+        def only_prompts(self, level):
+            return SimpleNamespace(config=SimpleNamespace(id2label=dict(enumerate(tree.nodes(level)))))
 
     images = [{"pixel_values": torch.tensor(index), "labels": label} for index, label in enumerate(labels)]
     counted = evaluate_paths(Answers(), images, names, tree, batch_size=2)
@@ -398,6 +395,7 @@ def test_layers_that_levels_share_run_once(images, agnostic):
             {"name": "family"},
             {"name": "genus", "id2label": dict(enumerate(levels["genus"])), "num_agnostic_prompts": agnostic},
         ],
+        prompts_in_use="family",
     )
     parents = {"Cyanocitta": "Corvidae", "Corvus": "Corvidae", "Passer": "Passeridae"}
     tree = Taxonomy(("genus", "family"), {name: (name, parent) for name, parent in parents.items()})

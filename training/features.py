@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import PIL
@@ -22,7 +22,7 @@ from huggingface_hub.constants import HF_HOME
 from huggingface_hub.utils import WeakFileLock
 from torch.utils.data import DataLoader, Subset
 from tqdm.auto import tqdm
-from transformers import default_data_collator
+from transformers import PreTrainedConfig, default_data_collator
 
 from prompt_cam_hf.baselines import LinearProbe, VPTForImageClassification
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
@@ -209,7 +209,7 @@ def _fingerprint(model: PrefixModel, dataset: ImageDataset, num_views: int, auto
         transform = transform.image_processor
     settings = {
         "backbone": model.config.backbone_fingerprint,
-        "backbone_config": model.config.backbone_config.to_dict(),
+        "backbone_config": cast(PreTrainedConfig, model.config.backbone_config).to_dict(),
         "attention": model.config._attn_implementation,
         "layers": model.config.fixed_prefix_layers,
         "image_processor": transform.to_dict(),

@@ -35,9 +35,9 @@ from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.data.splits import ImageData, load_image_data
 from prompt_cam_hf.files import write_atomically
 from prompt_cam_hf.hub.publish import publish
+from prompt_cam_hf.hub.upload import check_license, check_repo_id, explained_upload_errors, find_token
 from prompt_cam_hf.metrics.classification import ClassificationReport, build_compute_metrics
 from prompt_cam_hf.modeling.backbone_prompt_cam import embed, grid_size, image_size
-from prompt_cam_hf.modeling.hub_prompt_cam import check_license, check_repo_id, explained_upload_errors, find_token
 from prompt_cam_hf.training.data import ImageDataset, TrainingAugmentation
 from prompt_cam_hf.training.features import DEFAULT_CACHE_DIR, FeatureCollator, FeatureDataset, cache_features
 from prompt_cam_hf.training.recipe import Recipe, load_recipe, parse_recipe, training_arguments

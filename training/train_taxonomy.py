@@ -157,13 +157,14 @@ def evaluate_paths(
         `num_images`; `all_levels_right` and `consistent`, shares from 0 to 1.
     """
     levels = [level for level in reversed(taxonomy.levels) if level in model.prompt_sets]
+    names = {level: model.only_prompts(level).config.id2label for level in levels}
     found: list[tuple[bool, bool]] = []
     with PartialState().split_between_processes(list(range(len(dataset)))) as own:
         for batch in DataLoader(Subset(dataset, own), batch_size):
-            named = {}
-            for level, output in model.forward_sets(batch["pixel_values"].to(model.device), levels).items():
-                with model.using_prompts(level):
-                    named[level] = [model.config.id2label[number] for number in output.logits.argmax(dim=-1).tolist()]
+            named = {
+                level: [names[level][number] for number in output.logits.argmax(dim=-1).tolist()]
+                for level, output in model.forward_sets(batch["pixel_values"].to(model.device), levels).items()
+            }
             for leaf, *path in zip(batch["labels"].tolist(), *named.values(), strict=True):
                 nodes = dict(zip(levels, path, strict=True))
                 right = all(node == taxonomy.node_of(id2label[leaf], level) for level, node in nodes.items())
@@ -231,7 +232,7 @@ def _write_taxonomy(folder: Path, taxonomy: Taxonomy) -> None:
 def _put_together(folder: Path, runs: list[Path]) -> TaxonomyResult:
     """One model with the prompt sets of all runs, the last one's in use."""
     first, *others = runs
-    model = PromptCAMForImageClassification.from_pretrained(first, prompt_sets=[{"name": first.name}])
+    model = PromptCAMForImageClassification.from_pretrained(first, prompts_in_use=first.name)
     for run in others:
         model.load_prompts(run, run.name)
     model.set_prompts(runs[-1].name)

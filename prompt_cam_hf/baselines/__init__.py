@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is Prompt-CAM compared with? Other classifiers on the same backbone, and other maps on any of them.
+"""What Prompt-CAM is compared with: other classifiers on the same backbone, and other maps on any of them.
 
 Importing the package registers VPT with transformers' Auto classes.
 """

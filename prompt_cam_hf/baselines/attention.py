@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where does the token look that the score is read from, in the last layer and through all layers?
+"""Attention of the token that the score is read from, in the last layer and through all layers.
 
 That token is CLS; in SigLIP, which has none, all patches on average; in a Prompt-CAM the prompt of each class. So
 these maps are the same for all classes, but for a Prompt-CAM's.
@@ -15,8 +15,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from prompt_cam_hf.modeling.backbone_prompt_cam import backbone_layers, embed, grid_size, rotary_positions, run_layer
+from prompt_cam_hf.modeling.configuration_prompt_cam import num_prefix_tokens
 
-from .backbone import backbone_of, num_prefix_tokens
+from .backbone import backbone_of
 from .vpt import VPTConfig
 
 
@@ -57,8 +58,8 @@ def attention_rollout(
         interpolate_pos_encoding: As in the model's `forward`.
 
     Returns:
-        (batch, 1, rows, cols), of a Prompt-CAM (batch, num_labels, rows, cols); float32. What a map lacks of a sum of
-        1 came from prefix tokens and prompts.
+        (batch, 1, rows, cols), of a Prompt-CAM (batch, num_labels, rows, cols); float32. A map sums to at most 1;
+        the rest came from prefix tokens and prompts.
     """
     config = backbone_of(model).config
     grid = grid_size(config, *pixel_values.shape[-2:])

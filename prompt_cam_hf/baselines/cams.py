@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which patches speak for a class, asked after training? The usual answers, for any model on a supported backbone.
+"""Maps made after training of the patches that speak for a class, for any model on a supported backbone.
 
 The target activation A is that of the recipe that pytorch-grad-cam gives for vision transformers: the output of the
 last layer's first norm, at the patches. G is the gradient of the class's score with respect to it; i runs over
@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from prompt_cam_hf.explanations.class_names import check_classes
 from prompt_cam_hf.modeling.backbone_prompt_cam import backbone_layers, first_norm, grid_size
+from prompt_cam_hf.modeling.configuration_prompt_cam import SUPPORTED_BACKBONES
 
 from .attention import attention_rollout, raw_attention
 from .backbone import backbone_of
@@ -34,8 +35,6 @@ from .backbone import backbone_of
 CamMethod = Literal["grad_cam", "hires_cam", "layer_cam", "eigen_cam", "rollout", "raw_attention"]
 CAM_METHODS: tuple[str, ...] = get_args(CamMethod)
 _GRADIENT_METHODS = ("grad_cam", "hires_cam", "layer_cam")
-# These adapt to any size by themselves, and take no such argument.
-_ALWAYS_INTERPOLATE = ("dinov2", "dinov2_with_registers")
 
 
 # Gradients need tensors that were not made in inference mode, whatever the caller's mode is.
@@ -84,10 +83,10 @@ def cam_maps(
             f"Finer-CAM contrasts gradients, and {method!r} has none; use similar_classes with one of "
             f"{', '.join(_GRADIENT_METHODS)}."
         )
-    if not 0 <= similar_classes < model.config.num_labels:
+    num_labels = len(model.config.id2label or ())
+    if not 0 <= similar_classes < num_labels:
         raise ValueError(
-            f"similar_classes={similar_classes} must be from 0 to {model.config.num_labels - 1}, the number of other "
-            "classes."
+            f"similar_classes={similar_classes} must be from 0 to {num_labels - 1}, the number of other classes."
         )
     with _evaluation_mode(model):
         activation, logits = _run(model, pixel_values, interpolate_pos_encoding)
@@ -128,32 +127,36 @@ def _run(
     """The target activation (batch, patches, channels), and the scores (batch, num_labels) as a function of it."""
     backbone = backbone_of(model)
     rows, cols = grid_size(backbone.config, *pixel_values.shape[-2:])
-    # Where prompts do not travel with the tokens, the norm is called for each. Queries come first: in a Prompt-CAM the
-    # class prompts, in a VPT the tokens.
-    target_call = 1 if model.config.model_type == "prompt_cam" else 0
-    outputs: list[torch.Tensor] = []
-    targets: list[torch.Tensor] = []
-
-    def replace(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
-        outputs.append(output)
-        if len(outputs) != target_call + 1:
-            return None
-        # All that comes before needs no graph: it starts here.
-        torch.set_grad_enabled(True)
-        others, patches = output.detach().split((output.shape[1] - rows * cols, rows * cols), dim=1)
-        targets.append(patches.requires_grad_())
-        return torch.cat((others, targets[0]), dim=1)
-
-    hook = first_norm(backbone_layers(backbone)[-1]).register_forward_hook(replace)
+    # A layer norms its queries first, then its memory: in a Prompt-CAM class prompts, then the tokens.
+    cut = _GraphCut(rows * cols, skip=1 if model.config.model_type == "prompt_cam" else 0)
+    options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
+    if SUPPORTED_BACKBONES[backbone.config.model_type].takes_any_size and not hasattr(model, "backbone"):
+        options = {}  # transformers' own classes of these families do not know the argument
+    hook = first_norm(backbone_layers(backbone)[-1]).register_forward_hook(cut)
     try:
-        options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
-        if backbone.config.model_type in _ALWAYS_INTERPOLATE and not hasattr(model, "backbone"):
-            options = {}
-        with torch.no_grad():
+        with torch.no_grad():  # until the cut
             logits = model(pixel_values, **options).logits
     finally:
         hook.remove()
-    return targets[0], logits
+    return cut.patches, logits
+
+
+class _GraphCut:
+    """A forward hook after which gradients are recorded, from the patches of the module's output on."""
+
+    patches: torch.Tensor
+
+    def __init__(self, num_patches: int, skip: int):
+        self._num_patches, self._calls_left = num_patches, skip
+
+    def __call__(self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        self._calls_left -= 1
+        if self._calls_left != -1:
+            return output
+        torch.set_grad_enabled(True)
+        others, patches = output.detach().tensor_split([output.shape[1] - self._num_patches], dim=1)
+        self.patches = patches.requires_grad_()
+        return torch.cat((others, self.patches), dim=1)
 
 
 def _scores(logits: torch.Tensor, classes: torch.Tensor, similar_classes: int, alpha: float) -> torch.Tensor:

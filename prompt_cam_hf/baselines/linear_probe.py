@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How well do a backbone's features tell the classes apart, without any prompt?
+"""Linear probes: how well a backbone's features tell the classes apart, without any prompt.
 
 A linear probe is transformers' own classification model of the family, of which the classifier alone is trained. What
 is saved is that model, and needs nothing but transformers. What each family hands to its classifier is listed in
@@ -8,7 +8,7 @@ docs/baselines.md.
 
 import copy
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -19,27 +19,18 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from prompt_cam_hf.modeling.backbone_prompt_cam import fingerprint_backbone
 from prompt_cam_hf.modeling.checkpoint_prompt_cam import load_backbone
-
-# By family. DINOv3 has none.
-_CLASSES = {
-    "vit": "ViTForImageClassification",
-    "deit": "DeiTForImageClassification",
-    "dinov2": "Dinov2ForImageClassification",
-    "dinov2_with_registers": "Dinov2WithRegistersForImageClassification",
-    "clip_vision_model": "CLIPForImageClassification",
-    "siglip_vision_model": "SiglipForImageClassification",
-}
+from prompt_cam_hf.modeling.configuration_prompt_cam import SUPPORTED_BACKBONES
 
 
 def build_linear_probe(
-    backbone: str | os.PathLike | PreTrainedModel, *, id2label: dict[int, str], revision: str | None = None
+    backbone: str | os.PathLike | PreTrainedModel, *, id2label: dict[int, str], **hub: Any
 ) -> PreTrainedModel:
     """Transformers' own classification model on a pre-trained backbone, with a new, untrained classifier.
 
     Args:
         backbone: A Hub id, a folder, or a loaded transformers model, which is copied and left as it is.
         id2label: Class names, numbered from 0.
-        revision: Branch, tag or commit of the Hub repository.
+        **hub: The Hub keywords of `from_pretrained`: revision, subfolder, cache_dir and the like.
 
     Returns:
         The model in evaluation mode, in float32, its backbone frozen.
@@ -48,15 +39,16 @@ def build_linear_probe(
         ValueError: transformers has no classification model for the family.
         OSError: the backbone cannot be found.
     """
-    source = load_backbone(backbone, revision=revision)
+    source = load_backbone(backbone, **hub)
     family = source.config.model_type
-    if family not in _CLASSES:
+    classifier = SUPPORTED_BACKBONES[family].classifier
+    if classifier is None:
         raise ValueError(
             f"transformers has no image classification model for backbones of type {family!r}, so there is no linear "
             "probe on them; VPT without prompts (num_prompts=0; in a recipe method: vpt, num_agnostic_prompts: 0) is "
             "one on CLS."
         )
-    model_class = getattr(transformers, _CLASSES[family])
+    model_class = getattr(transformers, classifier)
     labels = {"id2label": id2label, "label2id": {name: index for index, name in id2label.items()}}
     if model_class.config_class.model_type == family:
         config = copy.deepcopy(source.config)
@@ -112,6 +104,10 @@ class LinearProbe(nn.Module):
         return load_backbone(self.model)
 
     @property
+    def _classifier(self) -> nn.Module:
+        return cast(nn.Module, self.model.classifier)
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.device
@@ -136,9 +132,14 @@ class LinearProbe(nn.Module):
             labels: (batch,); with them the loss (cross-entropy) is returned.
             prefix_hidden_states: (batch, features) from `encode_prefix`, in place of pixel_values.
             **kwargs: What batches hold besides; a classifier needs no grid of patches.
+
+        Raises:
+            ValueError: there are not exactly one of the two inputs.
         """
-        features = self.encode_prefix(pixel_values) if prefix_hidden_states is None else prefix_hidden_states
-        logits = self.model.classifier(features)
+        if (pixel_values is None) == (prefix_hidden_states is None):
+            raise ValueError("Give either pixel_values or prefix_hidden_states.")
+        features = prefix_hidden_states if pixel_values is None else self.encode_prefix(pixel_values)
+        logits = self._classifier(features)
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
         return ImageClassifierOutput(loss=loss, logits=logits)
 
@@ -146,7 +147,7 @@ class LinearProbe(nn.Module):
     def encode_prefix(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """What the model hands to its classifier, (batch, features): a fixed function of the image."""
         features: list[torch.Tensor] = []
-        hook = self.model.classifier.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
+        hook = self._classifier.register_forward_pre_hook(lambda module, inputs: features.append(inputs[0]))
         try:
             self.model(pixel_values)
         finally:

@@ -24,7 +24,7 @@ from prompt_cam_hf.explanations.maps import MapKind, check_kind, map_box
 from prompt_cam_hf.explanations.ranking import RankingMethod
 from prompt_cam_hf.explanations.results import Result
 from prompt_cam_hf.loading import ClassifierLike, as_classifier
-from prompt_cam_hf.modeling.hub_prompt_cam import explained_load_errors
+from prompt_cam_hf.modeling.checkpoint_prompt_cam import explained_load_errors
 
 # Beside the model, in a folder or a Hub repository.
 TAXONOMY_FILE = "taxonomy.csv"
@@ -138,9 +138,9 @@ def explain_path(
         taxonomy = read_taxonomy(taxonomy or find_taxonomy(network.name_or_path))
     check_kind(kind)
     levels = _levels_of(network.prompt_sets, taxonomy)
+    models = {level: network.only_prompts(level) for level in levels}
     for level in levels:
-        with network.using_prompts(level):
-            _check_nodes(taxonomy, level, network.config.id2label)
+        _check_nodes(taxonomy, level, models[level].config.id2label)
     opened, source = open_image(image), image_name(image)
     box = map_box(network, classifier.image_processor, opened)
     pixel_values = classifier.image_processor(opened, return_tensors="pt")["pixel_values"].to(network.device)
@@ -148,8 +148,7 @@ def explain_path(
         states = network.last_layer_states(pixel_values, levels, interpolate_pos_encoding)
     explanations = {}
     for level, state in states.items():
-        with network.using_prompts(level):
-            ((scores, traits),) = read_state(network, state, None, kind, method, blur)
+        ((scores, traits),) = read_state(models[level], state, None, kind, method, blur)
         explanations[level] = Explanation(opened, source, box, kind, method, scores, traits)
     return TaxonomyPath(source, taxonomy, explanations)
 

@@ -19,9 +19,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.image_processing_utils import BaseImageProcessor
 
+from prompt_cam_hf.hub.upload import is_hub_id
 from prompt_cam_hf.modeling import PromptCAMConfig, PromptCAMForImageClassification
 from prompt_cam_hf.modeling.backbone_prompt_cam import patch_size
-from prompt_cam_hf.modeling.hub_prompt_cam import is_hub_id
 
 TAGS = ["prompt-cam", "interpretability", "explainable-ai", "fine-grained-classification", "vision-transformer"]
 

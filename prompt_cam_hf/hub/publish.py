@@ -22,20 +22,23 @@ from prompt_cam_hf.data.images import open_image
 from prompt_cam_hf.explanations.figures import plot_trait_maps
 from prompt_cam_hf.explanations.taxonomy_path import TAXONOMY_FILE
 from prompt_cam_hf.hub.card import GalleryImage, read_card_facts, render_card
+from prompt_cam_hf.hub.upload import (
+    CARD_FILE,
+    GALLERY_FOLDER,
+    card_of,
+    check_class_names,
+    check_license,
+    check_repo_id,
+    find_token,
+    image_processor_of,
+    list_files,
+    save_repository,
+    upload_repository,
+)
 from prompt_cam_hf.modeling import (
     PromptCAMConfig,
     PromptCAMForImageClassification,
     PromptCAMImageClassificationPipeline,
-)
-from prompt_cam_hf.modeling.hub_prompt_cam import (
-    CARD_FILE,
-    GALLERY_FOLDER,
-    check_license,
-    check_repo_id,
-    find_token,
-    list_files,
-    save_repository,
-    upload_repository,
 )
 
 # More photos or heads would not fit into a card.
@@ -69,9 +72,11 @@ class Publication:
 
 
 def publish(
-    folder: str | os.PathLike,
+    model: str | os.PathLike | PromptCAMForImageClassification,
     repo_id: str,
     *,
+    image_processor: BaseImageProcessor | None = None,
+    model_card: ModelCard | None = None,
     private: bool = False,
     prompts_only: bool = False,
     dry_run: bool = False,
@@ -84,12 +89,16 @@ def publish(
 ) -> Publication:
     """Upload a trained model with its code, image processor and card, in one commit.
 
-    The card is the folder's README.md if there is one, unchanged. Otherwise it is written from what training and
-    evaluation left in the folder and from `facts`, which must give the licence.
+    The card is `model_card`, or the folder's README.md if there is one, unchanged. Otherwise it is written from what
+    training and evaluation left in the folder and from `facts`, which must give the licence.
 
     Args:
-        folder: Holds a model and its image processor, as training or `save_pretrained` left them.
+        model: A folder that holds a model and its image processor, as training or `save_pretrained` left them; or a
+            model in memory. Of several prompt sets, `model.only_prompts(name)` publishes one.
         repo_id: The repository, as owner/name; it is created if it does not exist.
+        image_processor: With a model in memory. None: that of the folder or repository that it was loaded from.
+        model_card: With a model in memory; it needs a licence. None: where there are no `facts`, the card of the
+            folder or repository that the model was loaded from.
         private: Make a new repository private, and refuse one that is public.
         prompts_only: Leave out the backbone, which must be on the Hub. A folder without a backbone is always published
             in this way.
@@ -109,8 +118,8 @@ def publish(
 
     Raises:
         FileNotFoundError: the folder holds no model.
-        ValueError: licence, class names, weights or image processor are missing, a recorded file is damaged, or the
-            Hub refuses the files.
+        ValueError: card, licence, class names, weights or image processor are missing, a recorded file is damaged, an
+            argument is for a model in memory only, or the Hub refuses the files.
         PermissionError: there is no token, or it does not allow to write there.
         OSError: the Hub cannot be reached, or failed; nothing was committed then.
 
@@ -119,7 +128,6 @@ def publish(
         >>> publication = publish("my_model", "me/garden-birds", license="cc-by-4.0", dry_run=True)
         >>> publication.files  # {"README.md": 3012, ...}: size in bytes
     """
-    folder = Path(folder)
     check_repo_id(repo_id)
     if not dry_run:
         token = find_token(token)
@@ -129,6 +137,15 @@ def publish(
         raise FileExistsError(f"{out} exists already; choose a new folder.")
     with TemporaryDirectory() as temporary:
         staged = Path(temporary, "repository")
+        if isinstance(model, str | os.PathLike):
+            if image_processor is not None or model_card is not None:
+                raise ValueError(f"A folder is published as it is; put the image processor and the card into {model}.")
+            folder = Path(model)
+        else:
+            folder = Path(temporary, "model")
+            if model_card is None and not facts:
+                model_card = card_of(model)
+            _save_model(folder, model, image_processor or image_processor_of(model), model_card)
         prompts_only = _stage(staged, folder, repo_id, prompts_only, gallery, facts)
         sizes = {name: path.stat().st_size for name, path in list_files(staged).items()}
         commit = None
@@ -141,6 +158,22 @@ def publish(
             shutil.move(staged, out)
     url = None if commit is None else commit.commit_url
     return Publication(repo_id, revision or constants.DEFAULT_REVISION, sizes, prompts_only, url)
+
+
+def _save_model(
+    folder: Path,
+    model: PromptCAMForImageClassification,
+    image_processor: BaseImageProcessor,
+    model_card: ModelCard | None,
+) -> None:
+    """Write a model in memory down, to be published as any folder is."""
+    check_class_names(model)
+    if model_card is not None:
+        check_license(model_card.data)
+    model.save_pretrained(folder)
+    image_processor.save_pretrained(folder)
+    if model_card is not None:
+        model_card.save(folder / CARD_FILE)
 
 
 def _stage(

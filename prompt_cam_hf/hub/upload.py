@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What belongs into a Hub repository, how does it get there in one commit, and what is said when the Hub fails?"""
+"""What belongs in a Hub repository, how it gets there in one commit, and what is said when the Hub fails."""
 
 import json
 import os
@@ -7,42 +7,30 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 from huggingface_hub import (
+    CardData,
     CommitInfo,
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
     ModelCard,
-    ModelCardData,
     constants,
     get_token,
 )
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from transformers import BaseImageProcessor, PreTrainedModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import cached_file
+
+from prompt_cam_hf.modeling.checkpoint_prompt_cam import NOT_ACCEPTED, find_cause, tell_reason
 
 CARD_FILE = "README.md"
 # Images of the card. What an earlier upload put there and the new one does not have is removed.
 GALLERY_FOLDER = "trait_maps"
 
 _TRY_AGAIN = "All files go into one commit, so nothing is there by halves: try again"
-_NOTHING_KEPT = "Nothing incomplete is kept: try again"
-
-_Error = TypeVar("_Error", bound=BaseException)
 
 
 def is_hub_id(name: str | os.PathLike | None) -> bool:
@@ -70,13 +58,13 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"{repo_id!r} does not say whose repository it is; give it as owner/{repo_id}.")
 
 
-def check_license(data: ModelCardData) -> None:
+def check_license(data: CardData) -> None:
     """Refuse metadata without a licence: what others may do with a model is never guessed.
 
     Raises:
         ValueError: the licence is missing, or "other" without a name and a link.
     """
-    license = data.license
+    license = data.get("license")
     if not isinstance(license, str) or not license:
         raise ValueError(
             "The model card has no licence; give the model's licence by its identifier on the Hub, such as mit or "
@@ -87,7 +75,7 @@ def check_license(data: ModelCardData) -> None:
             f"{license!r} is not the identifier of a licence; the Hub's are of the form mit, apache-2.0, cc-by-4.0 "
             "(https://huggingface.co/docs/hub/repositories-licenses)."
         )
-    if license == "other" and not (data.license_name and data.license_link):
+    if license == "other" and not (data.get("license_name") and data.get("license_link")):
         raise ValueError('The licence "other" needs license_name and license_link.')
 
 
@@ -97,7 +85,7 @@ def check_class_names(model: PreTrainedModel) -> None:
     Raises:
         ValueError: the class names are transformers' placeholders.
     """
-    names = model.config.id2label
+    names = model.config.id2label or {}
     if all(name == f"LABEL_{index}" for index, name in names.items()):
         raise ValueError(
             f"The model's {len(names)} classes have no names (LABEL_0, LABEL_1 ...); set config.id2label and "
@@ -267,15 +255,17 @@ def explained_upload_errors(repo_id: str) -> Iterator[None]:
 
 
 def _explain_upload(error: BaseException, repo_id: str) -> Exception | None:
-    answer = _find(error, HfHubHTTPError)
+    answer = find_cause(error, HfHubHTTPError)
     if answer is not None:
         return _explain_status(answer.response.status_code, answer.server_message, repo_id)
     if isinstance(error, OfflineModeIsEnabled):
         return ConnectionError("Offline mode is on, so nothing can be uploaded: unset HF_HUB_OFFLINE.")
     if isinstance(error, HTTPError):
-        return ConnectionError(f"The Hub at {constants.ENDPOINT} cannot be reached ({_reason(error)}). {_TRY_AGAIN}.")
+        return ConnectionError(
+            f"The Hub at {constants.ENDPOINT} cannot be reached ({tell_reason(error)}). {_TRY_AGAIN}."
+        )
     if isinstance(error, RuntimeError):
-        return OSError(f"The upload to {repo_id} broke off ({_reason(error)}). {_TRY_AGAIN}.")
+        return OSError(f"The upload to {repo_id} broke off ({tell_reason(error)}). {_TRY_AGAIN}.")
     if isinstance(error, ValueError):
         return ValueError(" ".join(str(error).split()))
     return None
@@ -283,7 +273,7 @@ def _explain_upload(error: BaseException, repo_id: str) -> Exception | None:
 
 def _explain_status(status: int, message: str | None, repo_id: str) -> Exception:
     if status == 401:
-        return PermissionError("The Hub does not accept the token: log in with `hf auth login`, or set HF_TOKEN.")
+        return PermissionError(NOT_ACCEPTED)
     if status == 403:
         return PermissionError(
             f"The token may not write to {repo_id}: choose a repository of your own, or a token with that right."
@@ -296,71 +286,6 @@ def _explain_status(status: int, message: str | None, repo_id: str) -> Exception
     return OSError(f"The upload to {repo_id} broke off, for the Hub failed (status {status}). {_TRY_AGAIN}.")
 
 
-@contextmanager
-def explained_load_errors(name: str | os.PathLike | PreTrainedModel, revision: str | None = None) -> Iterator[None]:
-    """Turn what transformers and its Hub client raise while they load a model into one sentence.
-
-    Args:
-        name: The Hub id; errors of folders and of models in memory are left as they are.
-        revision: The revision asked for.
-
-    Raises:
-        FileNotFoundError: there is no such repository or revision, or the token may not see it.
-        PermissionError: the token is not accepted, or has not the right to read there.
-        ConnectionError: the Hub cannot be reached or failed, or a download broke off.
-    """
-    try:
-        yield
-    except (HTTPError, OSError, ValueError) as error:
-        explanation = (
-            None if not isinstance(name, str) or os.path.isdir(name) else _explain_load(error, name, revision)
-        )
-        if explanation is None:
-            raise
-        raise explanation from error
-
-
-def _explain_load(error: BaseException, name: str, revision: str | None) -> Exception | None:
-    if _find(error, RevisionNotFoundError):
-        return FileNotFoundError(f"The repository {name} has no revision {revision}.")
-    if _find(error, RepositoryNotFoundError) and not _find(error, GatedRepoError):
-        return FileNotFoundError(
-            f"There is neither a folder {name} nor a repository of that name on the Hub; if it is a private one, log "
-            "in with `hf auth login`, or set HF_TOKEN."
-        )
-    if _find(error, RemoteEntryNotFoundError):
-        return None
-    answer = _find(error, HfHubHTTPError)
-    status = answer.response.status_code if answer else None
-    if status == 401:
-        return PermissionError("The Hub does not accept the token: log in with `hf auth login`, or set HF_TOKEN.")
-    if status in (403, 451):
-        return PermissionError(f"The token may not read {name}; ask for access at {constants.ENDPOINT}/{name}.")
-    if status is not None:
-        return ConnectionError(f"The Hub failed while {name} was loaded (status {status}). {_NOTHING_KEPT}.")
-    if constants.is_offline_mode() and (_find(error, OfflineModeIsEnabled) or _find(error, LocalEntryNotFoundError)):
-        return FileNotFoundError(f"Offline mode is on, and {name} is not in the cache; unset HF_HUB_OFFLINE.")
-    broken = _find(error, HTTPError) or _find(error, LocalEntryNotFoundError)
-    if broken is not None:
-        return ConnectionError(
-            f"The Hub at {constants.ENDPOINT} cannot be reached, or the download of {name} broke off "
-            f"({_reason(broken)}). {_NOTHING_KEPT}."
-        )
-    return None
-
-
-def _find(error: BaseException | None, kind: type[_Error]) -> _Error | None:
-    """The first error of a kind among those that led to this one."""
-    while error is not None and not isinstance(error, kind):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _reason(error: BaseException) -> str:
-    """What an error says, on one line, without addresses, which may hold signatures."""
-    return " ".join(re.sub(r"https?://\S*", "", str(error)).split()) or type(error).__name__
-
-
 __all__ = [
     "CARD_FILE",
     "GALLERY_FOLDER",
@@ -368,7 +293,6 @@ __all__ = [
     "check_class_names",
     "check_license",
     "check_repo_id",
-    "explained_load_errors",
     "explained_upload_errors",
     "find_token",
     "image_processor_of",
