@@ -19,7 +19,7 @@ test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest -n 2 -m "not slow"
 
 # What computes a model's numbers, once more as other processors do: weights at odd places, other kernels.
-COMPUTING := checkpoint prompt_sets modeling pipeline parity maps traits baselines_models baselines_maps sanity
+COMPUTING := checkpoint prompt_sets modeling pipeline parity maps ranking baselines_models baselines_maps sanity
 OTHER_PROCESSOR := $(NEWEST)/bin/python -m pytest -n 2 -m "not slow" $(COMPUTING:%=tests/test_%.py)
 test-processors: $(NEWEST)/installed
 	ATEN_CPU_CAPABILITY=default $(OTHER_PROCESSOR) --misalign 4
