@@ -28,11 +28,11 @@ from torch.utils.data import DataLoader, Subset
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from prompt_cam_hf import PromptCAMForImageClassification
 from prompt_cam_hf.data.splits import ImageData
 from prompt_cam_hf.data.taxonomy_tree import Taxonomy, read_taxonomy
 from prompt_cam_hf.explanations.taxonomy_path import TAXONOMY_FILE
 from prompt_cam_hf.files import write_atomically
+from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.training.data import ImageDataset
 from prompt_cam_hf.training.recipe import Recipe, parse_recipe, training_arguments
 from prompt_cam_hf.training.train import RESULTS_FILE, check_same_recipe, holds_run, load_data, refuse, train

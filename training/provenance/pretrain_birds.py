@@ -40,7 +40,6 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-from prompt_cam_hf import PromptCAMForImageClassification
 from prompt_cam_hf.birds import (
     BIRD_CLASSES,
     COLOURS,
@@ -54,6 +53,7 @@ from prompt_cam_hf.birds import (
     split_value,
 )
 from prompt_cam_hf.data.images import build_image_processor
+from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.modeling.backbone_prompt_cam import (
     backbone_layers,
     embed,
