@@ -107,7 +107,7 @@ def backbone_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], dic
         ValueError: the family is not supported.
     """
     check_backbone_family(config.model_type)
-    options = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
+    options = {"add_pooling_layer": False} if config.model_type in ("vit", "vit_mae", "deit") else {}
     return getattr(transformers, SUPPORTED_BACKBONES[config.model_type][0]), options
 
 

@@ -14,6 +14,9 @@ from transformers import AutoConfig, PreTrainedConfig
 # (CLS, DeiT's distillation token). Register tokens come on top and are counted in the backbone's config.
 SUPPORTED_BACKBONES: dict[str, tuple[str, int]] = {
     "vit": ("ViTModel", 1),
+    "vit_mae": ("ViTModel", 1),  # its own model hides patches from the encoder, which is ViT's
+    "vit_msn": ("ViTMSNModel", 1),
+    "ijepa": ("IJepaModel", 0),
     "deit": ("DeiTModel", 2),
     "dinov2": ("Dinov2Model", 1),
     "dinov2_with_registers": ("Dinov2WithRegistersModel", 1),
