@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,72 +28,57 @@ Weights = dict[str, torch.Tensor]
 _TIMM_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 _OPEN_CLIP_FILES = tuple(f"open_clip_{file}" for file in _TIMM_FILES)
 # What may be left over, as Prompt-CAM never uses it: classifiers, poolers, projections, text towers.
-_TIMM_UNUSED = ("head.", "head_dist.", "pre_logits.", "attn_pool.")
-_OPEN_CLIP_UNUSED = (
-    *("visual.proj", "logit_scale", "logit_bias", "text.", "transformer.", "token_embedding."),
-    *("positional_embedding", "ln_final.", "text_projection"),
-)
+_TIMM_UNUSED = r"head\.|head_dist\.|pre_logits\.|attn_pool\."
+_OPEN_CLIP_UNUSED = r"visual\.proj$|logit_|text|transformer\.|token_embedding\.|positional_embedding$|ln_final\."
 
 
-def _columns(names: str, layer: str) -> list[str]:
+def _columns(names: str) -> list[str]:
+    layer, names = names.split(maxsplit=1)
     return names.replace("E:", "embeddings.").replace("L:", layer).split()
 
 
 # Names of weights, by column: in timm's format and open_clip's, then in the checkpoints of transformers' families. `#`
-# is a layer's number, `/0` the first third of a tensor; .weight and .bias follow, on an underscore without the point.
+# is a layer's number, `/0` the first third of a tensor; .weight and .bias follow (after an underscore without point).
 _TIMM = _columns(
-    "cls_token dist_token reg_token pos_embed patch_embed.proj norm_pre norm L:norm1 L:attn.qkv/0 L:attn.qkv/1 "
-    "L:attn.qkv/2 L:attn.proj L:norm2 L:mlp.fc1 L:mlp.fc2 L:ls1.gamma L:ls2.gamma",
-    "blocks.#.",
+    "blocks.#. cls_token dist_token reg_token pos_embed patch_embed.proj norm_pre norm L:norm1 L:attn.qkv/0 "
+    "L:attn.qkv/1 L:attn.qkv/2 L:attn.proj L:norm2 L:mlp.fc1 L:mlp.fc2 L:mlp.fc1 L:mlp.fc2 L:ls1.gamma L:ls2.gamma"
 )
-_EVA = [*_TIMM[:-2], "blocks.#.gamma_1", "blocks.#.gamma_2"]
+_EVA = [*_TIMM[:-4], *_columns("blocks.#. L:attn.q_bias L:attn.v_bias L:gamma_1 L:gamma_2")]
 _OPEN_CLIP = _columns(
-    "visual.class_embedding - - visual.positional_embedding visual.conv1 visual.ln_pre visual.ln_post L:ln_1 "
-    "L:attn.in_proj_/0 L:attn.in_proj_/1 L:attn.in_proj_/2 L:attn.out_proj L:ln_2 L:mlp.c_fc L:mlp.c_proj - -",
-    "visual.transformer.resblocks.#.",
+    "visual.transformer.resblocks.#. visual.class_embedding - - visual.positional_embedding visual.conv1 "
+    "visual.ln_pre visual.ln_post L:ln_1 L:attn.in_proj_/0 L:attn.in_proj_/1 L:attn.in_proj_/2 L:attn.out_proj L:ln_2 "
+    "L:mlp.c_fc L:mlp.c_proj"
 )
 _VIT = _columns(
-    "E:cls_token E:distillation_token - E:position_embeddings E:patch_embeddings.projection - layernorm "
-    "L:layernorm_before L:attention.attention.query L:attention.attention.key L:attention.attention.value "
-    "L:attention.output.dense L:layernorm_after L:intermediate.dense L:output.dense - -",
-    "encoder.layer.#.",
+    "encoder.layer.#. E:cls_token E:distillation_token - E:position_embeddings E:patch_embeddings.projection - "
+    "layernorm L:layernorm_before L:attention.attention.query L:attention.attention.key L:attention.attention.value "
+    "L:attention.output.dense L:layernorm_after L:intermediate.dense L:output.dense"
 )
 _DINOV2 = _columns(
-    "E:cls_token - E:register_tokens E:position_embeddings E:patch_embeddings.projection - layernorm "
+    "encoder.layer.#. E:cls_token - E:register_tokens E:position_embeddings E:patch_embeddings.projection - layernorm "
     "L:norm1 L:attention.attention.query L:attention.attention.key L:attention.attention.value "
-    "L:attention.output.dense L:norm2 L:mlp.fc1 L:mlp.fc2 L:layer_scale1.lambda1 L:layer_scale2.lambda1",
-    "encoder.layer.#.",
+    "L:attention.output.dense L:norm2 L:mlp.fc1 L:mlp.fc2 L:mlp.weights_in L:mlp.weights_out L:layer_scale1.lambda1 "
+    "L:layer_scale2.lambda1"
 )
 _DINOV3 = _columns(
-    "E:cls_token - E:register_tokens - E:patch_embeddings - norm L:norm1 L:attention.q_proj L:attention.k_proj "
-    "L:attention.v_proj L:attention.o_proj L:norm2 L:mlp.up_proj L:mlp.down_proj L:layer_scale1.lambda1 "
-    "L:layer_scale2.lambda1",
-    "layer.#.",
+    "layer.#. E:cls_token - E:register_tokens - E:patch_embeddings - norm L:norm1 L:attention.q_proj "
+    "L:attention.k_proj L:attention.v_proj L:attention.o_proj L:norm2 L:mlp.up_proj L:mlp.down_proj "
+    "L:attention.q_proj.bias L:attention.v_proj.bias L:layer_scale1.lambda1 L:layer_scale2.lambda1"
 )
 _CLIP = _columns(
-    "E:class_embedding - - E:position_embedding.weight E:patch_embedding pre_layrnorm post_layernorm L:layer_norm1 "
-    "L:self_attn.q_proj L:self_attn.k_proj L:self_attn.v_proj L:self_attn.out_proj L:layer_norm2 L:mlp.fc1 L:mlp.fc2 "
-    "- -",
-    "encoder.layers.#.",
+    "encoder.layers.#. E:class_embedding - - E:position_embedding.weight E:patch_embedding pre_layrnorm "
+    "post_layernorm L:layer_norm1 L:self_attn.q_proj L:self_attn.k_proj L:self_attn.v_proj L:self_attn.out_proj "
+    "L:layer_norm2 L:mlp.fc1 L:mlp.fc2"
 )
-# What no column says; a number fills a tensor that no source has.
-_OTHER_NAMES: dict[str, str | float] = {
-    "encoder.layer.#.mlp.weights_in": "blocks.#.mlp.fc1",
-    "encoder.layer.#.mlp.weights_out": "blocks.#.mlp.fc2",
-    "layer.#.attention.q_proj.bias": "blocks.#.attn.q_bias",
-    "layer.#.attention.v_proj.bias": "blocks.#.attn.v_bias",
-    "layer.#.mlp.gate_proj": "blocks.#.mlp.fc1_g",
-    "embeddings.mask_token": 0.0,
-}
 
 # The timm architectures that are read; width, depth, number of heads and `mlp_ratio` of each size.
 _TIMM_ARCHITECTURE = (
-    r"vit_(tiny|small|base|large|huge|giant|gigantic)_patch\d+_\d+(_miil)?|vit_(huge|giant)_patch\d+_gap_\d+"
+    r"vit_(tiny|small|base|large|huge|giant|gigantic)_patch\d+_\d+|vit_(huge|giant)_patch\d+_gap_\d+"
     r"|deit_(tiny|small|base)(_distilled)?_patch\d+_\d+|deit3_(small|medium|base|large|huge)_patch\d+_\d+"
     r"|vit_(small|base|large|giant)_patch\d+(_reg4)?_dinov2"
-    r"|vit_(small|small_plus|base|large|huge_plus|7b)_patch\d+_dinov3(_qkvb)?"
+    r"|vit_(tiny|small|small_plus|base|large|huge_plus|7b)_patch\d+_dinov3(_qkvb)?"
     r"|vit_(base|large|so400m|giantopt)_patch\d+_siglip(_gap)?_\d+"
-    r"|vit_(xsmall|medium|betwixt|base|large|huge|giant|gigantic)_patch\d+(_plus)?_clip(_quickgelu)?_\d+"
+    r"|vit_(xsmall|medium|betwixt|base|large|huge|giant|gigantic)_patch\d+_clip(_quickgelu)?_\d+"
 )
 _TIMM_SIZES = {
     **{"xsmall": (256, 10, 4, 4), "tiny": (192, 12, 3, 4), "small": (384, 12, 6, 4), "medium": (512, 12, 8, 4)},
@@ -106,7 +90,6 @@ _TIMM_SIZES = {
 _TIMM_SAYS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("", {"class_token": True, "distilled": False, "reg_tokens": 0, "no_embed_class": False, "pre_norm": False}),
     ("", {"qkv_bias": True, "init_values": None, "act_layer": "gelu", "gated": 0, "eps": 1e-6}),
-    ("_miil$", {"qkv_bias": False}),
     ("_gap_|_siglip_", {"class_token": False}),
     ("_distilled_", {"distilled": True}),
     ("_dinov2|^deit3_", {"init_values": 1e-5}),
@@ -119,17 +102,15 @@ _TIMM_SAYS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("_huge_plus_", {"num_heads": 20}),
     ("_7b_", {"gated": 64}),
     ("_clip_", {"pre_norm": True, "eps": 1e-5}),
-    ("_plus_clip_", {"embed_dim": 896, "num_heads": 14}),
     ("_quickgelu_", {"act_layer": "quick_gelu"}),
     ("_(base_patch32|so400m_patch16|giantopt_patch16)_siglip_|_large_.*_siglip_.*512", {"act_layer": "gelu_tanh"}),
 )
-_TIMM_ARGUMENTS = {
-    *("class_token", "reg_tokens", "num_reg_tokens", "no_embed_class", "pre_norm", "qkv_bias", "init_values"),
-    *("act_layer", "embed_dim", "depth", "num_heads", "img_size", "patch_size", "mlp_ratio"),
-    # These say nothing about the tokens of an image that the weights do not.
-    *("num_classes", "global_pool", "fc_norm", "use_fc_norm", "drop_rate", "drop_path_rate", "pos_drop_rate"),
-    *("patch_drop_rate", "proj_drop_rate", "attn_drop_rate", "dynamic_img_size", "strict_img_size"),
-}
+# The last row says nothing about the tokens of an image that the weights do not.
+_TIMM_ARGUMENTS = (
+    "(class|reg|num_reg)_tokens?|no_embed_class|pre_norm|qkv_bias|init_values|act_layer|mlp_ratio|embed_dim|depth"
+    "|num_heads|(img|patch)_size"
+    "|num_classes|global_pool|(use_)?fc_norm|((pos|patch|proj|attn)_)?drop_rate|drop_path_rate|(dynamic|strict)_img_size"
+)
 # Architectures, the family of transformers, what it has, and what it may have; the first that fits is taken.
 _SCALED = {"init_values", "gated"}
 _TIMM_FAMILIES: tuple[tuple[str, str, list[str], set[str], set[str]], ...] = (
@@ -148,21 +129,13 @@ _OPEN_CLIP_SAYS = {
     **{"norm_kwargs": None, "patch_dropout": 0.0, "output_tokens": False},
 }
 
-# A configuration, the names of its weights at the source, and by name in transformers how much longer a tensor is
-# there at the ends of its axes (see `pad`), in how many parts.
-_Tower = tuple[PreTrainedConfig, dict[str, str | float], dict[str, tuple[tuple[int, ...], int]]]
+# A configuration; what its weights are called at the source (`=1`: they are all 1); and, by name at the source, by how
+# much they grow at the ends of their axes (see `pad`), in how many parts.
+_Tower = tuple[PreTrainedConfig, dict[str, str], dict[str, tuple[tuple[int, ...], int]]]
 
 
 def foreign_config(name: str | os.PathLike, **hub: Any) -> dict[str, Any] | None:
-    """The configuration of a repository in timm's format (it has `architecture`) or open_clip's (`model_cfg`).
-
-    Args:
-        name: A Hub id or a folder.
-        **hub: revision, token and the like.
-
-    Returns:
-        What `config.json` or `open_clip_config.json` holds, None where the repository is in neither format.
-    """
+    """The configuration in timm's format (with `architecture`) or open_clip's (`model_cfg`), None in another format."""
     for file, key in (("config.json", "architecture"), ("open_clip_config.json", "model_cfg")):
         path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
         config = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
@@ -172,14 +145,11 @@ def foreign_config(name: str | os.PathLike, **hub: Any) -> dict[str, Any] | None
 
 
 def read_backbone(name: str | os.PathLike, **hub: Any) -> PreTrainedModel | None:
-    """The vision transformer of a repository in timm's or open_clip's format, as the model of transformers that it is.
+    """The vision transformer in timm's or open_clip's format as a model of transformers, None in another format.
 
     Args:
         name: A Hub id or a folder.
         **hub: revision, token and the like.
-
-    Returns:
-        The model in float32 and evaluation mode, None where the repository is in neither format.
 
     Raises:
         ValueError: no supported family can run it, or its weights do not fit.
@@ -214,14 +184,15 @@ def _read_weights(name: str | os.PathLike, files: tuple[str, ...], **hub: Any) -
         if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
             raise ValueError
     except (AttributeError, EOFError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError, ValueError):
-        what = "is damaged, or holds more than tensors by name (code in it is never run)"
-        raise ValueError(f"its file {os.path.basename(path)} {what}.") from None
+        raise ValueError(
+            f"{os.path.basename(path)} is damaged or holds more than tensors, which is not run."
+        ) from None
     return weights
 
 
 def _read_timm(found: dict[str, Any]) -> _Tower:
     name, own = found["architecture"], found.get("model_args") or {}
-    unknown = "".join(f" with {key}" for key in sorted(own) if key not in _TIMM_ARGUMENTS)
+    unknown = "".join(f" with {key}" for key in sorted(own) if not re.fullmatch(_TIMM_ARGUMENTS, key))
     if not re.fullmatch(_TIMM_ARCHITECTURE, name) or unknown:
         raise ValueError(f"timm's architecture {name!r}{unknown} is not among those that docs/backbones.md lists.")
     size = zip(("embed_dim", "depth", "num_heads", "mlp_ratio"), _TIMM_SIZES[name.split("_")[1]], strict=True)
@@ -231,7 +202,6 @@ def _read_timm(found: dict[str, Any]) -> _Tower:
         told |= says if re.search(pattern, name) else {}
     told |= own
     told["reg_tokens"] = told.get("num_reg_tokens", told["reg_tokens"])
-
     has = {key for key in ("class_token", "distilled", "pre_norm", "reg_tokens", *_SCALED) if told[key]}
     fitting = (row for row in _TIMM_FAMILIES if re.search(row[0], name) and row[3] <= has <= row[3] | row[4])
     _, family, names, *_ = next(fitting, (None,) * 3)
@@ -240,33 +210,28 @@ def _read_timm(found: dict[str, Any]) -> _Tower:
     gated, bias, hidden = told["gated"], told["qkv_bias"], int(told["embed_dim"] * told["mlp_ratio"])
     fields = {"layer_norm_eps": told["eps"], "hidden_act": _ACTIVATIONS[told["act_layer"]]}
     fields |= {"num_register_tokens": told["reg_tokens"]} if told["reg_tokens"] else {}
-    table, growth = _OTHER_NAMES | dict(zip(names, _EVA if names is _DINOV3 else _TIMM, strict=True)), {}
-    if names is _DINOV3:
-        fields |= {"query_bias": bias, "value_bias": bias, "use_gated_mlp": bool(gated)}
-        if gated:
-            hidden += -hidden % gated
-            fields["hidden_act"], table["layer.#.mlp.up_proj"] = "silu", "blocks.#.mlp.fc1_x"
-    elif names is not _CLIP:
-        fields["qkv_bias"] = bias
-    elif family == "siglip_vision_model":
-        fields["vision_use_head"] = False
+    table = dict(zip(names, _EVA if names is _DINOV3 else _TIMM, strict=False)) | {"embeddings.mask_token": "=0"}
+    table |= {} if told["init_values"] else {key: "=1" for key in names if "layer_scale" in key}
+    before = told["class_token"] + told["distilled"] if told["no_embed_class"] else 0
+    growth: dict[str, tuple[tuple[int, ...], int]] = {"pos_embed": ((0, 0, before, 0), 1)}
     if names is _DINOV2:  # it has whole ratios only: units that are always 0 fill the MLP
-        hidden, ratio, wide = hidden // (2 if gated else 1), 0, 0
-        while wide < hidden:
-            ratio += 1
-            wide = told["embed_dim"] * ratio
-            wide = (int(wide * 2 / 3) + 7) // 8 * 8 if gated else wide
+        parts, ratio, extra = 2 if gated else 1, 0, -1
+        while extra < 0:
+            ratio, wide = ratio + 1, told["embed_dim"] * (ratio + 1)
+            extra = ((int(wide * 2 / 3) + 7) // 8 * 8 if gated else wide) - hidden // parts
         fields |= {"mlp_ratio": ratio, "use_swiglu_ffn": bool(gated)}
-        for first, last, parts in (("mlp.fc1", "mlp.fc2", 1), ("mlp.weights_in", "mlp.weights_out", 2)):
-            growth[f"encoder.layer.#.{first}.weight"] = (0, 0, 0, wide - hidden), parts
-            growth[f"encoder.layer.#.{first}.bias"] = (0, wide - hidden), parts
-            growth[f"encoder.layer.#.{last}.weight"] = (0, wide - hidden), 1
+        growth |= {"blocks.#.mlp.fc1.weight": ((0, 0, 0, extra), parts), "blocks.#.mlp.fc1.bias": ((0, extra), parts)}
+        growth["blocks.#.mlp.fc2.weight"] = (0, extra), 1
+    elif names is _DINOV3:
+        fields |= {"query_bias": bias, "value_bias": bias, "use_gated_mlp": bool(gated)}
+        fields["intermediate_size"] = hidden + (-hidden % gated if gated else 0)
+        if gated:
+            fields["hidden_act"] = "silu"
+            table |= {"layer.#.mlp.gate_proj": "blocks.#.mlp.fc1_g", "layer.#.mlp.up_proj": "blocks.#.mlp.fc1_x"}
     else:
         fields["intermediate_size"] = hidden
-    if told["no_embed_class"]:
-        growth["embeddings.position_embeddings"] = (0, 0, told["class_token"] + told["distilled"], 0), 1
-    if not told["init_values"]:  # a layer scale of 1 is none
-        table |= dict.fromkeys(names[-2:], 1.0)
+    fields |= {"qkv_bias": bias} if names in (_VIT, _DINOV2) else {}
+    fields |= {"vision_use_head": False} if family == "siglip_vision_model" else {}
     return _config(family, told, fields), table, growth
 
 
@@ -279,19 +244,16 @@ def _read_open_clip(model: dict[str, Any]) -> _Tower:
         raise ValueError(f"only open_clip's own ViT is read, but its image tower has {other_tower}.")
     told |= {"embed_dim": told["width"], "depth": told["layers"], "img_size": told["image_size"]}
     told["num_heads"] = told["width"] / told["head_width"]
-    fields = {"layer_norm_eps": norm["eps"], "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu"}
-    fields["intermediate_size"] = int(told["width"] * told["mlp_ratio"])
+    fields = {"layer_norm_eps": norm["eps"], "intermediate_size": int(told["width"] * told["mlp_ratio"])}
+    fields["hidden_act"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
     return _config("clip_vision_model", told, fields), dict(zip(_CLIP, _OPEN_CLIP, strict=True)), {}
 
 
 def _config(family: str, told: dict[str, Any], fields: dict[str, Any]) -> PreTrainedConfig:
     width, heads, image, patch = (told[key] for key in ("embed_dim", "num_heads", "img_size", "patch_size"))
     image, patch = ([size, size] if isinstance(size, int) else list(size) for size in (image, patch))
-    needs_square = family not in ("vit", "deit", "dinov3_vit")
-    if len(image) != 2 or len(set(patch)) != 1 or (needs_square and image[0] != image[1]):
-        raise ValueError(
-            f"images of {image} pixels and patches of {patch} are not read for {family}, square ones are."
-        )
+    if len(image) != 2 or len(set(patch)) != 1 or (image[0] != image[1] and family not in ("vit", "deit")):
+        raise ValueError(f"its images of {image} or patches of {patch} pixels are not the squares {family} has.")
     if heads != int(heads) or width % heads:
         raise ValueError(f"its width {width} cannot be divided among {heads:g} heads.")
     fields |= {"hidden_size": width, "num_hidden_layers": told["depth"], "num_attention_heads": int(heads)}
@@ -299,11 +261,11 @@ def _config(family: str, told: dict[str, Any], fields: dict[str, Any]) -> PreTra
     return AutoConfig.for_model(family, **fields)
 
 
-def _grow(tensor: torch.Tensor, ends: Sequence[int], parts: int) -> torch.Tensor:
-    return torch.cat([pad(part, tuple(ends)) for part in tensor.chunk(parts)])
+def _grow(tensor: torch.Tensor, ends: tuple[int, ...], parts: int) -> torch.Tensor:
+    return torch.cat([pad(part, ends) for part in tensor.chunk(parts)])
 
 
-def _translate(weights: Weights, config: PreTrainedConfig, table: dict, growth: dict, unused: tuple) -> Weights:
+def _translate(weights: Weights, config: PreTrainedConfig, table: dict, growth: dict, unused: str) -> Weights:
     """The weights in float32, by the names of transformers' published checkpoints; refuses those that do not fit."""
     with torch.device("meta"):
         blank = build_backbone(config)
@@ -311,15 +273,15 @@ def _translate(weights: Weights, config: PreTrainedConfig, table: dict, growth: 
     for target, like in revert_weight_conversion(blank, blank.state_dict()).items():
         pattern = re.sub(r"\.\d+\.", ".#.", target)
         stem, end = (pattern, "") if pattern in table else re.fullmatch(r"(.*)(\..*)", pattern).groups()
-        source = table[stem]
-        if isinstance(source, float):
-            translated[target] = torch.full(like.shape, source)
+        source, _, part = table[stem].partition("/")
+        if source.startswith("="):
+            translated[target] = torch.full(like.shape, float(source[1:]))
             continue
-        source, _, part = source.replace("#", "".join(re.findall(r"\.(\d+)\.", target))).partition("/")
         source += end[1:] if source.endswith("_") else end
+        ends, parts = growth.get(source, ((), 1))
+        source = source.replace("#", "".join(re.findall(r"\.(\d+)\.", target)))
         used.add(source)
-        ends, parts = growth.get(pattern, ((), 1))
-        expected = list(_grow(like, [-length for length in ends], parts).shape)
+        expected = list(_grow(like, tuple(-length for length in ends), parts).shape)
         expected[0] *= 3 if part else 1
         tensor = weights.get(source)
         if tensor is None:
@@ -327,10 +289,9 @@ def _translate(weights: Weights, config: PreTrainedConfig, table: dict, growth: 
         elif [side for side in tensor.shape if side > 1] != [side for side in expected if side > 1]:
             misfits[source] = f"has the shape {list(tensor.shape)} instead of {expected}"
         else:
-            tensor = tensor.reshape(expected).to(torch.float32)
-            tensor = tensor.chunk(3)[int(part)] if part else tensor
+            tensor = tensor.reshape(expected).to(torch.float32).chunk(3 if part else 1)[int(part or 0)]
             translated[target] = _grow(tensor, ends, parts).reshape(like.shape)
-    misfits |= {name: "is left over" for name in weights if name not in used and not name.startswith(unused)}
+    misfits |= {name: "is left over" for name in weights if name not in used and not re.match(unused, name)}
     if misfits:
         told = ", ".join(f"{name} {fault}" for name, fault in list(misfits.items())[:10])
         raise ValueError(f"{len(misfits)} of its weights do not fit: {told}{', ...' if len(misfits) > 10 else '.'}")
