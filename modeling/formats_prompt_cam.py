@@ -107,8 +107,8 @@ _TIMM_SAYS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 # The last row says nothing about the tokens of an image that the weights do not.
 _TIMM_ARGUMENTS = (
-    "(class|reg|num_reg)_tokens?|no_embed_class|pre_norm|qkv_bias|init_values|act_layer|mlp_ratio|embed_dim|depth"
-    "|num_heads|(img|patch)_size"
+    "(class|reg|num_reg)_tokens?|no_embed_class|pre_norm|qkv_bias|init_values|act_layer|mlp_ratio"
+    "|embed_dim|depth|num_heads|(img|patch)_size"
     "|num_classes|global_pool|(use_)?fc_norm|((pos|patch|proj|attn)_)?drop_rate|drop_path_rate|(dynamic|strict)_img_size"
 )
 # Architectures, the family of transformers, what it has, and what it may have; the first that fits is taken.
@@ -135,7 +135,7 @@ _Tower = tuple[PreTrainedConfig, dict[str, str], dict[str, tuple[tuple[int, ...]
 
 
 def foreign_config(name: str | os.PathLike, **hub: Any) -> dict[str, Any] | None:
-    """The configuration in timm's format (with `architecture`) or open_clip's (`model_cfg`), None in another format."""
+    """The configuration in timm's format (has `architecture`) or open_clip's (`model_cfg`), None in another format."""
     for file, key in (("config.json", "architecture"), ("open_clip_config.json", "model_cfg")):
         path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
         config = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
@@ -250,8 +250,10 @@ def _read_open_clip(model: dict[str, Any]) -> _Tower:
 
 
 def _config(family: str, told: dict[str, Any], fields: dict[str, Any]) -> PreTrainedConfig:
-    width, heads, image, patch = (told[key] for key in ("embed_dim", "num_heads", "img_size", "patch_size"))
-    image, patch = ([size, size] if isinstance(size, int) else list(size) for size in (image, patch))
+    width, heads = told["embed_dim"], told["num_heads"]
+    image, patch = (
+        [size, size] if isinstance(size, int) else list(size) for size in (told["img_size"], told["patch_size"])
+    )
     if len(image) != 2 or len(set(patch)) != 1 or (image[0] != image[1] and family not in ("vit", "deit")):
         raise ValueError(f"its images of {image} or patches of {patch} pixels are not the squares {family} has.")
     if heads != int(heads) or width % heads:
