@@ -52,7 +52,14 @@ def load_backbone(backbone: str | os.PathLike | PreTrainedModel, **hub: Any) -> 
             return foreign
         config = vision_config(_load_config(backbone, **hub))
         model_class, options = backbone_class(config)
-        return model_class.from_pretrained(backbone, config=config, **options, **hub)
+        model, report = model_class.from_pretrained(
+            backbone, config=config, output_loading_info=True, **options, **hub
+        )
+    if report["missing_keys"]:
+        raise ValueError(
+            f"{backbone} lacks weights of {model_class.__name__}: {', '.join(sorted(report['missing_keys']))}."
+        )
+    return model
 
 
 def _load_config(backbone: str | os.PathLike, **hub: Any) -> PreTrainedConfig:

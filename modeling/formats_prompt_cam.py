@@ -128,7 +128,6 @@ _OPEN_CLIP_SAYS = {
     **{"layers": 12, "width": 768, "head_width": 64, "mlp_ratio": 4.0, "patch_size": 16, "image_size": 224},
     **{"norm_kwargs": None, "patch_dropout": 0.0, "output_tokens": False},
 }
-
 # A configuration; what its weights are called at the source (`=1`: they are all 1); and, by name at the source, by how
 # much they grow at the ends of their axes (see `pad`), in how many parts.
 _Tower = tuple[PreTrainedConfig, dict[str, str], dict[str, tuple[tuple[int, ...], int]]]
@@ -155,8 +154,7 @@ def read_backbone(name: str | os.PathLike, **hub: Any) -> PreTrainedModel | None
         ValueError: no supported family can run it, or its weights do not fit.
         OSError: there are no weights.
     """
-    found = foreign_config(name, **hub)
-    if found is None:
+    if (found := foreign_config(name, **hub)) is None:
         return None
     is_timm = "architecture" in found
     try:
@@ -251,16 +249,15 @@ def _read_open_clip(model: dict[str, Any]) -> _Tower:
 
 def _config(family: str, told: dict[str, Any], fields: dict[str, Any]) -> PreTrainedConfig:
     width, heads = told["embed_dim"], told["num_heads"]
-    image, patch = (
-        [size, size] if isinstance(size, int) else list(size) for size in (told["img_size"], told["patch_size"])
-    )
+    sizes = (told["img_size"], told["patch_size"])
+    image, patch = ([size, size] if isinstance(size, int) else list(size) for size in sizes)
     if len(image) != 2 or len(set(patch)) != 1 or (image[0] != image[1] and family not in ("vit", "deit")):
         raise ValueError(f"its images of {image} or patches of {patch} pixels are not the squares {family} has.")
     if heads != int(heads) or width % heads:
         raise ValueError(f"its width {width} cannot be divided among {heads:g} heads.")
     fields |= {"hidden_size": width, "num_hidden_layers": told["depth"], "num_attention_heads": int(heads)}
-    fields |= {"image_size": image if image[0] != image[1] else image[0], "patch_size": patch[0]}
-    return AutoConfig.for_model(family, **fields)
+    image_size = image if image[0] != image[1] else image[0]
+    return AutoConfig.for_model(family, **fields, image_size=image_size, patch_size=patch[0])
 
 
 def _grow(tensor: torch.Tensor, ends: tuple[int, ...], parts: int) -> torch.Tensor:
@@ -295,8 +292,8 @@ def _translate(weights: Weights, config: PreTrainedConfig, table: dict, growth: 
             translated[target] = _grow(tensor, ends, parts).reshape(like.shape)
     misfits |= {name: "is left over" for name in weights if name not in used and not re.match(unused, name)}
     if misfits:
-        told = ", ".join(f"{name} {fault}" for name, fault in list(misfits.items())[:10])
-        raise ValueError(f"{len(misfits)} of its weights do not fit: {told}{', ...' if len(misfits) > 10 else '.'}")
+        first = [f"{name} {fault}" for name, fault in misfits.items()][:10] + ["..."] * (len(misfits) > 10)
+        raise ValueError(f"{len(misfits)} of its weights do not fit: {', '.join(first)}.")
     return translated
 
 

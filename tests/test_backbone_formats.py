@@ -390,6 +390,15 @@ def test_mae_msn_and_ijepa(family, tmp_path):
     torch.testing.assert_close(run_tokens(load_backbone(tmp_path / "probe"), pixel_values), expected)
 
 
+def test_a_transformers_backbone_without_some_weights_is_refused(tmp_path):
+    load_backbone(BACKBONES[-1]).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if name.endswith("fc1.bias") or name.endswith("intermediate.dense.bias"))
+    save_file({key: weights[key] for key in weights if key != name}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks weights of ViTModel: \S*fc1\.bias\.$"):
+        load_backbone(tmp_path)
+
+
 def normalised(image: Image.Image, mean, std) -> torch.Tensor:
     pixels = np.asarray(image, dtype=np.float64) / 255
     return torch.from_numpy((pixels - mean) / std).permute(2, 0, 1).float()
