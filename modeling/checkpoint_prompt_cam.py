@@ -52,9 +52,8 @@ def load_backbone(backbone: str | os.PathLike | PreTrainedModel, **hub: Any) -> 
             return foreign
         config = vision_config(_load_config(backbone, **hub))
         model_class, options = backbone_class(config)
-        model, report = model_class.from_pretrained(
-            backbone, config=config, output_loading_info=True, **options, **hub
-        )
+        loaded: Any = model_class.from_pretrained(backbone, config=config, output_loading_info=True, **options, **hub)
+    model, report = loaded
     if report["missing_keys"]:
         raise ValueError(
             f"{backbone} lacks weights of {model_class.__name__}: {', '.join(sorted(report['missing_keys']))}."

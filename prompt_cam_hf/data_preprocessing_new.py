@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 from PIL import Image
-from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import is_torchvision_available
 
 from prompt_cam_hf.modeling.checkpoint_prompt_cam import backbone_name

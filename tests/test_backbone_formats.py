@@ -20,7 +20,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_hub import other_process
 from transformers import (
-    AutoImageProcessor,
     IJepaConfig,
     IJepaModel,
     ViTImageProcessorPil,
@@ -30,6 +29,7 @@ from transformers import (
     ViTMSNConfig,
     ViTMSNModel,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from prompt_cam_hf import PromptCAMForImageClassification
 from prompt_cam_hf.baselines.backbone import num_prefix_tokens
