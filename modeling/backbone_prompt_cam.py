@@ -8,7 +8,7 @@ again, so each piece is looked up by the names it has had; a missing piece is an
 import copy
 import hashlib
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -100,7 +100,7 @@ def image_size(config: PreTrainedConfig) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-def backbone_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], dict[str, bool]]:
+def backbone_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], dict[str, Any]]:
     """The transformers class of a backbone, and the options that leave its pooler out.
 
     Raises:

@@ -25,6 +25,7 @@ from transformers.utils import cached_file
 
 from .backbone_prompt_cam import backbone_class, fingerprint_backbone, vision_config
 from .configuration_prompt_cam import SUPPORTED_BACKBONES, PromptCAMConfig, check_backbone_family
+from .formats_prompt_cam import read_backbone
 from .pipeline_prompt_cam import PromptCAMImageClassificationPipeline
 
 # For `pipeline("image-classification", model=FOLDER, trust_remote_code=True)`. Importing the class here is also what
@@ -54,11 +55,12 @@ def load_backbone(backbone: str | os.PathLike | PreTrainedModel, **hub: Any) -> 
     """The bare vision model behind a Hub id, a folder or a loaded model.
 
     Args:
-        backbone: Where it is. A model with a head or a second tower is taken for its vision part.
+        backbone: Where it is: in transformers' format, timm's or open_clip's. A model with a head or a second tower is
+            taken for its vision part.
         **hub: The Hub keywords of `from_pretrained`: revision, subfolder, cache_dir, local_files_only and the like.
 
     Raises:
-        ValueError: the family is not supported.
+        ValueError: the family is not supported, or its weights do not fit.
         OSError: nothing is found there.
     """
     if isinstance(backbone, PreTrainedModel):
@@ -69,10 +71,21 @@ def load_backbone(backbone: str | os.PathLike | PreTrainedModel, **hub: Any) -> 
         model = backbone if is_bare else cast(PreTrainedModel, getattr(backbone, "vision_model", backbone.base_model))
         check_backbone_family(model.config.model_type)
         return model
+    backbone = str(backbone_name(backbone))
     with explained_load_errors(backbone, hub.get("revision")):
+        foreign = read_backbone(backbone, **hub)
+        if foreign is not None:
+            return foreign
         config = vision_config(_load_config(backbone, **hub))
         model_class, options = backbone_class(config)
-        return model_class.from_pretrained(backbone, config=config, **{**options, **hub})
+        options = {**options, **hub, "output_loading_info": True}
+        loaded: Any = model_class.from_pretrained(backbone, config=config, **options)
+    model, report = loaded
+    if report["missing_keys"]:
+        raise ValueError(
+            f"{backbone} lacks weights of {model_class.__name__}: {', '.join(sorted(report['missing_keys']))}."
+        )
+    return model
 
 
 def _load_config(backbone: str | os.PathLike, **hub: Any) -> PreTrainedConfig:
@@ -89,8 +102,10 @@ def _load_config(backbone: str | os.PathLike, **hub: Any) -> PreTrainedConfig:
 
 
 def backbone_name(backbone: str | os.PathLike | PreTrainedModel) -> str | None:
-    """The Hub id or folder that a backbone was loaded from, None where it was made in memory."""
-    return backbone.name_or_path or None if isinstance(backbone, PreTrainedModel) else os.fspath(backbone)
+    """The Hub id (without open_clip's prefix) or folder of a backbone, None where it was made in memory."""
+    if isinstance(backbone, PreTrainedModel):
+        return backbone.name_or_path or None
+    return os.fspath(backbone).removeprefix("hf-hub:")
 
 
 def adopt_backbone(model: PreTrainedModel, source: PreTrainedModel) -> None:

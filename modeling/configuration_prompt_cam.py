@@ -32,6 +32,10 @@ class BackboneFamily(NamedTuple):
 
 SUPPORTED_BACKBONES = {
     "vit": BackboneFamily("ViTModel", 1, "ViTForImageClassification", has_pooler=True),
+    # MAE's own model hides patches from its encoder, which is ViT's.
+    "vit_mae": BackboneFamily("ViTModel", 1, "ViTForImageClassification", has_pooler=True),
+    "vit_msn": BackboneFamily("ViTMSNModel", 1, "ViTMSNForImageClassification"),
+    "ijepa": BackboneFamily("IJepaModel", 0, "IJepaForImageClassification"),
     "deit": BackboneFamily("DeiTModel", 2, "DeiTForImageClassification", has_pooler=True),
     "dinov2": BackboneFamily("Dinov2Model", 1, "Dinov2ForImageClassification", takes_any_size=True),
     "dinov2_with_registers": BackboneFamily(

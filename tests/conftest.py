@@ -19,10 +19,13 @@ from transformers import (
     Dinov2Config,
     Dinov2WithRegistersConfig,
     DINOv3ViTConfig,
+    IJepaConfig,
     PreTrainedConfig,
     PreTrainedModel,
     SiglipVisionConfig,
     ViTConfig,
+    ViTMAEConfig,
+    ViTMSNConfig,
 )
 
 from prompt_cam_hf import PromptCAMConfig, PromptCAMForImageClassification
@@ -48,6 +51,9 @@ _MLP = {"intermediate_size": 48}
 _SCALE = {"layerscale_value": 0.7}
 FAMILIES = {
     "vit": lambda: ViTConfig(**_SIZES, **_MLP),
+    "vit_mae": lambda: ViTMAEConfig(**_SIZES, **_MLP),
+    "vit_msn": lambda: ViTMSNConfig(**_SIZES, **_MLP),
+    "ijepa": lambda: IJepaConfig(**_SIZES, **_MLP),
     "deit": lambda: DeiTConfig(**_SIZES, **_MLP),
     "dinov2": lambda: Dinov2Config(**_SIZES, **_SCALE),
     "dinov2_swiglu": lambda: Dinov2Config(**_SIZES, **_SCALE, use_swiglu_ffn=True),

@@ -70,7 +70,9 @@ def run_vpt(model: VPTForImageClassification, images: torch.Tensor, **options) -
         hidden = hidden[:, config.num_prompts :]
     (norm,) = [getattr(backbone, name) for name in ("layernorm", "norm", "post_layernorm") if hasattr(backbone, name)]
     hidden = norm(hidden)
-    read = hidden.mean(dim=1) if config.backbone_config.model_type == "siglip_vision_model" else hidden[:, 0]
+    read = (
+        hidden.mean(dim=1) if config.backbone_config.model_type in ("siglip_vision_model", "ijepa") else hidden[:, 0]
+    )
     return model.classifier(read)
 
 
@@ -181,7 +183,7 @@ def read_by_head(family: str, model: PreTrainedModel, images: torch.Tensor) -> t
     """The table of docs/baselines.md."""
     backbone = backbone_of(model)
     hidden = backbone(images).last_hidden_state
-    if family in ("vit", "deit"):
+    if family in ("vit", "vit_mae", "vit_msn", "deit"):
         return hidden[:, 0]
     if family.startswith("dinov2"):
         return torch.cat((hidden[:, 0], hidden[:, -16:].mean(dim=1)), dim=1)

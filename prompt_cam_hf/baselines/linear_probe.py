@@ -53,6 +53,9 @@ def build_linear_probe(
     if model_class.config_class.model_type == family:
         config = copy.deepcopy(source.config)
         config.update(labels)
+    elif family == "vit_mae":  # its encoder is ViT's, and so are the settings of the same names
+        shared = model_class.config_class().to_dict().keys() & source.config.to_dict().keys() - {"model_type"}
+        config = model_class.config_class(**{key: getattr(source.config, key) for key in shared} | labels)
     else:  # CLIP and SigLIP: the vision model is one of two towers
         config = model_class.config_class(vision_config=source.config.to_dict(), **labels)
     model = model_class._from_config(config, dtype=torch.float32)

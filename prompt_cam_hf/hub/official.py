@@ -50,7 +50,7 @@ def official_facts(name: str) -> dict[str, Any]:
     if name not in TOP1:
         raise ValueError(f"There is no official checkpoint {name!r}; there are {', '.join(TOP1)}.")
     dataset = FACTS[name.partition("_")[2]]
-    recipe = yaml.safe_load(files("prompt_cam_hf.training").joinpath("recipes", f"{name}.yaml").read_text("utf-8"))
+    recipe = yaml.safe_load((files("prompt_cam_hf.training") / "recipes" / f"{name}.yaml").read_text("utf-8"))
     facts: dict[str, Any] = {
         "backbone": recipe["backbone"],
         "model_facts": {
