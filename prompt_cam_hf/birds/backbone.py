@@ -2,7 +2,7 @@
 """The tiny backbone that comes with the package, and its checksum.
 
 A vision transformer of 1.3 million parameters, pre-trained on drawn birds of no class by
-`training/provenance/pretrain_birds.py`. Its model card, tiny_vit/README.md, says how.
+`docs/provenance/pretrain_birds.py`. Its model card, tiny_vit/README.md, says how.
 """
 
 from pathlib import Path
