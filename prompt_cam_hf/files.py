@@ -32,6 +32,3 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     with replacing(path) as partial:
         partial.write_bytes(content)
-
-
-__all__ = ["replacing", "write_atomically"]

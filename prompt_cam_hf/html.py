@@ -87,6 +87,3 @@ def render_page(template: str, **context: Any) -> str:
 
 def _percent(share: float) -> str:
     return f"{share:.0%}" if share in (0, 1) or 0.005 <= share < 0.995 else f"{share:.1%}"
-
-
-__all__ = ["EmbeddedImage", "embed_pixels", "embed_thumbnail", "render_page"]

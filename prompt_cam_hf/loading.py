@@ -90,6 +90,3 @@ def check_prompt_cam(config: PreTrainedConfig, name: str | os.PathLike) -> None:
     """
     if config.model_type != "prompt_cam":
         raise ValueError(f"{name} is a model of type {config.model_type!r}, not a Prompt-CAM, and has no trait maps.")
-
-
-__all__ = ["Classifier", "ClassifierLike", "as_classifier", "check_prompt_cam", "load_pipeline", "weights_digest"]

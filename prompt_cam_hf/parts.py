@@ -145,6 +145,3 @@ class Parts:
                 path.unlink()
         if not any(self._folder.iterdir()):
             self._folder.rmdir()
-
-
-__all__ = ["Parts"]

@@ -17,13 +17,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from transformers import pipeline
 
-from prompt_cam_hf import PromptCAMImageClassificationPipeline
 from prompt_cam_hf.birds import BIRD_CLASSES, birds_dataset
 from prompt_cam_hf.birds.backbone import BACKBONE
 from prompt_cam_hf.birds.evaluation import measure_localisation, measure_removal, read_birds
 from prompt_cam_hf.birds.figures import plot_counterfactuals, plot_failures, plot_trait_hits
 from prompt_cam_hf.data.splits import ImageData
 from prompt_cam_hf.files import write_atomically
+from prompt_cam_hf.modeling import PromptCAMImageClassificationPipeline
 from prompt_cam_hf.training.recipe import load_recipe
 from prompt_cam_hf.training.train import RECIPE_FILE, TrainResult, train
 
@@ -163,6 +163,3 @@ def _compact_png(figure: Figure) -> bytes:
     palette = Image.open(drawn).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=1)
     palette.save(compact, "PNG", optimize=True)
     return compact.getvalue()
-
-
-__all__ = ["DemoReport", "run_demo"]

@@ -220,6 +220,3 @@ def outlines(pose: Pose) -> dict[str, np.ndarray]:
     body["body light"] = body["body"] + _point(-0.02, -0.055)
     hip = rotated(np.array([-0.02, 0.78 * h]), pose.tilt)
     return {**body, **head, **_legs(hip, pose.leg_length), "foot": hip + _point(0.0, pose.leg_length)}
-
-
-__all__ = ["Pose", "outlines", "rotated"]

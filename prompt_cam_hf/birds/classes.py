@@ -316,22 +316,3 @@ def _check_value(part: str, value: str | None) -> None:
 def _check_trait_part(part: str) -> None:
     if part not in TRAIT_PARTS:
         raise ValueError(f"{part!r} is not a part with traits; those are: {', '.join(TRAIT_PARTS)}.")
-
-
-__all__ = [
-    "BIRD_CLASSES",
-    "COLOURS",
-    "PARTS",
-    "PATTERNS",
-    "TRAIT_PARTS",
-    "BirdClass",
-    "BirdSpec",
-    "class_values",
-    "counterfactual",
-    "filler_values",
-    "matching_classes",
-    "part_values",
-    "sample_other_spec",
-    "sample_spec",
-    "split_value",
-]

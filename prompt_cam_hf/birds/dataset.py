@@ -173,12 +173,3 @@ def other_birds_dataset(
         ValueError: no image is asked for, or the size is below 32.
     """
     return _generate("other", count, size, seed, num_proc, cache_dir)
-
-
-__all__ = [
-    "bird_spec",
-    "birds_dataset",
-    "other_bird_spec",
-    "other_birds_dataset",
-    "row_spec",
-]

@@ -307,6 +307,3 @@ def draw_bird(spec: BirdSpec, size: int = 96) -> tuple[Image.Image, dict[str, np
     """
     image, bits = draw_bits(spec, size)
     return Image.fromarray(image), unpack_masks(bits)
-
-
-__all__ = ["check_size", "draw_bird", "draw_bits", "unpack_masks"]

@@ -257,6 +257,3 @@ def _pixel_values(
     model: PromptCAMForImageClassification, image_processor: BaseImageProcessor, images: list[Image.Image]
 ) -> torch.Tensor:
     return image_processor(images, return_tensors="pt")["pixel_values"].to(model.device)
-
-
-__all__ = ["BirdReading", "measure_localisation", "measure_removal", "read_birds", "without_values"]

@@ -193,6 +193,3 @@ def _plot(rows: Sequence[tuple[str, Sequence[_Panel]]]) -> Figure:
             axis.set_title(panel.title, fontsize=8)
             axis.set_axis_off()
     return figure
-
-
-__all__ = ["plot_counterfactuals", "plot_failures", "plot_trait_hits"]

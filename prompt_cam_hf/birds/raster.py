@@ -196,19 +196,3 @@ def composite(layers: list[Layer], ground: np.ndarray) -> tuple[np.ndarray, np.n
         if layer.part is not None:
             parts[window] |= (share > 0).astype(np.uint16) << layer.part
     return image + still_open * ground, parts
-
-
-__all__ = [
-    "CIRCLE",
-    "Layer",
-    "Patch",
-    "clip_to",
-    "composite",
-    "cut_out",
-    "fill",
-    "join",
-    "outset",
-    "smooth_closed",
-    "smooth_open",
-    "stroke",
-]

@@ -170,6 +170,3 @@ def paint_wash(scene: Scenery, size: int) -> np.ndarray:
     """The empty background, (3, size, size) in 0 to 255."""
     ground = _stretched(scene.corners, size) + _stretched(scene.mottle, size)[..., None]
     return np.ascontiguousarray(ground.transpose(2, 0, 1))
-
-
-__all__ = ["Scenery", "Shape", "paint_wash", "scenery"]

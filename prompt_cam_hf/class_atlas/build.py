@@ -197,6 +197,3 @@ def _settings(classifier: Classifier, images: LabelledImages, options: Options) 
         "ranking": f"{options.method}, {options.blur}",
         "part size": PART_SIZE,
     }
-
-
-__all__ = ["Atlas", "atlas"]

@@ -265,6 +265,3 @@ def _look(
             columns["label_score"] = scores[i, label]
             columns["label_probability"] = probabilities[i, label]
         yield prediction, maps[i], columns
-
-
-__all__ = ["ROW_SCHEMA", "MapSums", "Options", "clearness", "collect", "concentration", "input_size", "opened"]

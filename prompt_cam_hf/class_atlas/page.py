@@ -241,6 +241,3 @@ def _entry(
             for head in found.heads
         ],
     }
-
-
-__all__ = ["MAX_CLASSES", "MAX_IMAGES", "MAX_IMAGE_BYTES", "strongest_place", "write_page"]

@@ -299,14 +299,3 @@ def _class_row(found: ClassSummary, sums: MapSums, names: Mapping[int, str]) -> 
             "mean_maps": sums.mean(found.number).tolist(),
         }
     return row
-
-
-__all__ = [
-    "CLASS_SCHEMA",
-    "ClassSummary",
-    "Confusion",
-    "Example",
-    "Summary",
-    "class_table",
-    "summarize",
-]

@@ -68,6 +68,3 @@ def atlas(
     print(f"{summary.total - summary.num_unreadable} images of {len(summary.classes)} classes{rate}: {result.page}")
     if summary.num_unreadable:
         raise typer.Exit(1)
-
-
-__all__ = ["atlas"]

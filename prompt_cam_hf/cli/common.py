@@ -122,27 +122,3 @@ def save_result(result: "Result", paths: Iterable[Path], **figure_options: Any) 
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         result.save(path, **figure_options)
-
-
-__all__ = [
-    "BatchSizeOption",
-    "DeviceOption",
-    "HeadsOption",
-    "ImageColumnOption",
-    "ImagesArgument",
-    "KindOption",
-    "LabelColumnOption",
-    "MethodOption",
-    "ModelArgument",
-    "OutOption",
-    "OutlineOption",
-    "OverwriteOption",
-    "ScaleOption",
-    "SplitOption",
-    "messages",
-    "one_sentence_errors",
-    "open_readable",
-    "output_paths",
-    "save_result",
-    "say",
-]

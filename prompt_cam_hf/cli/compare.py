@@ -55,6 +55,3 @@ def compare(
         comparison = compare_classes(classifier, image, classes or None, true=true, kind=kind, method=method)
         save_result(comparison, outputs[image], heads=heads, scale=scale, outline=outline)
         print(comparison)
-
-
-__all__ = ["compare"]

@@ -171,6 +171,3 @@ def _print(found: "Evaluation") -> None:
         ]
         print(f"{table.title}\n{format_table(columns, rows)}\n")
     print(found.folder / PAGE)
-
-
-__all__ = ["DRAWN_BIRDS", "evaluate"]

@@ -72,6 +72,3 @@ def explain(
             num_explained += len(batch)
     if num_explained < len(outputs):
         raise typer.Exit(1)
-
-
-__all__ = ["explain"]

@@ -82,6 +82,3 @@ def _print_predictions(files: list[Path], answers: list[list[dict[str, Any]]], o
     for row in cells:
         table.add_row(*row)
     Console().print(table, markup=False)
-
-
-__all__ = ["predict"]

@@ -79,6 +79,3 @@ def _print_counts(plan: "Plan") -> None:
         numbers = list(folders.values())
         table.add_row(split, *(f"{n:,}" for n in (len(numbers), sum(numbers), min(numbers), max(numbers))))
     Console().print(table)
-
-
-__all__ = ["prepare"]

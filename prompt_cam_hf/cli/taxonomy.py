@@ -64,6 +64,3 @@ def taxonomy(
             num_explained += 1
     if num_explained < len(outputs):
         raise typer.Exit(1)
-
-
-__all__ = ["taxonomy"]

@@ -226,15 +226,3 @@ def mask_as_seen(mask: np.ndarray, image_processor: BaseImageProcessor) -> np.nd
     image = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)).convert("RGB")
     inputs = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
     return np.asarray(inputs["pixel_values"])[0, 0] >= 127.5
-
-
-__all__ = [
-    "POINT_RADIUS",
-    "CubAnnotation",
-    "bird_mask",
-    "bounding_box_mask",
-    "mask_as_seen",
-    "point_mask",
-    "read_cub",
-    "segmentation_mask",
-]

@@ -220,15 +220,3 @@ def build_image_processor(
         image_mean=list(image_mean),
         image_std=list(image_std),
     )
-
-
-__all__ = [
-    "UnreadableImageError",
-    "build_image_processor",
-    "find_images",
-    "image_name",
-    "image_suffixes",
-    "open_image",
-    "unreadable_reason",
-    "visible_files",
-]

@@ -168,6 +168,3 @@ def _find(id2label: Mapping[int, str], label: str) -> int | None:
         except ValueError:
             continue
     return None
-
-
-__all__ = ["LabelledImages", "Split", "read_labelled_images"]

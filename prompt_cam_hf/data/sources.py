@@ -314,6 +314,3 @@ def read_source(
         raise ValueError(f"{path} is neither a folder nor a CSV or Parquet file.")
     location = str(path) if holds_parquet else os.fspath(source)
     return _read_dataset_dict(_load_dataset(location, name, revision), location, image_column, label_column)
-
-
-__all__ = ["SPLIT_NAMES", "SourceSplit", "image_rows", "read_images", "read_source", "some_of"]

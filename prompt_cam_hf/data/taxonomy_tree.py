@@ -174,6 +174,3 @@ def _check_header(names: list[str], path: str | os.PathLike) -> tuple[str, ...]:
         if [other.casefold() for other in names].count(name.casefold()) > 1:
             raise ValueError(f"{path}: the first row names the level {name!r} twice.")
     return tuple(names)
-
-
-__all__ = ["Taxonomy", "read_taxonomy"]

@@ -250,17 +250,3 @@ def _measure_sanity(
         similarity = random_class_similarity(model, images, explain, asked, protocol.seed)
         measured.append(("like a random class's map", similarity, None))
     return measured
-
-
-__all__ = [
-    "FAITHFULNESS",
-    "LOCALISATION",
-    "METRIC_GROUPS",
-    "ROW_SCHEMA",
-    "SANITY_IMAGES",
-    "SPECIFICITY",
-    "Batch",
-    "Measured",
-    "Protocol",
-    "measure",
-]

@@ -237,16 +237,3 @@ def _draw(subject: Subject, images: LabelledImages, index: int, score: float, of
         embed_thumbnail(as_seen, _THUMBNAIL_SIDE, _THUMBNAIL_BYTES),
         embed_thumbnail(Image.fromarray(drawn), _THUMBNAIL_SIDE, _THUMBNAIL_BYTES),
     )
-
-
-__all__ = [
-    "CURVES",
-    "EVALUATION",
-    "MEASUREMENTS",
-    "PAGE",
-    "Table",
-    "draw_curves",
-    "render_report",
-    "tables",
-    "to_json",
-]

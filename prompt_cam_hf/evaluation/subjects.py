@@ -120,6 +120,3 @@ def check_same_classes(first: Subject, second: Subject) -> None:
                 f"{first.name} and {second.name} have different classes: number {number} is {mine.get(number)!r} in "
                 f"the one and {others.get(number)!r} in the other. Compare models that were trained on the same data."
             )
-
-
-__all__ = ["MAPS", "Subject", "check_same_classes", "explainer", "load_subject"]

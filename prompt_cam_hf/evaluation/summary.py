@@ -116,6 +116,3 @@ def _mean(key: Key, values: np.ndarray, seed: int) -> Mean:
             random_state=np.random.default_rng(seed),
         ).confidence_interval
     return Mean(*key, float(values.mean()), float(low), float(high), len(values))
-
-
-__all__ = ["CONFIDENCE", "Evaluation", "Key", "Mean", "summarize"]

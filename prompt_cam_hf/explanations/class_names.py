@@ -92,6 +92,3 @@ def _nearest(labels: Iterable[str], name: str) -> list[str]:
     holding = sorted((plain for plain in by_plain if wanted and wanted in plain), key=len)
     alike = difflib.get_close_matches(wanted, by_plain, n=_MAX_HINTS, cutoff=0.5)
     return [by_plain[plain] for plain in dict.fromkeys([*holding, *alike])][:_MAX_HINTS]
-
-
-__all__ = ["check_classes", "find_class", "find_classes"]

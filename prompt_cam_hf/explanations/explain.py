@@ -399,6 +399,3 @@ def _ranking_fields(ranking: HeadRanking, image: int, row: int) -> dict[str, Any
         "sufficient": None if sufficient[image, row] > len(order) else int(sufficient[image, row]),
         "num_smallest_sets": None if sets is None else int(sets[image, row]),
     }
-
-
-__all__ = ["ClassScore", "ClassTraits", "Explanation", "explain", "explain_each", "read_state"]

@@ -196,12 +196,3 @@ def check_head_count(heads: int | None, available: int) -> int:
     if not 1 <= heads <= available:
         raise ValueError(f"heads={heads}: the model has {available} heads, so 1 to {available} can be shown.")
     return heads
-
-
-__all__ = [
-    "MapStyle",
-    "Scale",
-    "check_head_count",
-    "overlay",
-    "plot_trait_maps",
-]

@@ -235,14 +235,3 @@ def strong_region(
         raise ValueError("The map has no value above 0, so it has no strong region.")
     laid = resize_map(trait_map, size, box)
     return laid >= laid.max() * level
-
-
-__all__ = [
-    "check_kind",
-    "map_box",
-    "maps_from_state",
-    "resize_map",
-    "strong_region",
-    "token_evidence",
-    "trait_maps",
-]

@@ -203,6 +203,3 @@ def _rank_by_shapley_value(values: torch.Tensor, sets: torch.Tensor, rivals: tor
     # Sets of the first m heads of the order, for m from all heads to none.
     members = torch.cat((torch.zeros_like(order[..., :1]), (2**order).cumsum(dim=-1)), dim=-1).flip(-1)
     return HeadRanking(order, scores.to(values.dtype), _count_sufficient(values.gather(-1, members), rivals))
-
-
-__all__ = ["HeadRanking", "RankingMethod", "check_ranking", "rank_heads", "rank_heads_from_state"]

@@ -287,6 +287,3 @@ def _region_mask(
             raise ValueError(f"The map of the top head, {head}, covers the whole image; give a box or a mask.")
         return mask
     return box_mask(size, region)
-
-
-__all__ = ["Removal", "box_mask", "remove_region", "remove_trait"]

@@ -148,6 +148,3 @@ def wrap_text(text: str, width: float, font: float) -> list[str]:
         if all(text_width(line, font) <= width for line in lines):
             return lines
     return list(text)
-
-
-__all__ = ["OUTLINE_COLOUR", "ColourBar", "Panel", "Row", "draw_rows", "text_width", "wrap_text"]

@@ -369,6 +369,3 @@ def _eval_results(facts: CardFacts, hub_dataset: str | None) -> list[EvalResult]
 def _cell(text: str) -> str:
     """Text on one line, without what would end the cell of a Markdown table."""
     return " ".join(str(text).split()).replace("|", "\\|")
-
-
-__all__ = ["CardFacts", "GalleryImage", "read_card_facts", "render_card"]

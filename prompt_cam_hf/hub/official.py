@@ -50,7 +50,7 @@ def official_facts(name: str) -> dict[str, Any]:
     if name not in TOP1:
         raise ValueError(f"There is no official checkpoint {name!r}; there are {', '.join(TOP1)}.")
     dataset = FACTS[name.partition("_")[2]]
-    recipe = yaml.safe_load(files("prompt_cam_hf.training").joinpath("recipes", f"{name}.yaml").read_text("utf-8"))
+    recipe = yaml.safe_load(files("prompt_cam_hf.training").joinpath(f"recipes/{name}.yaml").read_text("utf-8"))
     facts: dict[str, Any] = {
         "backbone": recipe["backbone"],
         "model_facts": {
@@ -114,8 +114,6 @@ def main(folder: str) -> None:
     for name in TOP1:
         official_card(name, f"OWNER/promptcam-{name.replace('_', '-')}").save(Path(folder) / f"{name}.md")
 
-
-__all__ = ["LICENSE", "TOP1", "official_card", "official_facts"]
 
 if __name__ == "__main__":
     main(sys.argv[1])

@@ -298,6 +298,3 @@ def _check_loads(staged: Path, model: PromptCAMForImageClassification) -> None:
     loaded, expected = PromptCAMForImageClassification.from_pretrained(staged).state_dict(), model.state_dict()
     if loaded.keys() != expected.keys() or any(not torch.equal(loaded[key], expected[key]) for key in expected):
         raise ValueError("What would be uploaded does not load as the same model; nothing was published.")
-
-
-__all__ = ["MAX_GALLERY_IMAGES", "Publication", "make_gallery", "publish"]

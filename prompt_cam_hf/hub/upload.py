@@ -284,20 +284,3 @@ def _explain_status(status: int, message: str | None, repo_id: str) -> Exception
         reason = " ".join((message or f"status {status}").split())
         return ValueError(f"The Hub refused the upload to {repo_id}: {reason}.")
     return OSError(f"The upload to {repo_id} broke off, for the Hub failed (status {status}). {_TRY_AGAIN}.")
-
-
-__all__ = [
-    "CARD_FILE",
-    "GALLERY_FOLDER",
-    "card_of",
-    "check_class_names",
-    "check_license",
-    "check_repo_id",
-    "explained_upload_errors",
-    "find_token",
-    "image_processor_of",
-    "is_hub_id",
-    "list_files",
-    "save_repository",
-    "upload_repository",
-]

@@ -201,6 +201,3 @@ def _follow(
     counts = torch.arange(num_steps + 1) * step
     curve = probabilities_after_replacing(model, first, last, ranks, counts, classes, batch_size)
     return classes.cpu(), curve, area_under_curve(curve), num_steps
-
-
-__all__ = ["PRESETS", "FaithfulnessCurve", "Preset", "black", "blur", "deletion", "insertion"]

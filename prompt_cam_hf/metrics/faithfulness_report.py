@@ -72,6 +72,3 @@ class FaithfulnessReport(evaluate.Metric):
             "insertion_per_image": inserted.auc.numpy(),
             "deletion_per_image": deleted.auc.numpy(),
         }
-
-
-__all__ = ["FaithfulnessReport"]

@@ -65,6 +65,3 @@ class LocalizationReport(evaluate.Metric):
             raise ValueError("No mask has a patch, so there is nothing to be found; check the masks.")
         means = {name: float(np.nanmean([scores[name] for scores in found])) for name in found[0]}
         return {**means, "num_images": len(found)}
-
-
-__all__ = ["LocalizationReport"]

@@ -30,6 +30,3 @@ def as_batch(model: Any, predictions: Any, references: Any, pixel_values: Any) -
     images, maps, classes = (torch.as_tensor(np.asarray(values)) for values in (pixel_values, predictions, references))
     device = getattr(model, "device", "cpu")
     return images.to(device), maps.to(device), classes
-
-
-__all__ = ["as_batch", "metric_info"]

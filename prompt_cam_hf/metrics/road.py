@@ -120,6 +120,3 @@ def impute(image: torch.Tensor, removed: np.ndarray, noise_image: torch.Tensor) 
     noise = noise_image.double().permute(1, 2, 0).numpy()
     pixels[removed] = solve_exactly(*hole_system(pixels, removed, _NEIGHBOUR_WEIGHTS)) + noise[removed]
     return torch.from_numpy(pixels).permute(2, 0, 1).to(image.dtype)
-
-
-__all__ = ["DIAGONAL_WEIGHT", "DIRECT_WEIGHT", "NOISE", "PERCENTILES", "RoadCurves", "impute", "road"]

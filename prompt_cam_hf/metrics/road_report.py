@@ -65,6 +65,3 @@ class RoadReport(evaluate.Metric):
             "lerf_curve": found.lerf.mean(dim=0).numpy(),
             "road_per_image": found.combined.numpy(),
         }
-
-
-__all__ = ["RoadReport"]

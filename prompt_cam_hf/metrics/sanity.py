@@ -257,15 +257,3 @@ def _stability(
         noisy_predictions == predictions,
         mirrored_predictions == predictions,
     )
-
-
-__all__ = [
-    "RandomisationTest",
-    "Stability",
-    "head_stability",
-    "map_stability",
-    "parameter_randomisation",
-    "random_class_similarity",
-    "randomisation_stages",
-    "rank_correlation",
-]

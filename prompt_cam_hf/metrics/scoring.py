@@ -123,14 +123,3 @@ def probabilities_after_replacing(
 def area_under_curve(curve: torch.Tensor) -> torch.Tensor:
     """The area under curves (..., points), by the trapezoid rule: (sum - first / 2 - last / 2) / (points - 1)."""
     return (curve.sum(-1) - curve[..., 0] / 2 - curve[..., -1] / 2) / (curve.shape[-1] - 1)
-
-
-__all__ = [
-    "area_under_curve",
-    "asked_classes",
-    "check_one_map_an_image",
-    "class_logits",
-    "class_probability",
-    "pixel_ranks",
-    "probabilities_after_replacing",
-]

@@ -170,6 +170,3 @@ def counterfactual_change(
         torch.stack([values.argmax(dim=1) for values in logits], dim=1).cpu(),
         mass,
     )
-
-
-__all__ = ["ClassSpecificity", "CounterfactualChange", "class_specificity", "counterfactual_change", "other_classes"]

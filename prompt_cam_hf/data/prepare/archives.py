@@ -261,6 +261,3 @@ def _safe_path(name: str, archive: Path) -> str:
             f"{archive} holds a file named {name!r}, which leads out of the folder; do not use this archive."
         )
     return str(path)
-
-
-__all__ = ["ARCHIVE_SUFFIXES", "Source", "SourceFile"]

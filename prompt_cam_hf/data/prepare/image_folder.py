@@ -139,6 +139,3 @@ def _write(path: Path, content: bytes) -> None:
 def _write_manifest(plan: Plan, destination: Path) -> None:
     rows = [(i.split, i.class_folder, i.path, i.source.size, i.source.path) for i in plan.images]
     _write(destination / MANIFEST, pd.DataFrame(rows, columns=_COLUMNS).to_csv(index=False).encode())
-
-
-__all__ = ["MANIFEST", "write_image_folder"]

@@ -340,5 +340,3 @@ LAYOUTS: Mapping[str, Layout] = {
     "medicinal_leaf": Layout(_read_medicinal_leaf, options={"test_fraction": 0.2, "seed": 0}),
     "food101": Layout(_read_food101, ("classes.txt", "train.txt", "test.txt")),
 }
-
-__all__ = ["LAYOUTS", "Layout", "Listed"]

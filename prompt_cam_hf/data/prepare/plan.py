@@ -209,6 +209,3 @@ def _check_places(images: Iterable[PlannedImage]) -> None:
         other = taken.setdefault(str(image.path).lower(), image)
         if other is not image:
             raise ValueError(f"{other.source} and {image.source} would both be kept as {image.path}.")
-
-
-__all__ = ["SPLITS", "Plan", "PlannedImage", "make_plan"]
