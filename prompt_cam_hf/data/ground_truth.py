@@ -116,13 +116,7 @@ def _check_file(path: Path) -> None:
 
 
 def segmentation_mask(annotation: CubAnnotation) -> np.ndarray:
-    """Read the pixels that at least three of five people marked as the bird.
-
-    Args:
-        annotation: Of the image.
-
-    Returns:
-        Boolean, (height, width).
+    """Read the pixels that at least three of five people marked as the bird, boolean, (height, width).
 
     Raises:
         FileNotFoundError: the segmentations were not unpacked.
@@ -137,15 +131,7 @@ def segmentation_mask(annotation: CubAnnotation) -> np.ndarray:
 
 
 def bounding_box_mask(annotation: CubAnnotation, size: tuple[int, int]) -> np.ndarray:
-    """Mark the pixels whose centre lies in the bird's box.
-
-    Args:
-        annotation: Of the image.
-        size: Height and width of the image.
-
-    Returns:
-        Boolean, (height, width).
-    """
+    """Mark the pixels whose centre lies in the bird's box, in an image of the size (height, width)."""
     left, top, right, bottom = annotation.box
     y, x = _pixel_centres(size)
     return (left <= x) & (x < right) & (top <= y) & (y < bottom)

@@ -38,39 +38,23 @@ class LabelledImages:
     folder: Path | None = None
 
     def __len__(self) -> int:
-        """Count them."""
         return len(self.labels)
 
     def source(self, index: int) -> Any:
-        """Give what `open_image` opens.
-
-        Args:
-            index: The image's place, from 0.
-
-        Returns:
-            A mapping with `path` and `bytes`, empty where the row has no image.
-        """
+        """Give what `open_image` opens, a mapping with `path` and `bytes`, empty where the row has no image."""
         return self.images[index]["image"] or {}
 
     def name(self, index: int) -> str:
-        """Name an image for a reader.
-
-        Args:
-            index: The image's place, from 0.
-
-        Returns:
-            Its path within the folder, or its row, where it has no path.
-        """
+        """Name an image for a reader: by its path within the folder, or by its row, where it has no path."""
         name = image_name(self.source(index))
         if self.folder is not None and name.startswith(f"{self.folder}{os.sep}"):
             name = name[len(f"{self.folder}{os.sep}") :]
         return name or f"row {index}"
 
     def digest(self) -> str:
-        """Compute a fingerprint of the images, without reading the files.
+        """Compute a fingerprint of the images, in hexadecimal, without reading the files.
 
-        Returns:
-            SHA-256 over labels and files (path, size, time of the last change) or encoded images, in hexadecimal.
+        It is SHA-256 over labels and files (path, size, time of the last change) or encoded images.
         """
         digest = hashlib.sha256()
         for index, label in enumerate(self.labels):

@@ -16,14 +16,7 @@ from .plan import Plan, make_plan
 
 
 def open_source(dataset: str, source: str | os.PathLike) -> Source:
-    """Open the downloaded folder or archive of a data set.
-
-    Args:
-        dataset: A key of `FACTS`.
-        source: The folder or archive.
-
-    Returns:
-        The files, to be used in a `with` statement.
+    """Open the downloaded folder or archive of a data set of `FACTS`, to be used in a `with` statement.
 
     Raises:
         FileNotFoundError: there is no such folder or archive.

@@ -29,9 +29,8 @@ class Listed(NamedTuple):
         split: "train", "validation" or "test".
         number: The class's place in the data set's own order, from 1, or None where it has no order of its own.
         class_name: The class.
-        path: The image's path, below whatever other folders.
+        path: The image's path, below whatever other folders, or exactly below `folder` where that is given.
         where: The list and the line, for messages.
-        folder: If given, `path` is exactly below this folder.
     """
 
     split: str
@@ -44,13 +43,7 @@ class Listed(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How one data set is read.
-
-    Attributes:
-        read: The reader, called as `read(source, **options)`.
-        list_names: What the lists are called that it reads.
-        options: The options that it takes, with their defaults.
-    """
+    """How one data set is read: by `read(source, **options)`, from these lists, with these default options."""
 
     read: Callable[..., list[Listed]]
     list_names: Collection[str] = ()

@@ -25,14 +25,7 @@ _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 class PlannedImage(NamedTuple):
-    """An image, and its place: `split`/`class_folder`/`file_name`.
-
-    Attributes:
-        split: "train", "validation" or "test".
-        class_folder: The folder of its class.
-        file_name: Its name there.
-        source: The file to link or copy.
-    """
+    """An image, and its place: `split`/`class_folder`/`file_name`."""
 
     split: str
     class_folder: str
@@ -47,24 +40,14 @@ class PlannedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be written.
-
-    Attributes:
-        facts: Of the data set.
-        images: In the order of their lists.
-        num_missing: How many listed images were left out.
-    """
+    """What is to be written, in the order of the lists, and how many listed images are left out."""
 
     facts: DatasetFacts
     images: list[PlannedImage]
     num_missing: int = 0
 
     def count(self) -> dict[str, dict[str, int]]:
-        """Count the images.
-
-        Returns:
-            The number of images by split and, within it, by class folder; both in order.
-        """
+        """Count the images by split and, within it, by class folder; both in order."""
         counted = Counter((image.split, image.class_folder) for image in self.images)
         return {
             split: {folder: number for (of_split, folder), number in sorted(counted.items()) if of_split == split}
@@ -73,11 +56,7 @@ class Plan:
         }
 
     def summary(self) -> str:
-        """Say what will be done.
-
-        Returns:
-            One paragraph.
-        """
+        """Say what will be done, in one paragraph."""
         counts = self.count()
         num_classes = len({folder for folders in counts.values() for folder in folders})
         splits = ", ".join(f"{split} {sum(folders.values()):,}" for split, folders in counts.items())
