@@ -83,10 +83,6 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def check_prompt_cam(config: PreTrainedConfig, name: str | os.PathLike) -> None:
-    """Refuse other models, which have no trait maps.
-
-    Raises:
-        ValueError: the configuration is another model's.
-    """
+    """Refuse, with a ValueError, other models, which have no trait maps."""
     if config.model_type != "prompt_cam":
         raise ValueError(f"{name} is a model of type {config.model_type!r}, not a Prompt-CAM, and has no trait maps.")

@@ -151,13 +151,10 @@ def atlas(
 def _collect_parts(
     classifier: Classifier, images: LabelledImages, options: Options, batch_size: int, parts: Parts
 ) -> MapSums:
-    """Run the model on the images of all unfinished parts.
+    """Run the model on the images of all unfinished parts, and return the sums of the maps over all images.
 
     After each part, the sums of the trait maps so far are saved together with the number of finished parts. Only that
     number says which parts are finished: a part that was written after it is made again, and comes out the same.
-
-    Returns:
-        The sums over all images.
     """
     config = classifier.model.config
     grid = grid_size(config.backbone_config, *input_size(classifier.image_processor))

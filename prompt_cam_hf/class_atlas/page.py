@@ -61,15 +61,6 @@ def write_page(
 ) -> str:
     """Render the page as HTML. The images that it shows are opened and run through the network again.
 
-    Args:
-        classifier: The model with its image processor.
-        images: The images of the atlas.
-        summary: What the atlas says about classes and confusions.
-        sums: The sums of the trait maps.
-        options: How heads are ranked and counted.
-        model_name: The name of the model, for the title.
-        batch_size: Images that are opened at once.
-
     Raises:
         OSError: an image that is to be shown can no longer be read.
     """

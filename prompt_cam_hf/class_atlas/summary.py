@@ -46,12 +46,9 @@ CLASS_SCHEMA = pa.schema(
 class Example:
     """An image that is shown.
 
-    Attributes:
-        index: Its place in the data, counted from 0.
-        name: Its path within the data folder, or its row.
-        number: The number of its predicted class.
-        clearness: How good an example it is of that class; see `clearness` in `collect`.
-        head_order: The heads, the most important one first.
+    `index` is its place in the data, from 0; `number` its predicted class, of which `clearness` (in `collect`) says
+    how
+    good an example it is; `head_order` has the most important head first.
     """
 
     index: int
@@ -115,14 +112,7 @@ class ClassSummary:
 
 @dataclass(frozen=True)
 class Confusion:
-    """A class that is taken for another.
-
-    Attributes:
-        label: The number of the class.
-        prediction: The number of the class that it is taken for.
-        count: How often that happens.
-        examples: The clearest images, the clearest first.
-    """
+    """How often the class number `label` is taken for `prediction`, with the clearest images first."""
 
     label: int
     prediction: int
@@ -181,14 +171,9 @@ def summarize(
 ) -> Summary:
     """Read the rows once for the classes, and once more for examples of the most frequent confusions.
 
-    Args:
-        read_rows: Reads the given columns of all rows.
-        names: The classes of the model.
-        heads: The number of heads of the last layer.
-        top_heads: How many of an image's heads count as its top heads.
-        num_examples: How many examples are kept of each class.
-        num_confusions: How many confusions are kept.
-        num_confusion_examples: How many examples are kept of each confusion.
+    The numbers say how many of an image's heads count as its top heads, and how many examples of each class,
+    confusions,
+    and examples of each confusion are kept.
     """
     numbers = {name: number for number, name in names.items()}
     classes = [ClassSummary(number, name, *np.zeros((4, heads))) for number, name in sorted(names.items())]

@@ -77,19 +77,10 @@ def open_readable(files: Iterable[Path]) -> Iterator[tuple[Path, "Image.Image"]]
 
 
 def output_paths(files: Iterable[Path], out: Path, ending: str, overwrite: bool) -> dict[Path, list[Path]]:
-    """Where the results of each image go; an image that was given twice is listed once.
+    """Where the results of each image go: its figure, JSON and CSV file, such as NAME.`ending`.png.
 
     Inside `out` they lie as the images do in their common folder, under the images' names without the ending, or
-    with it where two would have the same name.
-
-    Args:
-        files: The images.
-        out: Folder for the results.
-        ending: What the results are, as in NAME.ending.png.
-        overwrite: Whether results of an earlier run may be replaced.
-
-    Returns:
-        For each image its figure, JSON and CSV file.
+    with it where two would have the same name. An image that was given twice is listed once.
 
     Raises:
         FileExistsError: a result is there already, and `overwrite` is not set.

@@ -75,11 +75,7 @@ class Protocol:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ValueError: a value is unknown or out of range.
-        """
+        """Refuse, with a ValueError, what is unknown or out of range."""
         if unknown := [name for name in self.metrics if name not in METRIC_GROUPS]:
             raise ValueError(f"There are no metrics {unknown[0]!r}; choose among {', '.join(METRIC_GROUPS)}.")
         if self.preset not in PRESETS:
@@ -90,11 +86,8 @@ class Protocol:
             raise ValueError(f"limit is {self.limit} and batch_size {self.batch_size}; at least 1 is needed.")
 
     def of(self, metric: str, ground_truth: str | None) -> str:
-        """The protocol of one metric in a few words, to be shown beside its numbers.
-
-        Args:
-            metric: The metric's name, as in the rows.
-            ground_truth: What the masks are, in words.
+        """The protocol of one metric in a few words, to be shown beside its numbers; `ground_truth` says what the
+        masks are.
         """
         if metric == "accuracy":
             return "top-1"
@@ -128,11 +121,6 @@ class Batch:
 
 def measure(subject: Subject, batch: Batch, protocol: Protocol) -> Iterator[tuple[int, str, Measured]]:
     """Measure a model and its maps on a batch of images.
-
-    Args:
-        subject: The model and its maps.
-        batch: The images as the model sees them.
-        protocol: What is measured, and how.
 
     Yields:
         (place in the batch, name of the map or "" for the model itself, (metric, value, curve or None)).

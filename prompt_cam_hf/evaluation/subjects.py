@@ -108,11 +108,7 @@ def explainer(name: str) -> Explainer:
 
 
 def check_same_classes(first: Subject, second: Subject) -> None:
-    """Check that two models have the same classes.
-
-    Raises:
-        ValueError: names or numbers of the classes differ.
-    """
+    """Refuse, with a ValueError, two models whose classes have other names or numbers."""
     mine, others = first.config.id2label, second.config.id2label
     for number in sorted(mine.keys() | others.keys()):
         if mine.get(number) != others.get(number):

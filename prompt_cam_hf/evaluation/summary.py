@@ -78,12 +78,8 @@ class Evaluation:
 def summarize(tables: Iterable[pa.Table], seed: int = 0) -> tuple[list[Mean], dict[Key, np.ndarray]]:
     """Compute the mean of each metric, and the mean curve of each metric that has curves.
 
-    Args:
-        tables: Rows with the columns of `ROW_SCHEMA`.
-        seed: The seed of the bootstrap.
-
-    Returns:
-        The means in the order in which they first appear in the rows, and the curves.
+    The means are in the order in which they first appear in the rows, of `ROW_SCHEMA`; `seed` is that of the
+    bootstrap.
     """
     values: dict[Key, list[float]] = {}
     totals: dict[Key, np.ndarray] = {}

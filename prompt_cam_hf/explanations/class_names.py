@@ -60,15 +60,7 @@ def find_classes(id2label: Mapping[int, str], classes: str | int | Iterable[str 
 
 
 def check_classes(classes: torch.Tensor, batch: int, num_labels: int) -> torch.Tensor:
-    """Bring the class numbers asked about for each image into one shape.
-
-    Args:
-        classes: (batch,) or (batch, k).
-        batch: Number of images.
-        num_labels: Number of classes of the model.
-
-    Returns:
-        (batch, k); k is 1 where `classes` has no such axis.
+    """Bring the class numbers (batch,) or (batch, k) asked about for each image into the shape (batch, k).
 
     Raises:
         ValueError: `classes` has another shape, or holds a number that is not a class.

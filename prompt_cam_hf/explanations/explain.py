@@ -349,13 +349,7 @@ def read_state(
 ) -> Iterator[tuple[tuple[ClassScore, ...], tuple[ClassTraits, ...]]]:
     """The scores of all classes and the traits of those asked about, for each image of a batch.
 
-    Args:
-        model: The model, using the prompt set that the state was computed with.
-        state: From its `last_layer_state` or `last_layer_states`.
-        numbers: The classes asked about; None: each image's predicted class.
-        kind: As in `explain`.
-        method: As in `explain`.
-        blur: As in `explain`.
+    The model uses the prompt set that the state was computed with; for None as `numbers`, the predicted class is read.
     """
     with torch.no_grad():
         logits = model.last_layer_logits(state)

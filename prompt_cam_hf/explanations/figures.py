@@ -186,10 +186,8 @@ def plot_trait_maps(
 
 
 def check_head_count(heads: int | None, available: int) -> int:
-    """The number of heads to show: by default 4, or all where there are fewer.
-
-    Raises:
-        ValueError: The model has fewer heads, or `heads` is below 1.
+    """The number of heads to show: by default 4, or all where there are fewer; refused where there are fewer than
+    asked.
     """
     if heads is None:
         return min(_DEFAULT_HEADS, available)

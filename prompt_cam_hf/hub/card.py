@@ -38,12 +38,7 @@ _HUB_DATASET = re.compile(r"https://huggingface\.co/datasets/([\w.-]+/[\w.-]+)/?
 
 @dataclass(frozen=True)
 class GalleryImage:
-    """A figure of trait maps in the repository.
-
-    Attributes:
-        file: Its path in the repository.
-        caption: What it shows.
-    """
+    """A figure of trait maps: its path in the repository, and what it shows."""
 
     file: str
     caption: str
@@ -140,11 +135,7 @@ class CardFacts:
 
 
 def render_card(facts: CardFacts) -> ModelCard:
-    """Write the card.
-
-    Raises:
-        ValueError: huggingface_hub does not accept the metadata.
-    """
+    """Write the card; metadata that huggingface_hub does not accept are a ValueError."""
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )

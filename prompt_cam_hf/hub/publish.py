@@ -51,12 +51,9 @@ _DOTS_PER_INCH = 120
 class Publication:
     """A repository that was uploaded, or would be.
 
-    Attributes:
-        repo_id: Its name, owner/name.
-        revision: The branch.
-        files: The size in bytes of each file.
-        prompts_only: The files do not contain the backbone.
-        commit_url: The page of the commit; None in a dry run.
+    `files` has the size in bytes of each file; `prompts_only` says that they do not contain the backbone;
+    `commit_url` is
+    None in a dry run.
     """
 
     repo_id: str
@@ -184,11 +181,7 @@ def _stage(
     gallery: Sequence[str | os.PathLike],
     facts: dict[str, Any],
 ) -> bool:
-    """Write the repository and check that it loads.
-
-    Returns:
-        Whether the repository has no backbone.
-    """
+    """Write the repository, check that it loads, and say whether it is without a backbone."""
     has_card = (folder / CARD_FILE).is_file()
     if not has_card:  # before the model is loaded, which takes long
         check_license(ModelCardData(**{key: value for key, value in facts.items() if key.startswith("license")}))
@@ -214,19 +207,11 @@ def make_gallery(
     photos: Sequence[str | os.PathLike],
     folder: Path,
 ) -> list[GalleryImage]:
-    """Draw photos beside the trait maps of their predicted classes, for a card.
-
-    Args:
-        model: The model.
-        image_processor: Its image processor.
-        photos: Files, at most `MAX_GALLERY_IMAGES`.
-        folder: The figures go into its subfolder trait_maps.
-
-    Returns:
-        The figures with their captions.
+    """Draw photos beside the trait maps of their predicted classes, for a card, into the folder trait_maps in
+    `folder`.
 
     Raises:
-        ValueError: there are too many photos, or one cannot be read.
+        ValueError: there are more than `MAX_GALLERY_IMAGES` photos, or one cannot be read.
         FileNotFoundError: there is no such photo.
     """
     if len(photos) > MAX_GALLERY_IMAGES:
@@ -289,12 +274,7 @@ def _own_card(folder: Path, staged: Path, given: Sequence[Any]) -> ModelCard:
 
 
 def _check_loads(staged: Path, model: PromptCAMForImageClassification) -> None:
-    """Load what would be uploaded, as its users will.
-
-    Raises:
-        ValueError: its weights are not those of the model.
-        OSError: the backbone that it names cannot be loaded.
-    """
+    """Load what would be uploaded, as its users will, and compare the weights."""
     loaded, expected = PromptCAMForImageClassification.from_pretrained(staged).state_dict(), model.state_dict()
     if loaded.keys() != expected.keys() or any(not torch.equal(loaded[key], expected[key]) for key in expected):
         raise ValueError("What would be uploaded does not load as the same model; nothing was published.")

@@ -10,12 +10,8 @@ import torch
 
 
 def metric_info(description: str, inputs: str, **columns: tuple[str, int]) -> evaluate.MetricInfo:
-    """Describe a metric.
-
-    Args:
-        description: What it measures, in a sentence.
-        inputs: The arguments of its `compute`, and what that returns.
-        **columns: For each argument that has one entry an image, the type of its numbers and its number of axes.
+    """Describe a metric; `columns` are the arguments that have one entry an image: the type of its numbers, and its
+    axes.
     """
     features = datasets.Features()
     for name, (dtype, axes) in columns.items():

@@ -211,17 +211,8 @@ def head_stability(
 ) -> Stability:
     """Compare the ranking of a Prompt-CAM's heads with that of the image under noise, and mirrored.
 
-    Args:
-        model: The model, in evaluation mode.
-        pixel_values: As in `map_stability`.
-        image_std: As in `map_stability`.
-        classes: As in `map_stability`.
-        noise_std: As in `map_stability`.
-        seed: As in `map_stability`.
-        method: As in `prompt_cam_hf.explanations.ranking.rank_heads`.
-
-    Raises:
-        ValueError: `map_stability` or `rank_heads` would refuse the arguments.
+    `method` is that of `prompt_cam_hf.explanations.ranking.rank_heads`; all else, errors included, is as in
+    `map_stability`.
     """
 
     def places(model: PromptCAMForImageClassification, images: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:

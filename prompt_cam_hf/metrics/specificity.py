@@ -85,12 +85,7 @@ def class_specificity(
 
 
 def other_classes(logits: torch.Tensor, classes: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """The runner-up and a random one of the remaining classes, each (batch,).
-
-    Args:
-        logits: (batch, num_labels).
-        classes: (batch,), the classes that are not meant.
-        seed: As in `class_specificity`.
+    """The runner-up and a random one of the remaining classes, each (batch,), from logits (batch, num_labels).
 
     Raises:
         ValueError: there are fewer than three classes.
