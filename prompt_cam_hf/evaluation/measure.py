@@ -10,15 +10,8 @@ import pyarrow as pa
 import torch
 
 from prompt_cam_hf.evaluation.subjects import Subject, explainer
+from prompt_cam_hf.metrics import localization
 from prompt_cam_hf.metrics.faithfulness import PRESETS, deletion, insertion
-from prompt_cam_hf.metrics.localization import (
-    chance_level,
-    patch_mask,
-    pointing_game,
-    region_iou,
-    relevance_mass_accuracy,
-    relevance_rank_accuracy,
-)
 from prompt_cam_hf.metrics.road import road
 from prompt_cam_hf.metrics.sanity import map_stability, parameter_randomisation, random_class_similarity
 from prompt_cam_hf.metrics.scoring import Explainer
@@ -198,13 +191,13 @@ def _measure_localisation(
 ) -> list[Measured]:
     maps = explain(subject.model, batch.pixel_values, batch.labels.to(asked.device)).cpu().numpy()
     assert batch.masks is not None  # see `_measurements`
-    patches = patch_mask(batch.masks, maps.shape[-2:])
+    patches = localization.patch_mask(batch.masks, maps.shape[-2:])
     found = (
-        pointing_game(maps, patches),
-        relevance_mass_accuracy(maps, patches),
-        relevance_rank_accuracy(maps, patches),
-        region_iou(maps, patches),
-        chance_level(patches),
+        localization.pointing_game(maps, patches),
+        localization.relevance_mass_accuracy(maps, patches),
+        localization.relevance_rank_accuracy(maps, patches),
+        localization.region_iou(maps, patches),
+        localization.chance_level(patches),
     )
     return [(name, values, None) for name, values in zip(LOCALISATION, found, strict=True)]
 

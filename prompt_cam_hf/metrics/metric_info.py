@@ -8,6 +8,9 @@ import evaluate
 import numpy as np
 import torch
 
+# The columns of a metric of maps: one map, one class and the pixel values for each image.
+MAP_COLUMNS = {"predictions": ("float32", 2), "references": ("int64", 0), "pixel_values": ("float32", 3)}
+
 
 def metric_info(description: str, inputs: str, **columns: tuple[str, int]) -> evaluate.MetricInfo:
     """Describe a metric; `columns` are the arguments that have one entry an image: the type of its numbers, and its

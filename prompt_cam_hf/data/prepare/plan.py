@@ -98,7 +98,7 @@ def make_plan(
     chosen = {name: value for name, value in options.items() if value is not None}
     if unknown := [name for name in chosen if name not in layout.options]:
         raise ValueError(f"{facts.title} takes no option {unknown[0]}.")
-    listed = layout.read(source, **{**layout.options, **chosen})
+    listed = list(layout.read(source, **{**layout.options, **chosen}))
     if not listed:
         raise ValueError(f"{source.path} holds no images of {facts.title}.")
     class_folders = _class_folders(listed)
