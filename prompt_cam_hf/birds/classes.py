@@ -13,20 +13,7 @@ from types import MappingProxyType
 import numpy as np
 
 # The order is fixed: it numbers the bits of the mask images.
-PARTS = (
-    "tail",
-    "legs",
-    "body",
-    "head",
-    "breast",
-    "throat",
-    "crown",
-    "wing",
-    "wing-bar",
-    "beak",
-    "eye-ring",
-    "eye",
-)
+PARTS = ("tail", "legs", "body", "head", "breast", "throat", "crown", "wing", "wing-bar", "beak", "eye-ring", "eye")
 TRAIT_PARTS = ("crown", "throat", "beak", "eye-ring", "breast", "wing", "wing-bar", "tail")
 # Bars and spots need room: at 96 pixels these three parts are two to five pixels wide.
 PLAIN_PARTS = ("beak", "eye-ring", "wing-bar")

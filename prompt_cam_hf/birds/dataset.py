@@ -124,11 +124,7 @@ def birds_dataset(
 
 
 def other_birds_dataset(
-    count: int,
-    size: int = 96,
-    seed: int = 0,
-    num_proc: int | None = None,
-    cache_dir: str | os.PathLike | None = None,
+    count: int, size: int = 96, seed: int = 0, num_proc: int | None = None, cache_dir: str | os.PathLike | None = None
 ) -> datasets.Dataset:
     """Draw birds for pre-training: any value at every part, none of them of any class (see `sample_other_spec`).
 

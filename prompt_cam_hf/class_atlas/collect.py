@@ -141,12 +141,7 @@ def opened(
 
 
 def collect(
-    classifier: Classifier,
-    images: LabelledImages,
-    places: range,
-    options: Options,
-    batch_size: int,
-    sums: MapSums,
+    classifier: Classifier, images: LabelledImages, places: range, options: Options, batch_size: int, sums: MapSums
 ) -> Iterator[list[dict[str, Any]]]:
     """Run the model on the images at some places and record what `ROW_SCHEMA` lists.
 

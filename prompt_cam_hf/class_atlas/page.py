@@ -195,13 +195,7 @@ def strongest_place(trait_map: np.ndarray) -> str:
     return "in the middle" if (vertical, horizontal) == ("middle", "centre") else f"at the {vertical} {horizontal}"
 
 
-def _entry(
-    found: ClassSummary,
-    drawn: list[Drawn],
-    sums: MapSums,
-    heads_shown: int,
-    top_heads: int,
-) -> dict[str, Any]:
+def _entry(found: ClassSummary, drawn: list[Drawn], sums: MapSums, heads_shown: int, top_heads: int) -> dict[str, Any]:
     """What the template needs about a class."""
     in_top, in_sufficient = found.share(found.in_top), found.share(found.in_sufficient)
     on_patches, concentrated = found.share(found.on_patches), found.share(found.concentrated)

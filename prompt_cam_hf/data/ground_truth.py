@@ -138,10 +138,7 @@ def bounding_box_mask(annotation: CubAnnotation, size: tuple[int, int]) -> np.nd
 
 
 def point_mask(
-    annotation: CubAnnotation,
-    size: tuple[int, int],
-    parts: Iterable[str] | None = None,
-    radius: float | None = None,
+    annotation: CubAnnotation, size: tuple[int, int], parts: Iterable[str] | None = None, radius: float | None = None
 ) -> np.ndarray:
     """Mark discs around the points of parts.
 

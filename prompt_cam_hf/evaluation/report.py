@@ -81,11 +81,7 @@ def tables(means: Iterable[Mean]) -> list[Table]:
     means = list(means)
     of_models = [mean for mean in means if not mean.map]
     of_maps = [mean for mean in means if mean.map]
-    groups = {
-        "Faithfulness": (*FAITHFULNESS, "road"),
-        "Localisation": LOCALISATION,
-        "Specificity": SPECIFICITY,
-    }
+    groups = {"Faithfulness": (*FAITHFULNESS, "road"), "Localisation": LOCALISATION, "Specificity": SPECIFICITY}
     found = [_table("Accuracy", "model", of_models)]
     for title, metrics in groups.items():
         found.append(_table(title, "model and map", [mean for mean in of_maps if mean.metric in metrics]))

@@ -131,14 +131,16 @@ def randomisation_stages(model: nn.Module) -> Iterator[tuple[str, list[nn.Parame
         else:
             group = name.removesuffix(".weight").removesuffix(".bias").split(".")[-1].replace("_", " ")
         groups.setdefault(group, []).append(parameter)
-    last_ones = [f"layer {index}" for index in reversed(range(len(lists[layers])))] + ["embeddings"]
-    first_ones = [group for group in ("class prompts", "classifier") if group in groups]
-    between = [group for group in groups if group not in first_ones + last_ones]
     # Prompts of the inner layers come behind the norm that ends the network.
-    between.sort(key=lambda group: "prompts" in group)
-    for group in first_ones + between + last_ones:
-        if group in groups:
-            yield group, groups[group]
+    places = {"class prompts": 0, "classifier": 1, "embeddings": 5}
+
+    def place(group: str) -> tuple[int, int]:
+        if group.startswith("layer "):
+            return 4, -int(group.removeprefix("layer "))
+        return places.get(group, 3 if "prompts" in group else 2), 0
+
+    for group in sorted(groups, key=place):
+        yield group, groups[group]
 
 
 @torch.no_grad()
@@ -148,11 +150,7 @@ def _shuffle(parameter: nn.Parameter, generator: torch.Generator) -> None:
 
 
 def random_class_similarity(
-    model: Scorer,
-    pixel_values: torch.Tensor,
-    explain: Explainer,
-    classes: torch.Tensor | None = None,
-    seed: int = 0,
+    model: Scorer, pixel_values: torch.Tensor, explain: Explainer, classes: torch.Tensor | None = None, seed: int = 0
 ) -> torch.Tensor:
     """Spearman's rank correlation of a class's map with that of a random other class, (batch,), float64; low is good.
 

@@ -12,13 +12,7 @@ from numpy.typing import ArrayLike
 from torch import nn
 
 from prompt_cam_hf.metrics.localization import relevance_mass_accuracy
-from prompt_cam_hf.metrics.scoring import (
-    Explainer,
-    Scorer,
-    asked_classes,
-    class_logits,
-    class_probability,
-)
+from prompt_cam_hf.metrics.scoring import Explainer, Scorer, asked_classes, class_logits, class_probability
 
 
 class ClassSpecificity(NamedTuple):

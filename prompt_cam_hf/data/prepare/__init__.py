@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .archives import Source
 from .facts import FACTS, DatasetFacts
-from .image_folder import MANIFEST, write_image_folder
+from .image_folder import write_image_folder
 from .layouts import LAYOUTS
 from .plan import Plan, make_plan
 
@@ -74,15 +74,4 @@ def prepare(
     return plan
 
 
-__all__ = [
-    "FACTS",
-    "LAYOUTS",
-    "MANIFEST",
-    "DatasetFacts",
-    "Plan",
-    "Source",
-    "make_plan",
-    "open_source",
-    "prepare",
-    "write_image_folder",
-]
+__all__ = ["FACTS", "DatasetFacts", "Plan", "make_plan", "open_source", "prepare", "write_image_folder"]
