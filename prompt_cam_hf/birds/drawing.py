@@ -271,11 +271,7 @@ def draw_bits(spec: BirdSpec, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_bird(spec: BirdSpec, size: int = 96) -> tuple[Image.Image, dict[str, np.ndarray]]:
-    """Draw a bird in its surroundings.
-
-    Args:
-        spec: The bird.
-        size: Side of the image in pixels, 32 or more.
+    """Draw a bird in its surroundings; raises ValueError where `size` is below 32 pixels.
 
     Returns:
         The RGB image, and for each of `PARTS` the pixels that show it, boolean, (size, size).

@@ -49,13 +49,8 @@ class Shape:
 class Scenery:
     """Everything but the bird.
 
-    Attributes:
-        corners: (2, 2, 3), the colours of the wash in the corners.
-        mottle: (n, n), what is added to the wash.
-        behind: Clutter behind the bird.
-        front: Clutter in front of the bird.
-        perch: Its slope, width and bend.
-        bark: (3,), the colour of the perch.
+    `corners` (2, 2, 3) are the colours of the wash, `mottle` (n, n) is added to it, and `perch` is slope, width and
+    bend.
     """
 
     corners: np.ndarray

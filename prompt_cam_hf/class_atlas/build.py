@@ -30,14 +30,7 @@ IMAGES, CLASSES, PAGE = "images.parquet", "classes.parquet", "index.html"
 
 
 class Atlas(NamedTuple):
-    """A finished atlas.
-
-    Attributes:
-        page: The file index.html.
-        images: The file images.parquet.
-        classes: The file classes.parquet.
-        summary: The numbers of the page and of classes.parquet, except for the mean maps.
-    """
+    """A finished atlas: its three files, and the numbers in them, except for the mean maps."""
 
     page: Path
     images: Path

@@ -50,13 +50,7 @@ ROW_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Options:
-    """How heads are ranked and counted. A resumed atlas must have the same options.
-
-    Attributes:
-        top_heads: How many of an image's most important heads count as its top heads.
-        method: How heads are ranked; see `rank_heads`.
-        blur: As in `rank_heads`.
-    """
+    """How heads are ranked (see `rank_heads`) and counted; a resumed atlas must have the same options."""
 
     top_heads: int = 3
     method: Literal["greedy", "exact", "shapley"] = "greedy"
@@ -65,12 +59,7 @@ class Options:
 
 @dataclass
 class MapSums:
-    """Sums of the trait maps of each class, over the images that count for it (`ClassSummary.used`).
-
-    Attributes:
-        sums: (classes, heads, rows, cols), float64.
-        counts: (classes,), the number of images in each sum.
-    """
+    """Sums (classes, heads, rows, cols) of the trait maps of each class, over `counts` images (its `used` ones)."""
 
     sums: np.ndarray
     counts: np.ndarray

@@ -63,15 +63,12 @@ class ClassSummary:
     """A class over all images.
 
     The numbers about heads, and the examples, come from the `used` images: those that were taken for the class and are
-    labelled with it or have no label.
+    labelled with it or have no label. Sums over these images become means by `share`.
 
     Attributes:
-        number: The number of the class in the model.
-        name: The name of the class.
         labelled: The number of images labelled with it.
         predicted: The number of images taken for it.
         correct: The number of images both labelled with it and taken for it.
-        used: The number of images behind the numbers about heads.
         in_top: (heads,), the number of images in which each head is one of the top heads.
         in_sufficient: (heads,), the number of images in which each head is in the sufficient set.
         sufficient: The sum of the sizes of the sufficient sets.
@@ -122,14 +119,9 @@ class Confusion:
 
 @dataclass
 class Summary:
-    """The numbers of an atlas.
+    """The numbers of an atlas, with classes in the order of their numbers, and the most frequent confusions first.
 
-    Attributes:
-        classes: The classes in the order of their numbers.
-        confusions: The most frequent confusions, the most frequent first.
-        total: The number of images, readable or not.
-        unreadable: Name and reason of the first images that could not be read.
-        num_unreadable: The number of images that could not be read.
+    Images are counted, readable or not; of those that could not be read, the first ones have name and reason.
     """
 
     classes: list[ClassSummary]

@@ -78,7 +78,7 @@ def read_labelled_images(
     image_column: str = "image",
     label_column: str = "label",
 ) -> LabelledImages:
-    """List images with the model's classes that they are labelled with.
+    """List images with the model's classes that they are labelled with, in the order of the data.
 
     Args:
         data: What `load_image_data` (`prompt_cam_hf.data.splits`) reads; also a folder with images and no class
@@ -86,13 +86,7 @@ def read_labelled_images(
         id2label: The model's classes. Names are compared as `find_class` does, with or without an `NNN.` prefix; an
             image of a class that the model does not know counts as unlabelled.
         split: "train", "validation" or "test"; None: the last of these that the data have.
-        name: Configuration of a data set on the Hub.
-        revision: Revision of a data set on the Hub.
-        image_column: Column of images or paths.
-        label_column: Column of class names or numbers.
-
-    Returns:
-        The images of one split, in the order of the data.
+        name, revision, image_column, label_column: As in `load_image_data`.
 
     Raises:
         FileNotFoundError: there are no such data.

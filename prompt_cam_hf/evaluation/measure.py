@@ -94,10 +94,9 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images as a model sees them.
+    """Images (batch, channels, height, width) as a model sees them.
 
     Attributes:
-        pixel_values: (batch, channels, height, width).
         labels: (batch,), -1 for an image without label.
         masks: (batch, height, width), boolean: where the traits of the true class are; all False for an image without
             ground truth. None: no image has ground truth.

@@ -25,14 +25,7 @@ _DEFAULT_BASELINE_MAPS = ("grad_cam", "hires_cam", "layer_cam", "eigen_cam", "ro
 
 
 class Subject(NamedTuple):
-    """A model, and the maps of it that are measured.
-
-    Attributes:
-        name: The model's name in tables.
-        model: The model, in evaluation mode.
-        image_processor: The model's image processor, with `image_mean` and `image_std`.
-        maps: Names of `MAPS`.
-    """
+    """A model in evaluation mode with its name in tables, its image processor, and which of `MAPS` are measured."""
 
     name: str
     model: PreTrainedModel
@@ -48,12 +41,9 @@ class Subject(NamedTuple):
 def load_subject(
     model: str | os.PathLike | Pipeline, maps: Sequence[str] | None = None, device: str | None = None
 ) -> Subject:
-    """Load a model and choose its maps.
+    """Load a Prompt-CAM, a linear probe or a VPT (from a folder, the Hub, or a pipeline), and choose its maps.
 
-    Args:
-        model: A Prompt-CAM, a linear probe or a VPT: a folder, a Hub id, or a pipeline.
-        maps: Names of `MAPS`. None: the aggregated map of a Prompt-CAM, the usual post-hoc maps of other models.
-        device: Where the model is loaded to. None: the best device there is.
+    For None as `maps`: the aggregated map of a Prompt-CAM, the usual post-hoc maps of other models.
 
     Raises:
         ValueError: a map is unknown, or the model does not allow it.

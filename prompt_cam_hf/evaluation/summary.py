@@ -19,16 +19,11 @@ _BOOTSTRAP_BATCH = 50
 
 @dataclass(frozen=True)
 class Mean:
-    """A metric of a model, or of one of its maps, over images.
+    """A metric of a model, or of one of its maps ("" for the model itself), over images.
 
-    Attributes:
-        model: The model's name.
-        map: The map's name; "" for metrics of the model itself.
-        metric: The metric's name.
-        value: The mean over the images.
-        low: The lower end of the 95 % bootstrap interval of the mean; NaN with one image.
-        high: The upper end.
-        num_images: The number of images on which the metric could be measured.
+    `low` and `high` are the ends of the 95 % bootstrap interval of the mean, NaN with one image; `num_images`
+    counts the
+    images on which the metric could be measured.
     """
 
     model: str

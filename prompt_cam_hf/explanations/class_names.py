@@ -16,10 +16,6 @@ def find_class(id2label: Mapping[int, str], name: str) -> int:
 
     The exact name comes first; otherwise case does not matter, and underscores, hyphens and spaces are the same.
 
-    Args:
-        id2label: Names by class number, as in `model.config.id2label`.
-        name: The name as the user wrote it.
-
     Raises:
         ValueError: no class has this name (the nearest names are suggested), or several do.
     """

@@ -68,14 +68,9 @@ def overlay(
 class MapStyle:
     """What the maps of a figure have in common.
 
-    Attributes:
-        image: The image that they are drawn on.
-        box: The part of it that they cover, from `map_box`; None for all of it.
-        kind: What they show.
-        vmax: The value of the brightest colour where `scale` is "figure".
-        outline: Whether to outline what reaches half of the scale.
-        scale: "figure" for one scale for all maps, "head" for one each.
-        difference: The maps are differences of two classes' maps.
+    They cover the `box` of the image (from `map_box`; None: all of it). `vmax` is the value of the brightest colour
+    where
+    the scale is "figure"; with "head" each map has one of its own. `outline` marks what reaches half of the scale.
     """
 
     image: Image.Image

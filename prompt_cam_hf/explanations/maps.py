@@ -138,15 +138,10 @@ def check_kind(kind: str) -> None:
 
 
 def map_box(model: PromptCAMForImageClassification, image_processor: BaseImageProcessor, image: Image.Image) -> Box:
-    """Find the part of an image that its maps cover, which is smaller than the image where the image processor crops.
+    """Find the part of an upright image that its maps cover, smaller than the image where the image processor crops.
 
     Most processors squash the whole image. CLIP's resizes the shorter side and cuts out the middle, so the model does
     not see the rest. Nor does it see pixels at the right and bottom that do not fill a patch.
-
-    Args:
-        model: The model.
-        image_processor: The image processor of the model.
-        image: The original image, upright.
 
     Returns:
         left, top, right, bottom in pixels of the image, with fractions.

@@ -154,15 +154,8 @@ def random_class_similarity(
 ) -> torch.Tensor:
     """Spearman's rank correlation of a class's map with that of a random other class, (batch,), float64; low is good.
 
-    The random class is neither the class itself nor its runner-up; see `other_classes`. Maps that do not change with
-    the class do not explain it.
-
-    Args:
-        model: The classifier, in evaluation mode.
-        pixel_values: (batch, channels, height, width).
-        explain: Makes the maps, as in `parameter_randomisation`.
-        classes: (batch,), such as the true classes. None: the predicted classes.
-        seed: The seed for choosing the random class.
+    The random class, drawn by `seed`, is neither the class itself nor its runner-up; see `other_classes`. Maps that do
+    not change with the class do not explain it. The other arguments are those of `parameter_randomisation`.
 
     Raises:
         ValueError: classes do not fit, or the model has fewer than three classes.

@@ -76,18 +76,12 @@ def make_plan(
     skip_missing: bool = False,
     facts: DatasetFacts | None = None,
 ) -> Plan:
-    """Read the lists of a data set, find every listed image and check the numbers.
+    """Read the lists of a data set, find every listed image and check the numbers, of the published `facts` by
+    default.
 
-    Args:
-        dataset: A key of `FACTS`.
-        source: Its files.
-        options: For the reader of the data set; a value of None stands for its default. Where they choose other
-            classes than the published ones, numbers are not checked.
-        skip_missing: Leave out listed images that are not there.
-        facts: The numbers to check; the published ones by default.
-
-    Returns:
-        The images, each with its place.
+    The options are for the reader of the data set; None stands for the default. Where they choose other classes
+    than the
+    published ones, numbers are not checked.
 
     Raises:
         FileNotFoundError: a list or, without `skip_missing`, a listed image is not there.
