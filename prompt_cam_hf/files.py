@@ -12,9 +12,6 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give another name in the same folder to write to, and rename that file to `path` at the end of the block.
 
     If the block raises an exception, what it wrote is removed and `path` stays as it was.
-
-    Raises:
-        OSError: the folder does not exist, or cannot be written to.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -25,13 +22,6 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that it is never there incomplete, whenever the program is stopped.
-
-    Raises:
-        OSError: the folder does not exist, or cannot be written to.
-    """
+    """Write a file so that it is never there incomplete, whenever the program is stopped."""
     with replacing(path) as partial:
         partial.write_bytes(content)
-
-
-__all__ = ["replacing", "write_atomically"]

@@ -18,13 +18,7 @@ _QUALITIES = (75, 60, 45, 30)
 
 
 class EmbeddedImage(NamedTuple):
-    """An image for a page.
-
-    Attributes:
-        uri: The image as a data URI.
-        width: In pixels; the browser reserves the place before it decodes the image.
-        height: In pixels.
-    """
+    """An image as a data URI; with width and height the browser reserves the place before it decodes it."""
 
     uri: str
     width: int
@@ -32,13 +26,9 @@ class EmbeddedImage(NamedTuple):
 
 
 def embed_thumbnail(image: Image.Image, max_side: int, max_bytes: int) -> EmbeddedImage:
-    """Shrink an image and embed it as WebP.
+    """Shrink an RGB image and embed it as WebP of at most `max_side` pixels and `max_bytes` (before base64).
 
-    Args:
-        image: RGB, of any size; it is not enlarged.
-        max_side: The largest length of the longer side, in pixels.
-        max_bytes: The largest encoded size before base64, which adds a third. If the lowest quality is still larger,
-            the image is halved in size.
+    If the lowest quality is still larger than that, the image is halved in size.
     """
     small = image.copy()
     small.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
@@ -64,15 +54,7 @@ def _embed(content: bytes, mime_type: str, size: tuple[int, int]) -> EmbeddedIma
 
 
 def render_page(template: str, **context: Any) -> str:
-    """Fill in a template of the folder `templates`.
-
-    Args:
-        template: The name of the file.
-        **context: The values that it uses; text is escaped.
-
-    Raises:
-        jinja2.UndefinedError: a value is missing.
-    """
+    """Fill in a template of the folder `templates`; text is escaped, and a missing value is an error."""
     environment = Environment(
         loader=PackageLoader("prompt_cam_hf", "templates"),
         autoescape=True,
@@ -87,6 +69,3 @@ def render_page(template: str, **context: Any) -> str:
 
 def _percent(share: float) -> str:
     return f"{share:.0%}" if share in (0, 1) or 0.005 <= share < 0.995 else f"{share:.1%}"
-
-
-__all__ = ["EmbeddedImage", "embed_pixels", "embed_thumbnail", "render_page"]

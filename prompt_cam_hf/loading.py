@@ -26,14 +26,10 @@ ClassifierLike = str | os.PathLike | Pipeline | PreTrainedModel | Classifier
 
 
 def load_pipeline(model: str | os.PathLike, device: str | None = None) -> PromptCAMImageClassificationPipeline:
-    """Load a model with its image processor (`.model`, `.image_processor`).
-
-    Args:
-        model: A Hub id or a folder.
-        device: "cpu", "cuda", "cuda:1", "mps"...; the best there is by default.
+    """Load a model with its image processor (`.model`, `.image_processor`), on the best device by default.
 
     Raises:
-        ValueError: it is no Prompt-CAM.
+        ValueError: it is not a Prompt-CAM.
         OSError: it cannot be found.
     """
     name = os.fspath(model)
@@ -52,12 +48,10 @@ def load_pipeline(model: str | os.PathLike, device: str | None = None) -> Prompt
 def as_classifier(model: ClassifierLike, image_processor: BaseImageProcessor | None = None) -> Classifier:
     """The model and its image processor, loaded where only a name was given.
 
-    Args:
-        model: A Hub id, a folder, a pipeline, a `Classifier`, or a loaded model.
-        image_processor: For a loaded model; in place of a pipeline's own.
+    The image processor is for a loaded model, or in place of a pipeline's own.
 
     Raises:
-        ValueError: it is no Prompt-CAM, or a loaded model comes without image processor.
+        ValueError: it is not a Prompt-CAM, or a loaded model comes without image processor.
         OSError: it cannot be found.
     """
     if isinstance(model, str | os.PathLike):
@@ -83,13 +77,6 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def check_prompt_cam(config: PreTrainedConfig, name: str | os.PathLike) -> None:
-    """Refuse other models, which have no trait maps.
-
-    Raises:
-        ValueError: the configuration is another model's.
-    """
+    """Refuse, with a ValueError, other models, which have no trait maps."""
     if config.model_type != "prompt_cam":
         raise ValueError(f"{name} is a model of type {config.model_type!r}, not a Prompt-CAM, and has no trait maps.")
-
-
-__all__ = ["Classifier", "ClassifierLike", "as_classifier", "check_prompt_cam", "load_pipeline", "weights_digest"]

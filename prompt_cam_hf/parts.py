@@ -113,10 +113,9 @@ class Parts:
     def finish(self, table: str, contents: Mapping[str, bytes | None]) -> None:
         """Write the results, each of them as a whole, then remove the parts.
 
-        Args:
-            table: The name of the result that holds the rows of all parts.
-            contents: The other results, in the order in which they are written. None: the run has no such result, and
-                one of an earlier run is removed.
+        `table` is the result that holds the rows of all parts; `contents` are the others in the order of writing,
+        None for
+        one that the run does not have and that an earlier run may have left.
         """
         with replacing(self.out / table) as partial, pq.ParquetWriter(partial, self.schema) as writer:
             for rows in self.tables():
@@ -145,6 +144,3 @@ class Parts:
                 path.unlink()
         if not any(self._folder.iterdir()):
             self._folder.rmdir()
-
-
-__all__ = ["Parts"]

@@ -4,6 +4,7 @@
 import doctest
 import inspect
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ FUNCTIONS = [name for name in prompt_cam_hf.__all__ if inspect.isroutine(getattr
 
 @pytest.fixture
 def examples_folder(workplace, birds):  # noqa: F811
-    """The working directory of the examples, with `my_model`, `bird.jpg`, `photos`, `birds` and `model.pt`."""
+    """The working directory of the examples: `my_model`, `bird.jpg`, `photos`, `birds`, `model.pt`, `recipe.yaml`."""
+    Path("recipe.yaml").write_text("backbone: facebook/dino-vitb16\nlearning_rate: 0.01\n")
     predicted = explain("my_model", "bird.jpg").prediction.number
     # The bird is a Steller Jay to the model, and nothing else.
     others = iter([*NAMES[:2], "Goldfinch", "Robin"])

@@ -311,7 +311,7 @@ def test_what_does_not_load_as_the_same_model_is_not_uploaded(hub, model_folder,
         weights["class_prompts"][2, 3] += 1e-3
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setattr("prompt_cam_hf.hub.publish.save_repository", save_wrongly)
+    monkeypatch.setattr("prompt_cam_hf.hub.upload.save_repository", save_wrongly)
     with pytest.raises(ValueError, match="does not load as the same model; nothing was published"):
         publish(model_folder, REPO, license="mit")
     assert not hub.requests

@@ -206,7 +206,7 @@ def test_home_folder_is_understood():
         (["--seed", "1"], "arguments are required: RECIPE.yaml"),
         (["{recipe}", "stray"], "'stray' is neither a key"),
         (["{recipe}", "--seed"], "--seed: expected one argument"),
-        (["{recipe}", "--trainer.max_grad_norm"], "--trainer.max_grad_norm needs a value"),
+        (["{recipe}", "--trainer.max_grad_norm"], "--trainer.max_grad_norm: expected one argument"),
         (["{recipe}", "--learn", "1"], "unknown key 'learn'"),
         (["{recipe}", "-x"], "'-x' is neither a key"),
     ],

@@ -30,7 +30,6 @@ from small_runs import (  # noqa: F401 - fixtures are found by being here
 from transformers import AutoModelForImageClassification, ViTConfig, ViTModel
 from transformers.trainer_utils import set_seed
 
-import prompt_cam_hf
 from prompt_cam_hf import PromptCAMForImageClassification
 from prompt_cam_hf.training.recipe import Recipe, load_recipe, training_arguments
 from prompt_cam_hf.training.train import main, train
@@ -391,7 +390,6 @@ def test_the_example_of_train_runs(photos, tmp_path, monkeypatch):
     # On images that the example's reader would have: no validation part, and nothing to test on.
     shutil.copytree(photos / "train", tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(prompt_cam_hf, "train", train, raising=False)
     names = {}
     examples = doctest.DocTestParser().get_examples(train.__doc__)
     for example in examples[:-1]:

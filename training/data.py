@@ -28,19 +28,17 @@ class TrainingAugmentation:
 
     The draws depend on (`seed`, epoch, index) and on nothing else: training is the same on one process or several,
     with any number of data loader workers, and after a resume.
+
+    Args:
+        image_processor: That of evaluation.
+        seed: Draws places and flips.
+        resize_margin: The resized side over the cropped side, 1 or more.
+
+    Raises:
+        ValueError: the margin is below 1, or the processor gives images of different sizes.
     """
 
     def __init__(self, image_processor: BaseImageProcessor, seed: int = 0, resize_margin: float = RESIZE_MARGIN):
-        """Augment as the image processor's settings allow.
-
-        Args:
-            image_processor: That of evaluation.
-            seed: Draws places and flips.
-            resize_margin: The resized side over the cropped side, 1 or more.
-
-        Raises:
-            ValueError: the margin is below 1, or the processor gives images of different sizes.
-        """
         if resize_margin < 1:
             raise ValueError(f"resize_margin is {resize_margin}; a crop needs a margin of at least 1 (no margin).")
         self.image_processor = image_processor
@@ -57,16 +55,7 @@ class TrainingAugmentation:
         self.resize_size = {name: round(side * resize_margin) for name, side in size.items()}
 
     def __call__(self, image: Image.Image, epoch: int, index: int) -> torch.Tensor:
-        """Give an image's view in an epoch.
-
-        Args:
-            image: RGB.
-            epoch: From 0.
-            index: The image's number in the data set, from 0.
-
-        Returns:
-            `pixel_values`, float32, (3, rows, cols).
-        """
+        """Give the view (3, rows, cols), float32, of an RGB image in an epoch; epochs and images count from 0."""
         random = np.random.default_rng((self.seed, epoch, index))
         inputs = self.image_processor(image, size=self.resize_size, do_center_crop=False, return_tensors="pt")
         resized = inputs["pixel_values"][0]
@@ -82,31 +71,21 @@ class EpochDataset(Dataset):
     """A data set whose items depend on the epoch, which data loader workers that outlive an epoch hear of too."""
 
     def __init__(self) -> None:
-        """Start with epoch 0."""
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Give the items of another epoch from now on, in running workers too.
-
-        Args:
-            epoch: From 0.
-        """
+        """Give the items of another epoch, from 0, from now on, in running workers too."""
         self._epoch.fill_(epoch)
 
 
 class ImageDataset(EpochDataset):
     """Labelled images as model inputs: a map-style, picklable torch data set.
 
-    Item `i` is `{"pixel_values": float32 of (3, rows, cols), "labels": int}`.
+    It reads the columns `image` and `label`, through an image processor (for evaluation) or a `TrainingAugmentation`.
+    Item `i` is `{"pixel_values": float32 of (3, rows, cols), "labels": int}`; errors are those of `open_image`.
     """
 
     def __init__(self, dataset: datasets.Dataset, transform: BaseImageProcessor | TrainingAugmentation):
-        """Read images through a transform.
-
-        Args:
-            dataset: With the columns `image` and `label`.
-            transform: An image processor, for evaluation, or a `TrainingAugmentation`.
-        """
         super().__init__()
         if isinstance(dataset.features["image"], datasets.Image):
             dataset = dataset.cast_column("image", datasets.Image(decode=False))
@@ -114,15 +93,9 @@ class ImageDataset(EpochDataset):
         self.transform = transform
 
     def __len__(self) -> int:
-        """Count the images."""
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Open and transform one image.
-
-        Raises:
-            FileNotFoundError, UnreadableImageError: as in `open_image`.
-        """
         row = self.dataset[index]
         image = open_image(row["image"])
         if isinstance(self.transform, TrainingAugmentation):
@@ -146,6 +119,3 @@ class SetEpochCallback(TrainerCallback):
         dataset = kwargs["train_dataloader"].dataset
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(int(state.epoch or 0))
-
-
-__all__ = ["RESIZE_MARGIN", "EpochDataset", "ImageDataset", "SetEpochCallback", "TrainingAugmentation"]

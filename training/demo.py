@@ -163,6 +163,3 @@ def _compact_png(figure: Figure) -> bytes:
     palette = Image.open(drawn).convert("RGB").quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=1)
     palette.save(compact, "PNG", optimize=True)
     return compact.getvalue()
-
-
-__all__ = ["DemoReport", "run_demo"]

@@ -38,28 +38,20 @@ DEFAULT_CACHE_DIR = Path(HF_HOME) / "prompt_cam_features"
 class FeatureDataset(EpochDataset):
     """Labelled images as the model knows them after its fixed first layers, one view of each in turn.
 
-    Item `i` is `{"prefix_hidden_states": float32 of (tokens, hidden_size), "labels": int}`, of a linear probe float32
-    of (features,). Nothing is held in memory but the labels.
+    It reads a file of `cache_features`, an array (views, images, ...). Item `i` is `{"prefix_hidden_states": float32
+    of (tokens, hidden_size), "labels": int}`, of a linear probe float32 of (features,).
     """
 
     def __init__(self, path: str | os.PathLike, labels: list[int]):
-        """Read a file of `cache_features`.
-
-        Args:
-            path: The file, an array (views, images, ...).
-            labels: The class number of each image.
-        """
         super().__init__()
         self.path = path
         self.labels = labels
         self._features: np.ndarray | None = None
 
     def __len__(self) -> int:
-        """Count the images."""
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Read one image's hidden states, of the view that belongs to the epoch."""
         if self._features is None:
             self._features = np.load(self.path, mmap_mode="r")
         view = int(self._epoch) % len(self._features)
@@ -74,25 +66,13 @@ class FeatureDataset(EpochDataset):
 
 
 class FeatureCollator:
-    """Makes a batch, and adds to features what the pixels would have told: the grid of patches."""
+    """Makes a batch, and adds to features the (rows, columns) of patches that the pixels would have told."""
 
     def __init__(self, patch_grid: tuple[int, int]):
-        """Add the same grid to every batch.
-
-        Args:
-            patch_grid: Rows and columns of patches of an image.
-        """
         self.patch_grid = patch_grid
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """Make a batch.
-
-        Args:
-            items: Of a `FeatureDataset` or an `ImageDataset`.
-
-        Returns:
-            The items' tensors, stacked, and with features `patch_grid`.
-        """
+        """Stack the tensors of items of a `FeatureDataset` or an `ImageDataset`."""
         batch = default_data_collator(items)
         if "prefix_hidden_states" in batch:
             batch["patch_grid"] = self.patch_grid
@@ -225,6 +205,3 @@ def _fingerprint(model: PrefixModel, dataset: ImageDataset, num_views: int, auto
         content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()
-
-
-__all__ = ["DEFAULT_CACHE_DIR", "FeatureCollator", "FeatureDataset", "cache_features"]

@@ -18,6 +18,8 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
+_TRAINER = {argument.name for argument in dataclasses.fields(TrainingArguments)}
+
 
 def _key(text: str, **default: Any) -> Any:
     """A field that carries its meaning, for --help and docs/training.md."""
@@ -162,20 +164,15 @@ class Recipe:
             )
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 exclude each other; choose one.")
-        known = {argument.name for argument in dataclasses.fields(TrainingArguments)}
         ours = _trainer_settings(self)
         for name in self.trainer:
             if name in ours:
                 raise ValueError(f"trainer.{name} is set by the recipe's own keys, and cannot be given under trainer.")
-            if name not in known:
-                raise ValueError(_unknown(f"trainer.{name}", [f"trainer.{key}" for key in known - set(ours)]))
+            if name not in _TRAINER:
+                raise ValueError(_unknown(f"trainer.{name}", [f"trainer.{key}" for key in _TRAINER - set(ours)]))
 
     def to_yaml(self) -> str:
-        """Write the recipe as text that gives the same run again; how the run was resumed is left out.
-
-        Returns:
-            The text of a YAML file.
-        """
+        """Write the recipe as YAML that gives the same run again; how the run was resumed is left out."""
         values = dataclasses.asdict(self)
         del values["resume_from_checkpoint"]
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -195,6 +192,11 @@ def load_recipe(path: str | os.PathLike, **overrides: Any) -> Recipe:
         FileNotFoundError: there is no such file.
         TypeError, ValueError: the file has other lines than `key: value`, a key is unknown, there twice or missing,
             or `Recipe` refuses a value.
+
+    Example:
+        >>> from prompt_cam_hf import load_recipe
+        >>> recipe = load_recipe("recipe.yaml", data="photos", output_dir="out")
+        >>> recipe.learning_rate
     """
     settings = _read_yaml(path)
     if isinstance(settings.get("trainer"), dict):
@@ -203,18 +205,22 @@ def load_recipe(path: str | os.PathLike, **overrides: Any) -> Recipe:
 
 
 def parse_recipe(arguments: Sequence[str]) -> Recipe:
-    """Read `RECIPE.yaml [--key value ...]` as given on the command line.
-
-    Raises:
-        SystemExit: after printing the help.
-        FileNotFoundError, TypeError, ValueError: as in `load_recipe`.
-    """
-    parser = _command_line_parser()
-    given, rest = parser.parse_known_args(arguments)
-    path = given.__dict__.pop("recipe")
+    """Read `RECIPE.yaml [--key value ...]` as given on the command line; raises what `load_recipe` raises."""
+    found, rest = _command_line_parser().parse_known_args(arguments)
+    if rest and not rest[0].startswith("--"):
+        raise ValueError(f"{rest[0]!r} is neither a key (--key) nor the value of one.")
+    if rest:
+        raise ValueError(
+            _unknown(rest[0][2:].partition("=")[0], [*_names(), *(f"trainer.{name}" for name in _TRAINER)])
+        )
+    given = vars(found)
+    path = given.pop("recipe")
     kinds = get_type_hints(Recipe)
-    overrides = {name: text if _is_text(kinds[name]) else yaml.safe_load(text) for name, text in vars(given).items()}
-    if trainer := _parse_trainer_settings(rest):
+    values = {
+        name: text if kinds.get(name) in (str, str | None) else yaml.safe_load(text) for name, text in given.items()
+    }
+    overrides = {name: value for name, value in values.items() if name in kinds}
+    if trainer := {name[len("trainer.") :]: value for name, value in values.items() if name not in kinds}:
         overrides["trainer"] = trainer
     return load_recipe(path, **overrides)
 
@@ -222,11 +228,7 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """Say what the recipe means for `Trainer`; this also joins the other processes, where there are several.
 
-    Args:
-        recipe: The recipe.
-
-    Returns:
-        The arguments. `warmup_steps` stays 0: only with the data is it known how many steps an epoch has.
+    `warmup_steps` stays 0: only with the data is it known how many steps an epoch has.
 
     Raises:
         ValueError: the batch cannot be shared evenly by the processes.
@@ -252,17 +254,23 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 
 def _trainer_settings(recipe: Recipe) -> dict[str, Any]:
     """The `TrainingArguments` that the recipe's own keys, or the training program, decide."""
-    available = {argument.name for argument in dataclasses.fields(TrainingArguments)}
-    checkpointing = {"activation_checkpointing", "gradient_checkpointing"} & available
+    checkpointing = {"activation_checkpointing", "gradient_checkpointing"} & _TRAINER
+    same = (
+        "output_dir",
+        "learning_rate",
+        "weight_decay",
+        "num_train_epochs",
+        "seed",
+        "bf16",
+        "fp16",
+        "dataloader_num_workers",
+    )
     return {
-        "output_dir": recipe.output_dir,
+        **{name: getattr(recipe, name) for name in same},
         "optim": "adamw_torch" if recipe.optimizer == "adamw" else "sgd",
         "optim_args": f"momentum={recipe.momentum}" if recipe.optimizer == "sgd" else None,
-        "learning_rate": recipe.learning_rate,
-        "weight_decay": recipe.weight_decay,
         "per_device_train_batch_size": recipe.train_batch_size,
         "per_device_eval_batch_size": recipe.eval_batch_size,
-        "num_train_epochs": recipe.num_train_epochs,
         "max_steps": -1,
         "lr_scheduler_type": "cosine_warmup_with_min_lr",
         "lr_scheduler_kwargs": {
@@ -270,12 +278,8 @@ def _trainer_settings(recipe: Recipe) -> dict[str, Any]:
             "warmup_lr_rate": recipe.warmup_learning_rate / recipe.learning_rate,
         },
         "warmup_steps": 0,
-        "seed": recipe.seed,
-        "bf16": recipe.bf16,
-        "fp16": recipe.fp16,
         # The new name where there is one; the old one is deprecated there.
         min(checkpointing): recipe.gradient_checkpointing,
-        "dataloader_num_workers": recipe.dataloader_num_workers,
         "dataloader_drop_last": False,
         "remove_unused_columns": False,
         "ddp_find_unused_parameters": False,
@@ -320,26 +324,9 @@ def _command_line_parser() -> ArgumentParser:
         if bool in (kinds[key.name], *get_args(kinds[key.name])):
             options |= {"nargs": "?", "const": "true"}
         parser.add_argument(f"--{key.name}", **options)
+    for name in _TRAINER:
+        parser.add_argument(f"--trainer.{name}", help=SUPPRESS)
     return parser
-
-
-def _parse_trainer_settings(arguments: Sequence[str]) -> dict[str, Any]:
-    """`--trainer.KEY VALUE` and `--trainer.KEY=VALUE`; anything else that is left over is an unknown key."""
-    settings = {}
-    rest = list(arguments)
-    while rest:
-        flag, separator, text = rest.pop(0).partition("=")
-        if not flag.startswith("--"):
-            raise ValueError(f"{flag!r} is neither a key (--key) nor the value of one.")
-        name = flag[2:]
-        if not name.startswith("trainer."):
-            raise ValueError(_unknown(name, _names()))
-        if not separator:
-            if not rest:
-                raise ValueError(f"{flag} needs a value.")
-            text = rest.pop(0)
-        settings[name.removeprefix("trainer.")] = yaml.safe_load(text)
-    return settings
 
 
 def _read_yaml(path: str | os.PathLike) -> dict[str, Any]:
@@ -411,10 +398,6 @@ def _describe(kind: Any) -> str:
     }[get_origin(kind) or kind]
 
 
-def _is_text(kind: Any) -> bool:
-    return kind in (str, str | None)
-
-
 def _is_required(key: dataclasses.Field) -> bool:
     return key.default is dataclasses.MISSING and key.default_factory is dataclasses.MISSING
 
@@ -435,6 +418,3 @@ def _unknown(name: Any, names: Iterable[str]) -> str:
 def _require(condition: bool, recipe: Recipe, name: str, rule: str) -> None:
     if not condition:
         raise ValueError(f"{name} must be {rule}, got {getattr(recipe, name)}.")
-
-
-__all__ = ["Recipe", "load_recipe", "parse_recipe", "training_arguments"]

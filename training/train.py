@@ -92,12 +92,7 @@ class TrainResult:
 class Run:
     """A training run that is ready to start: recipe, data and model have been checked.
 
-    Attributes:
-        recipe: The settings.
-        data: The images.
-        image_processor: That of evaluation.
-        trainer: With model and data.
-        checkpoint: Where to start, or None to start from nothing.
+    `image_processor` is that of evaluation; `checkpoint` is where to start, None to start from nothing.
     """
 
     recipe: Recipe
@@ -107,14 +102,7 @@ class Run:
     checkpoint: Path | None
 
     def train(self) -> TrainResult:
-        """Train, evaluate, save and report.
-
-        Returns:
-            The finished run.
-
-        Raises:
-            FloatingPointError: the loss became infinite or not a number.
-        """
+        """Train, evaluate, save and report; raises FloatingPointError where the loss stops being a finite number."""
         trainer, folder = self.trainer, Path(self.recipe.output_dir)
         if trainer.args.should_save:
             self._open_folder(folder)
@@ -220,18 +208,7 @@ def train(recipe: Recipe, data: ImageData | None = None) -> TrainResult:
 
 
 def prepare_run(recipe: Recipe, data: ImageData | None = None) -> Run:
-    """Do all of `train` that can be refused, before the first step.
-
-    Args:
-        recipe: The settings.
-        data: Images in place of what `recipe.data` names.
-
-    Returns:
-        The run, ready to start.
-
-    Raises:
-        FileExistsError, ValueError, OSError: as in `train`.
-    """
+    """Do all of `train` that can be refused, before the first step; raises what `train` raises."""
     arguments = training_arguments(recipe)
     checkpoint = on_main_process(partial(_find_checkpoint, recipe))
     if recipe.hub_model_id and arguments.should_save:
@@ -279,13 +256,7 @@ def _build_model(
 
 
 def _find_checkpoint(recipe: Recipe) -> Path | None:
-    """Where to start in `output_dir`: at a checkpoint, or, where that is None, from nothing.
-
-    Raises:
-        FileExistsError: the folder is not empty, and the recipe does not say to resume.
-        FileNotFoundError: there is no such checkpoint, or no run at all in the folder.
-        ValueError: the run in the folder had another recipe.
-    """
+    """Where to start in `output_dir`: at a checkpoint, or, where that is None, from nothing."""
     folder, resume = Path(recipe.output_dir), recipe.resume_from_checkpoint
     checkpoint = None
     if holds_run(folder, resume):
@@ -299,17 +270,10 @@ def _find_checkpoint(recipe: Recipe) -> Path | None:
 
 
 def holds_run(folder: Path, resume: bool | str) -> bool:
-    """Say whether there is a run to go on with.
-
-    Args:
-        folder: The output folder.
-        resume: The recipe's `resume_from_checkpoint`.
-
-    Returns:
-        Whether the folder holds anything.
+    """Whether there is a run in the output folder to go on with, as `resume_from_checkpoint` asks.
 
     Raises:
-        FileExistsError: it does, and the recipe does not say to resume.
+        FileExistsError: the folder holds something, and the recipe does not say to resume.
     """
     if not folder.exists() or not any(folder.iterdir()):
         return False
@@ -323,10 +287,6 @@ def holds_run(folder: Path, resume: bool | str) -> bool:
 
 def check_same_recipe(recipe: Recipe, folder: Path) -> None:
     """Refuse to go on with a run in a folder with another recipe than it was started with.
-
-    Args:
-        recipe: The recipe now.
-        folder: The output folder of the run.
 
     Raises:
         FileNotFoundError: there is no run.
@@ -345,17 +305,7 @@ def check_same_recipe(recipe: Recipe, folder: Path) -> None:
 
 
 def load_data(recipe: Recipe) -> ImageData:
-    """Load the images that a recipe names.
-
-    Args:
-        recipe: The settings.
-
-    Returns:
-        The images.
-
-    Raises:
-        FileNotFoundError, ValueError: as in `load_image_data`.
-    """
+    """Load the images that a recipe names; raises what `load_image_data` raises."""
     return load_image_data(
         recipe.data,
         name=recipe.data_name,
@@ -448,26 +398,12 @@ def _print_results(result: TrainResult, recipe: Recipe, data: ImageData) -> None
 
 
 def refuse(error: Exception) -> None:
-    """End the program with one sentence, which the first process alone prints.
-
-    Args:
-        error: What was raised.
-
-    Raises:
-        SystemExit: always.
-    """
+    """End the program with one sentence, which the first process alone prints."""
     sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command `RECIPE.yaml [--key value ...]`.
-
-    Args:
-        arguments: The words of the command line; by default those of this process.
-
-    Raises:
-        SystemExit: recipe, data or backbone are refused.
-    """
+    """Run the command `RECIPE.yaml [--key value ...]`, by default with the words of this process."""
     try:
         recipe = parse_recipe(sys.argv[1:] if arguments is None else arguments)
     except (OSError, TypeError, ValueError) as error:
@@ -479,20 +415,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run.train()
     PartialState().destroy_process_group()
 
-
-__all__ = [
-    "RECIPE_FILE",
-    "RESULTS_FILE",
-    "Run",
-    "TrainResult",
-    "check_same_recipe",
-    "holds_run",
-    "load_data",
-    "main",
-    "prepare_run",
-    "refuse",
-    "train",
-]
 
 if __name__ == "__main__":
     main()

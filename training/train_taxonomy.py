@@ -107,16 +107,7 @@ def train_taxonomy(recipe: Recipe, taxonomy: Taxonomy, data: ImageData | None = 
 
 
 def relabel(data: ImageData, taxonomy: Taxonomy, level: str) -> ImageData:
-    """Give the images of a data set the nodes of a level for classes.
-
-    Args:
-        data: With the classes of the tree.
-        taxonomy: The tree.
-        level: One of its levels.
-
-    Returns:
-        The same images in the same splits; nodes are numbered in sorted order.
-    """
+    """Give the images of a data set the nodes of a level, in sorted order, for classes."""
     if level == taxonomy.leaf_level:
         return data
     nodes = taxonomy.nodes(level)
@@ -195,13 +186,7 @@ def _level_recipe(recipe: Recipe, level: str) -> Recipe:
 
 
 def _open_folder(folder: Path, taxonomy: Taxonomy, recipes: dict[str, Recipe], resume: bool | str) -> set[str]:
-    """The levels that an earlier run has finished.
-
-    Raises:
-        FileExistsError: there was a run, and it is not to be resumed.
-        FileNotFoundError: the folder holds something else.
-        ValueError: the earlier run had another recipe or another tree.
-    """
+    """The levels that an earlier run, of the same recipe and tree, has finished."""
     if not holds_run(folder, resume):
         return set()
     if not (folder / TAXONOMY_FILE).is_file():
@@ -265,14 +250,7 @@ def _print_results(result: TaxonomyResult) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command `RECIPE.yaml --taxonomy TREE.csv [--key value ...]`.
-
-    Args:
-        arguments: The words of the command line; by default those of this process.
-
-    Raises:
-        SystemExit: recipe, tree, data or backbone are refused.
-    """
+    """Run the command `RECIPE.yaml --taxonomy TREE.csv [--key value ...]`."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--taxonomy")
     given, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
@@ -287,8 +265,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         refuse(error)
     PartialState().destroy_process_group()
 
-
-__all__ = ["TaxonomyResult", "evaluate_paths", "main", "relabel", "train_taxonomy"]
 
 if __name__ == "__main__":
     main()

@@ -42,14 +42,7 @@ _LOG_FILE_INTERVAL = 30.0
 
 
 def on_main_process(function: Callable[[], Any]) -> Any:
-    """Call a function in the main process; a failure there ends all processes.
-
-    Args:
-        function: What to call.
-
-    Returns:
-        What it returned, in every process.
-    """
+    """Call a function in the main process, and return its result in all; a failure there ends all processes."""
     return broadcast_object_list([function() if PartialState().is_main_process else None])[0]
 
 
@@ -57,28 +50,17 @@ class EpochSampler(Sampler[int]):
     """Every image once an epoch, in an order that depends on the seed and the epoch alone.
 
     The last batch is filled up with the epoch's first images, so that all batches weigh the same and several
-    processes can share each.
+    processes can share each: `batch_size` counts the images of all processes.
     """
 
     def __init__(self, num_samples: int, batch_size: int, seed: int):
-        """Start with epoch 0.
-
-        Args:
-            num_samples: Images in the data set.
-            batch_size: Images in a batch, over all processes together.
-            seed: Draws the order.
-        """
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Use the order of another epoch from now on; Trainer calls this.
-
-        Args:
-            epoch: From 0.
-        """
+        """Use the order of another epoch, from 0, from now on; Trainer calls this."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -92,33 +74,21 @@ class EpochSampler(Sampler[int]):
 
 
 class PromptCAMTrainer(Trainer):
-    """Trainer whose checkpoints hold what is trained, and whose order of images is reproducible."""
+    """Trainer whose checkpoints hold what is trained, and whose order of images is reproducible.
+
+    It evaluates every `eval_every_epochs` epochs, and always after the last one.
+    """
 
     model: PreTrainedModel
 
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, *, eval_every_epochs: int = 1, **kwargs: Any):
-        """Make a Trainer with our callbacks.
-
-        Args:
-            model: As for `Trainer`.
-            args: As for `Trainer`.
-            eval_every_epochs: Epochs between two evaluations; the last epoch is always evaluated.
-            **kwargs: As for `Trainer`.
-        """
         super().__init__(model, args, **kwargs)
         self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
         for callback in (SetEpochCallback(), _EvaluateSomeEpochs(eval_every_epochs), _KeepCheckpoints(), _Report()):
             self.add_callback(callback)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Name the parameters that decay: all that are trained, as in the official recipe, the head's bias included.
-
-        Args:
-            model: The model.
-
-        Returns:
-            Their names.
-        """
+        """Name the parameters that decay: all that are trained, the head's bias too, as in the official recipe."""
         return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
@@ -147,10 +117,6 @@ def _trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
 def load_trained_parameters(model: nn.Module, checkpoint: str | os.PathLike) -> None:
     """Set what is trained to a checkpoint's values; the frozen backbone stays.
 
-    Args:
-        model: The model to change.
-        checkpoint: Its folder.
-
     Raises:
         ValueError: the checkpoint is of a model with other prompts.
     """
@@ -165,23 +131,14 @@ def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def complete_checkpoints(folder: str | os.PathLike) -> list[Path]:
-    """List the checkpoints that were written to the end.
-
-    Args:
-        folder: The output folder.
-
-    Returns:
-        Their folders, oldest first.
-    """
+    """List the checkpoints in the output folder that were written to the end, oldest first."""
     return [path for path in _checkpoints(folder) if (path / _COMPLETE).is_file()]
 
 
 def remove_checkpoints_after(checkpoint: Path | None, folder: str | os.PathLike) -> None:
-    """Remove what a resumed run will write again: unfinished checkpoints, and those after where it starts.
+    """Remove what a run that is resumed at `checkpoint` (None: at nothing) will write again.
 
-    Args:
-        checkpoint: Where the run starts; None to remove all.
-        folder: The output folder.
+    These are unfinished checkpoints, and those after where it starts.
     """
     complete = complete_checkpoints(folder)
     for path in _checkpoints(folder):
@@ -290,13 +247,3 @@ class _Report(ProgressCallback):
                 print(line)
             else:
                 self.training_bar.write(line)
-
-
-__all__ = [
-    "EpochSampler",
-    "PromptCAMTrainer",
-    "complete_checkpoints",
-    "load_trained_parameters",
-    "on_main_process",
-    "remove_checkpoints_after",
-]

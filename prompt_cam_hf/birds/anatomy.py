@@ -199,12 +199,8 @@ def _legs(hip: np.ndarray, length: float) -> dict[str, np.ndarray]:
 def outlines(pose: Pose) -> dict[str, np.ndarray]:
     """Build every shape of the bird, upright and facing right.
 
-    Args:
-        pose: The build and posture.
-
-    Returns:
-        By name an (n, 2) outline, which is open for the lines of feathers; the extra entry "foot" is the point (2,)
-        between the feet, where the perch is.
+    By name (n, 2) outlines, open for the lines of feathers; the extra entry "foot" is the point (2,) between the feet,
+    where the perch is.
     """
     h = pose.plump / 2
     body = {name: rotated(shape, pose.tilt) for name, shape in _body_frame(pose).items()}
@@ -220,6 +216,3 @@ def outlines(pose: Pose) -> dict[str, np.ndarray]:
     body["body light"] = body["body"] + _point(-0.02, -0.055)
     hip = rotated(np.array([-0.02, 0.78 * h]), pose.tilt)
     return {**body, **head, **_legs(hip, pose.leg_length), "foot": hip + _point(0.0, pose.leg_length)}
-
-
-__all__ = ["Pose", "outlines", "rotated"]

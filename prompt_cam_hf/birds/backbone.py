@@ -2,7 +2,7 @@
 """The tiny backbone that comes with the package, and its checksum.
 
 A vision transformer of 1.3 million parameters, pre-trained on drawn birds of no class by
-`training/provenance/pretrain_birds.py`. Its model card, tiny_vit/README.md, says how.
+`docs/provenance/pretrain_birds.py`. Its model card, tiny_vit/README.md, says how.
 """
 
 from pathlib import Path
@@ -11,5 +11,3 @@ from pathlib import Path
 BACKBONE = Path(__file__).with_name("tiny_vit")
 # Of its model.safetensors.
 BACKBONE_SHA256 = "3ae2ef604936419bd91f8c7e7040e731b3f0f317ea7d0406d11476c8753ccd89"
-
-__all__ = ["BACKBONE", "BACKBONE_SHA256"]

@@ -13,20 +13,7 @@ from types import MappingProxyType
 import numpy as np
 
 # The order is fixed: it numbers the bits of the mask images.
-PARTS = (
-    "tail",
-    "legs",
-    "body",
-    "head",
-    "breast",
-    "throat",
-    "crown",
-    "wing",
-    "wing-bar",
-    "beak",
-    "eye-ring",
-    "eye",
-)
+PARTS = ("tail", "legs", "body", "head", "breast", "throat", "crown", "wing", "wing-bar", "beak", "eye-ring", "eye")
 TRAIT_PARTS = ("crown", "throat", "beak", "eye-ring", "breast", "wing", "wing-bar", "tail")
 # Bars and spots need room: at 96 pixels these three parts are two to five pixels wide.
 PLAIN_PARTS = ("beak", "eye-ring", "wing-bar")
@@ -123,17 +110,7 @@ class BirdSpec:
 
 
 def split_value(value: str) -> tuple[str, str]:
-    """Split a value into its pattern and its colour.
-
-    Args:
-        value: Such as "red" or "spotted white".
-
-    Returns:
-        Such as ("plain", "red") or ("spotted", "white").
-
-    Raises:
-        ValueError: the text names no colour or pattern.
-    """
+    """Split a value such as "red" or "spotted white" into its pattern ("plain", "spotted") and its colour."""
     pattern, _, colour = value.rpartition(" ")
     pattern = pattern or "plain"
     if colour not in COLOURS or pattern not in PATTERNS or value == f"plain {colour}":
@@ -145,50 +122,20 @@ def split_value(value: str) -> tuple[str, str]:
 
 
 def part_values(part: str) -> tuple[str, ...]:
-    """List all values that a part can take, the natural tint left out.
-
-    Args:
-        part: One of `TRAIT_PARTS`.
-
-    Returns:
-        The values, plain colours first.
-
-    Raises:
-        ValueError: the part carries no traits.
-    """
+    """List all values that a trait part can take, plain colours first, the natural tint left out."""
     _check_trait_part(part)
     patterns = ("",) if part in PLAIN_PARTS else ("", "spotted ", "barred ")
     return tuple(pattern + colour for pattern in patterns for colour in COLOURS)
 
 
 def class_values(part: str) -> tuple[str, ...]:
-    """List the values with which some class is defined at a part.
-
-    Args:
-        part: One of `TRAIT_PARTS`.
-
-    Returns:
-        The values, each once.
-
-    Raises:
-        ValueError: the part carries no traits.
-    """
+    """List the values with which some class is defined at a trait part, each once."""
     _check_trait_part(part)
     return tuple(dict.fromkeys(value for bird in BIRD_CLASSES for p, value in bird.traits if p == part))
 
 
 def filler_values(part: str) -> tuple[str, ...]:
-    """List the values for a part that does not define the class.
-
-    Args:
-        part: One of `TRAIT_PARTS`.
-
-    Returns:
-        The values whose colour and pattern no class has at that part.
-
-    Raises:
-        ValueError: the part carries no traits.
-    """
+    """List the values for a trait part that does not define the class: no class has their colour or pattern there."""
     used = [split_value(value) for value in class_values(part)]
     colours = {colour for _, colour in used}
     patterns = {pattern for pattern, _ in used} - {"plain"}
@@ -197,32 +144,14 @@ def filler_values(part: str) -> tuple[str, ...]:
 
 
 def matching_classes(values: Mapping[str, str | None]) -> tuple[int, ...]:
-    """Find the classes whose traits a bird carries.
-
-    Args:
-        values: The bird's value at every trait part.
-
-    Returns:
-        Their indices in `BIRD_CLASSES`.
-    """
+    """Find the classes, as indices in `BIRD_CLASSES`, whose traits a bird with these values carries."""
     return tuple(
         index for index, bird in enumerate(BIRD_CLASSES) if all(values[part] == value for part, value in bird.traits)
     )
 
 
 def sample_spec(rng: np.random.Generator, label: int) -> BirdSpec:
-    """Draw a bird of a class: its traits, and on all other parts natural tints or values that no class has there.
-
-    Args:
-        rng: Where the numbers are from.
-        label: The index of the class in `BIRD_CLASSES`.
-
-    Returns:
-        The bird.
-
-    Raises:
-        ValueError: `label` is not an index of `BIRD_CLASSES`.
-    """
+    """Draw a bird of a class: its traits, and on all other parts natural tints or values that no class has there."""
     if not 0 <= label < len(BIRD_CLASSES):
         raise ValueError(f"label is {label}, but there are {len(BIRD_CLASSES)} classes: 0 to {len(BIRD_CLASSES) - 1}.")
     traits = dict(BIRD_CLASSES[label].traits)
@@ -235,16 +164,10 @@ def sample_spec(rng: np.random.Generator, label: int) -> BirdSpec:
 
 
 def sample_other_spec(rng: np.random.Generator) -> BirdSpec:
-    """Draw a bird for pre-training: any value at every part, but never all the traits of any class.
+    """Draw a bird for pre-training, with no label: any value at every part, but never all the traits of any class.
 
     So no pre-training bird could be given a class label: a value that is a class by itself never appears at that part,
     and the two values of a class never appear together.
-
-    Args:
-        rng: Where the numbers are from.
-
-    Returns:
-        The bird, with no label.
     """
     while True:
         values: dict[str, str | None] = {}
@@ -255,18 +178,11 @@ def sample_other_spec(rng: np.random.Generator) -> BirdSpec:
 
 
 def counterfactual(spec: BirdSpec, part: str, value: str | None = None) -> BirdSpec:
-    """Change one trait of a bird, or take it away.
+    """Give one trait part of a bird another value, or with None its natural tint.
 
-    Drawn at the same size, the two images differ in pixels of that part's mask only.
-
-    Args:
-        spec: The bird.
-        part: One of `TRAIT_PARTS`.
-        value: What the part gets; None gives it its natural tint.
-
-    Returns:
-        The changed bird. Its label is that of the class that it belongs to now, None where it carries the traits of
-        no class, or of several.
+    Drawn at the same size, the two images differ in pixels of that part's mask only. The new label is that of the
+    class
+    that the bird belongs to now, None where it carries the traits of no class, or of several.
 
     Raises:
         ValueError: the part carries no traits, or cannot take the value.
@@ -316,22 +232,3 @@ def _check_value(part: str, value: str | None) -> None:
 def _check_trait_part(part: str) -> None:
     if part not in TRAIT_PARTS:
         raise ValueError(f"{part!r} is not a part with traits; those are: {', '.join(TRAIT_PARTS)}.")
-
-
-__all__ = [
-    "BIRD_CLASSES",
-    "COLOURS",
-    "PARTS",
-    "PATTERNS",
-    "TRAIT_PARTS",
-    "BirdClass",
-    "BirdSpec",
-    "class_values",
-    "counterfactual",
-    "filler_values",
-    "matching_classes",
-    "part_values",
-    "sample_other_spec",
-    "sample_spec",
-    "split_value",
-]

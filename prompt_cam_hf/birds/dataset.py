@@ -20,32 +20,12 @@ _STREAMS = {"train": 0, "validation": 1, "test": 2, "other": 3}
 
 
 def bird_spec(split: str, index: int, seed: int = 0) -> BirdSpec:
-    """Give the spec of one row of `birds_dataset`; classes take turns.
-
-    Args:
-        split: "train", "validation" or "test".
-        index: The row, from 0.
-        seed: Of the data set.
-
-    Returns:
-        The bird.
-
-    Raises:
-        ValueError: there is no such split.
-    """
+    """Give the spec of a row, from 0, of `birds_dataset`; classes take turns."""
     return sample_spec(_stream(split, index, seed), index % len(BIRD_CLASSES))
 
 
 def other_bird_spec(index: int, seed: int = 0) -> BirdSpec:
-    """Give the spec of one row of `other_birds_dataset`.
-
-    Args:
-        index: The row, from 0.
-        seed: Of the data set.
-
-    Returns:
-        The bird.
-    """
+    """Give the spec of a row, from 0, of `other_birds_dataset`."""
     return sample_other_spec(_stream("other", index, seed))
 
 
@@ -56,14 +36,7 @@ def _stream(split: str, index: int, seed: int) -> np.random.Generator:
 
 
 def row_spec(row: Mapping[str, Any]) -> BirdSpec:
-    """Give the spec of a data set's row, to draw it again, or a counterfactual of it, at any size.
-
-    Args:
-        row: Of `birds_dataset` or `other_birds_dataset`.
-
-    Returns:
-        The bird.
-    """
+    """Give the spec of a data set's row, to draw it again, or a counterfactual of it, at any size."""
     return BirdSpec(row["seed"], {part: row["values"][part] for part in TRAIT_PARTS}, row.get("label"))
 
 
@@ -151,34 +124,11 @@ def birds_dataset(
 
 
 def other_birds_dataset(
-    count: int,
-    size: int = 96,
-    seed: int = 0,
-    num_proc: int | None = None,
-    cache_dir: str | os.PathLike | None = None,
+    count: int, size: int = 96, seed: int = 0, num_proc: int | None = None, cache_dir: str | os.PathLike | None = None
 ) -> datasets.Dataset:
     """Draw birds for pre-training: any value at every part, none of them of any class (see `sample_other_spec`).
 
-    Args:
-        count: Images, 1 or more.
-        size: Side of the images in pixels, 32 or more.
-        seed: As in `birds_dataset`.
-        num_proc: As in `birds_dataset`.
-        cache_dir: As in `birds_dataset`.
-
-    Returns:
-        The columns of `birds_dataset` without `label` and `discriminative_mask`.
-
-    Raises:
-        ValueError: no image is asked for, or the size is below 32.
+    Arguments and columns are those of `birds_dataset`, without `label` and `discriminative_mask`; `count` is of
+    images.
     """
     return _generate("other", count, size, seed, num_proc, cache_dir)
-
-
-__all__ = [
-    "bird_spec",
-    "birds_dataset",
-    "other_bird_spec",
-    "other_birds_dataset",
-    "row_spec",
-]

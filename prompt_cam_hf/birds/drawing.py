@@ -127,7 +127,6 @@ class _Painter:
     """Collects the layers of one bird."""
 
     def __init__(self, spec: BirdSpec, look: _Look, size: int) -> None:
-        """Start with no layers."""
         self.spec, self.look, self.size = spec, look, size
         self.shapes, self.unit = _place(look, size)
         self.ink = np.minimum(look.tint * 0.3, 60)
@@ -232,45 +231,24 @@ def _perch(painter: _Painter) -> Patch | None:
 
 
 def unpack_masks(mask_image: np.ndarray | Image.Image) -> dict[str, np.ndarray]:
-    """Unpack a mask image.
-
-    Args:
-        mask_image: (rows, cols), the second result of `draw_bits`, or a row's `masks`.
-
-    Returns:
-        The mask of each of `PARTS`, boolean, (rows, cols).
-    """
+    """Unpack a mask image (rows, cols), such as a row's `masks`, into a boolean mask of each of `PARTS`."""
     bits = np.asarray(mask_image, dtype=np.uint16)
     return {part: (bits >> index & 1).astype(bool) for index, part in enumerate(PARTS)}
 
 
 def check_size(size: int) -> None:
-    """Refuse images too small to show every part.
-
-    Args:
-        size: Side of the image in pixels.
-
-    Raises:
-        ValueError: size is below 32.
-    """
+    """Refuse images of fewer than 32 pixels a side, too small to show every part."""
     if size < 32:
         raise ValueError(f"size is {size} pixels, but a bird needs at least 32 to show its parts.")
 
 
 def draw_bits(spec: BirdSpec, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
-    """Draw a bird in its surroundings, as arrays.
-
-    Args:
-        spec: The bird.
-        size: Side of the image in pixels, 32 or more.
+    """Draw a bird in its surroundings, as arrays; raises ValueError where `size` is below 32 pixels.
 
     Returns:
         The image (size, size, 3; uint8, RGB) and the mask image (size, size; uint16). Bit k of the mask image says
         that part k of `PARTS` is seen in the pixel: repainting the part changes it. Parts side by side share the
         pixels of their border.
-
-    Raises:
-        ValueError: size is below 32.
     """
     check_size(size)
     rng = np.random.Generator(np.random.PCG64(spec.seed))
@@ -293,20 +271,10 @@ def draw_bits(spec: BirdSpec, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_bird(spec: BirdSpec, size: int = 96) -> tuple[Image.Image, dict[str, np.ndarray]]:
-    """Draw a bird in its surroundings.
-
-    Args:
-        spec: The bird.
-        size: Side of the image in pixels, 32 or more.
+    """Draw a bird in its surroundings; raises ValueError where `size` is below 32 pixels.
 
     Returns:
         The RGB image, and for each of `PARTS` the pixels that show it, boolean, (size, size).
-
-    Raises:
-        ValueError: size is below 32.
     """
     image, bits = draw_bits(spec, size)
     return Image.fromarray(image), unpack_masks(bits)
-
-
-__all__ = ["check_size", "draw_bird", "draw_bits", "unpack_masks"]

@@ -78,18 +78,10 @@ class BirdReading:
 def read_birds(
     model: PromptCAMForImageClassification, image_processor: BaseImageProcessor, birds: datasets.Dataset
 ) -> BirdReading:
-    """Classify birds, rank the heads, and keep every class's trait maps beside the true places.
-
-    Args:
-        model: Trained on `BIRD_CLASSES`.
-        image_processor: Its image processor.
-        birds: Of `birds_dataset`.
-
-    Returns:
-        What the model makes of them.
+    """Classify birds of `birds_dataset`, rank the heads, and keep every class's trait maps beside the true places.
 
     Raises:
-        ValueError: the model was trained on other classes.
+        ValueError: the model was trained on other classes than `BIRD_CLASSES`.
     """
     names = [bird.name for bird in BIRD_CLASSES]
     if list(model.config.id2label.values()) != names:
@@ -114,9 +106,6 @@ def read_birds(
 
 def measure_localisation(reading: BirdReading) -> dict[str, dict[str, float]]:
     """Measure how well the first-ranked heads' maps hit the traits, on the birds that were classified correctly.
-
-    Args:
-        reading: Of `read_birds`.
 
     Returns:
         By metric, the mean of: `first_head`, asked by the true class; `other_classes`, the same heads asked by all
@@ -210,15 +199,7 @@ def _correct_rows(reading: BirdReading) -> np.ndarray:
 
 
 def without_values(spec: BirdSpec, parts: Iterable[str]) -> BirdSpec:
-    """Give some parts of a bird their natural tint.
-
-    Args:
-        spec: The bird.
-        parts: Which of `TRAIT_PARTS`.
-
-    Returns:
-        The same bird in the same image, without the values of these parts.
-    """
+    """Give some trait parts of a bird their natural tint, in the same image."""
     return reduce(counterfactual, parts, spec)
 
 
@@ -257,6 +238,3 @@ def _pixel_values(
     model: PromptCAMForImageClassification, image_processor: BaseImageProcessor, images: list[Image.Image]
 ) -> torch.Tensor:
     return image_processor(images, return_tensors="pt")["pixel_values"].to(model.device)
-
-
-__all__ = ["BirdReading", "measure_localisation", "measure_removal", "read_birds", "without_values"]

@@ -41,17 +41,10 @@ class _Panel(NamedTuple):
 
 
 def plot_trait_hits(birds: datasets.Dataset, reading: BirdReading) -> Figure:
-    """Draw where the first three heads look, and where the first one looks for another class.
+    """Draw where the first three heads look, and where the first one looks for another class; a row for each bird.
 
     Shown is the first correctly classified bird of every fourth class. The other class is the best-scoring one that
     shares no part with the true one.
-
-    Args:
-        birds: Of `birds_dataset`.
-        reading: Of `read_birds`, of the same birds.
-
-    Returns:
-        The figure, a row for each bird.
     """
     return _plot([_hit_row(birds, reading, row) for row in _clear_cases(reading)])
 
@@ -59,15 +52,8 @@ def plot_trait_hits(birds: datasets.Dataset, reading: BirdReading) -> Figure:
 def plot_failures(birds: datasets.Dataset, reading: BirdReading, count: int = 3) -> Figure | None:
     """Draw what goes wrong: misread birds, and correctly read ones whose first head misses the trait.
 
-    A misread bird has the two first heads of the predicted class, and the same two asked by the true class.
-
-    Args:
-        birds: Of `birds_dataset`.
-        reading: Of `read_birds`, of the same birds.
-        count: How many of each kind are shown, the first ones.
-
-    Returns:
-        The figure, a row for each bird, or None where nothing went wrong.
+    A misread bird has the two first heads of the predicted class, and the same two asked by the true class. Shown are
+    the first `count` birds of each kind; the answer is None where nothing went wrong.
     """
     misread = np.flatnonzero(reading.predictions != reading.labels)[:count].tolist()
     beside = np.flatnonzero((reading.predictions == reading.labels) & (reading.hits == 0))[:count].tolist()
@@ -88,16 +74,7 @@ def plot_counterfactuals(
 ) -> Figure:
     """Draw the same birds with and without the traits of their class: scores, and the map of the same head.
 
-    Shown are the birds of `plot_trait_hits`, drawn at the size that the model was trained on.
-
-    Args:
-        model: The model that gave the reading.
-        image_processor: Its image processor.
-        birds: Of `birds_dataset`.
-        reading: Of `read_birds`, of the same birds.
-
-    Returns:
-        The figure, a row for each bird.
+    Shown are the birds of `plot_trait_hits`, drawn at the size that the model was trained on, a row for each.
     """
     rows = []
     for row in _clear_cases(reading):
@@ -193,6 +170,3 @@ def _plot(rows: Sequence[tuple[str, Sequence[_Panel]]]) -> Figure:
             axis.set_title(panel.title, fontsize=8)
             axis.set_axis_off()
     return figure
-
-
-__all__ = ["plot_counterfactuals", "plot_failures", "plot_trait_hits"]

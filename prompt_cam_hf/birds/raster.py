@@ -93,17 +93,10 @@ def stroke(points: np.ndarray, start: float, end: float | None = None) -> np.nda
 
 
 def fill(points: np.ndarray, size: int) -> Patch | None:
-    """Fill a closed outline.
+    """Fill a closed outline (n, 2), in pixels; None where nothing of it lies in the image, whose side is `size`.
 
     Edges are steeper than area coverage: below 5/16 of a pixel counts as nothing and above 11/16 as all of it, so
     a mask of all pixels that a part touches is hardly wider than the part.
-
-    Args:
-        points: (n, 2), x and y of the vertices, in pixels.
-        size: Side of the image in pixels.
-
-    Returns:
-        The patch, or None where nothing of it lies in the image.
     """
     points = np.floor(points * 64 + 0.5) / 64
     low = np.maximum(np.floor(points.min(axis=0)), 0).astype(int)
@@ -172,11 +165,7 @@ def _shifted(patch: Patch | None, frame: Patch) -> np.ndarray:
 
 
 def composite(layers: list[Layer], ground: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lay layers on a ground.
-
-    Args:
-        layers: The hindmost first.
-        ground: (3, rows, cols), 0 to 255.
+    """Lay layers, the hindmost first, on a ground (3, rows, cols) of values from 0 to 255.
 
     Returns:
         The image (3, rows, cols), and for every pixel (rows, cols; uint16) the bits of the parts seen in it.
@@ -196,19 +185,3 @@ def composite(layers: list[Layer], ground: np.ndarray) -> tuple[np.ndarray, np.n
         if layer.part is not None:
             parts[window] |= (share > 0).astype(np.uint16) << layer.part
     return image + still_open * ground, parts
-
-
-__all__ = [
-    "CIRCLE",
-    "Layer",
-    "Patch",
-    "clip_to",
-    "composite",
-    "cut_out",
-    "fill",
-    "join",
-    "outset",
-    "smooth_closed",
-    "smooth_open",
-    "stroke",
-]

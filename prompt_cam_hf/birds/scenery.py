@@ -49,13 +49,8 @@ class Shape:
 class Scenery:
     """Everything but the bird.
 
-    Attributes:
-        corners: (2, 2, 3), the colours of the wash in the corners.
-        mottle: (n, n), what is added to the wash.
-        behind: Clutter behind the bird.
-        front: Clutter in front of the bird.
-        perch: Its slope, width and bend.
-        bark: (3,), the colour of the perch.
+    `corners` (2, 2, 3) are the colours of the wash, `mottle` (n, n) is added to it, and `perch` is slope, width and
+    bend.
     """
 
     corners: np.ndarray
@@ -170,6 +165,3 @@ def paint_wash(scene: Scenery, size: int) -> np.ndarray:
     """The empty background, (3, size, size) in 0 to 255."""
     ground = _stretched(scene.corners, size) + _stretched(scene.mottle, size)[..., None]
     return np.ascontiguousarray(ground.transpose(2, 0, 1))
-
-
-__all__ = ["Scenery", "Shape", "paint_wash", "scenery"]

@@ -30,14 +30,7 @@ IMAGES, CLASSES, PAGE = "images.parquet", "classes.parquet", "index.html"
 
 
 class Atlas(NamedTuple):
-    """A finished atlas.
-
-    Attributes:
-        page: The file index.html.
-        images: The file images.parquet.
-        classes: The file classes.parquet.
-        summary: The numbers of the page and of classes.parquet, except for the mean maps.
-    """
+    """A finished atlas: its three files, and the numbers in them, except for the mean maps."""
 
     page: Path
     images: Path
@@ -151,13 +144,10 @@ def atlas(
 def _collect_parts(
     classifier: Classifier, images: LabelledImages, options: Options, batch_size: int, parts: Parts
 ) -> MapSums:
-    """Run the model on the images of all unfinished parts.
+    """Run the model on the images of all unfinished parts, and return the sums of the maps over all images.
 
     After each part, the sums of the trait maps so far are saved together with the number of finished parts. Only that
     number says which parts are finished: a part that was written after it is made again, and comes out the same.
-
-    Returns:
-        The sums over all images.
     """
     config = classifier.model.config
     grid = grid_size(config.backbone_config, *input_size(classifier.image_processor))
@@ -197,6 +187,3 @@ def _settings(classifier: Classifier, images: LabelledImages, options: Options) 
         "ranking": f"{options.method}, {options.blur}",
         "part size": PART_SIZE,
     }
-
-
-__all__ = ["Atlas", "atlas"]

@@ -50,13 +50,7 @@ ROW_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Options:
-    """How heads are ranked and counted. A resumed atlas must have the same options.
-
-    Attributes:
-        top_heads: How many of an image's most important heads count as its top heads.
-        method: How heads are ranked; see `rank_heads`.
-        blur: As in `rank_heads`.
-    """
+    """How heads are ranked (see `rank_heads`) and counted; a resumed atlas must have the same options."""
 
     top_heads: int = 3
     method: Literal["greedy", "exact", "shapley"] = "greedy"
@@ -65,12 +59,7 @@ class Options:
 
 @dataclass
 class MapSums:
-    """Sums of the trait maps of each class, over the images that count for it (`ClassSummary.used`).
-
-    Attributes:
-        sums: (classes, heads, rows, cols), float64.
-        counts: (classes,), the number of images in each sum.
-    """
+    """Sums (classes, heads, rows, cols) of the trait maps of each class, over `counts` images (its `used` ones)."""
 
     sums: np.ndarray
     counts: np.ndarray
@@ -93,12 +82,8 @@ class MapSums:
 def concentration(maps: np.ndarray) -> np.ndarray:
     """How few patches a map is concentrated on: 1 - H / log(patches), where H is the entropy of the map.
 
-    Args:
-        maps: (..., rows, cols), at least 0. Each map is first divided by its sum, so attention to tokens that are not
-            patches does not count.
-
-    Returns:
-        (...), from 0 for a map that is the same everywhere to 1 for a map on a single patch.
+    From 0 for a map that is the same everywhere to 1 for a map on a single patch. Maps (..., rows, cols), at least 0,
+    are first divided by their sums, so attention to tokens that are not patches does not count.
     """
     flat = maps.reshape(*maps.shape[:-2], -1).astype(np.float64)
     tiny = np.finfo(np.float64).tiny
@@ -110,16 +95,9 @@ def concentration(maps: np.ndarray) -> np.ndarray:
 def clearness(
     probability: float, runner_up_probability: float, on_patches: np.ndarray, concentrated: np.ndarray
 ) -> float:
-    """How good an example an image is of its predicted class.
+    """How good an example an image is of its predicted class, 0 to 1.
 
-    Args:
-        probability: Of the predicted class.
-        runner_up_probability: Of the second best class.
-        on_patches: (top heads,), the share of attention that falls on patches.
-        concentrated: (top heads,), the `concentration` of the maps.
-
-    Returns:
-        The difference of the probabilities, times the mean over the top heads of `on_patches * concentrated`; 0 to 1.
+    The difference of the two best probabilities, times the mean over the top heads of `on_patches * concentrated`.
     """
     return float((probability - runner_up_probability) * (on_patches * concentrated).mean())
 
@@ -127,12 +105,7 @@ def clearness(
 def opened(
     images: LabelledImages, image_processor: BaseImageProcessor, indices: Iterable[list[int]]
 ) -> Iterator[list[tuple[int, Image.Image | str, torch.Tensor | None]]]:
-    """Open images in threads, a few batches ahead of their use.
-
-    Args:
-        images: The images.
-        image_processor: Makes the pixel values.
-        indices: The images of each batch.
+    """Open the images of each batch in threads, a few batches ahead of their use.
 
     Yields:
         A batch, as (index, image, pixel values) of each image. For an image that cannot be read, the image is replaced
@@ -157,24 +130,13 @@ def opened(
 
 
 def collect(
-    classifier: Classifier,
-    images: LabelledImages,
-    places: range,
-    options: Options,
-    batch_size: int,
-    sums: MapSums,
+    classifier: Classifier, images: LabelledImages, places: range, options: Options, batch_size: int, sums: MapSums
 ) -> Iterator[list[dict[str, Any]]]:
-    """Run the model on images and record what `ROW_SCHEMA` lists.
+    """Run the model on the images at some places and record what `ROW_SCHEMA` lists.
 
-    The maps and the ranking of an image are those of its predicted class.
-
-    Args:
-        classifier: The model with its image processor.
-        images: The images.
-        places: Which of them.
-        options: How heads are ranked and counted.
-        batch_size: Images that go through the network at once.
-        sums: The maps of each image whose prediction is its label, or that has no label, are added to this.
+    The maps and the ranking of an image are those of its predicted class. The maps of each image whose prediction
+    is its
+    label, or that has no label, are added to `sums`.
 
     Yields:
         The rows of a batch. Columns that are null in a row are missing from it.
@@ -212,11 +174,7 @@ def input_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
 
 
 def _stack(pixel_values: list[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:
-    """Images (1, channels, height, width) as one batch.
-
-    Raises:
-        ValueError: one has another size.
-    """
+    """Images (1, channels, height, width) as one batch; raises ValueError where one has another size."""
     for values in pixel_values:
         if tuple(values.shape[-2:]) != size:
             raise ValueError(
@@ -265,6 +223,3 @@ def _look(
             columns["label_score"] = scores[i, label]
             columns["label_probability"] = probabilities[i, label]
         yield prediction, maps[i], columns
-
-
-__all__ = ["ROW_SCHEMA", "MapSums", "Options", "clearness", "collect", "concentration", "input_size", "opened"]

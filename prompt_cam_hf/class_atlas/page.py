@@ -61,15 +61,6 @@ def write_page(
 ) -> str:
     """Render the page as HTML. The images that it shows are opened and run through the network again.
 
-    Args:
-        classifier: The model with its image processor.
-        images: The images of the atlas.
-        summary: What the atlas says about classes and confusions.
-        sums: The sums of the trait maps.
-        options: How heads are ranked and counted.
-        model_name: The name of the model, for the title.
-        batch_size: Images that are opened at once.
-
     Raises:
         OSError: an image that is to be shown can no longer be read.
     """
@@ -204,13 +195,7 @@ def strongest_place(trait_map: np.ndarray) -> str:
     return "in the middle" if (vertical, horizontal) == ("middle", "centre") else f"at the {vertical} {horizontal}"
 
 
-def _entry(
-    found: ClassSummary,
-    drawn: list[Drawn],
-    sums: MapSums,
-    heads_shown: int,
-    top_heads: int,
-) -> dict[str, Any]:
+def _entry(found: ClassSummary, drawn: list[Drawn], sums: MapSums, heads_shown: int, top_heads: int) -> dict[str, Any]:
     """What the template needs about a class."""
     in_top, in_sufficient = found.share(found.in_top), found.share(found.in_sufficient)
     on_patches, concentrated = found.share(found.on_patches), found.share(found.concentrated)
@@ -241,6 +226,3 @@ def _entry(
             for head in found.heads
         ],
     }
-
-
-__all__ = ["MAX_CLASSES", "MAX_IMAGES", "MAX_IMAGE_BYTES", "strongest_place", "write_page"]

@@ -46,12 +46,9 @@ CLASS_SCHEMA = pa.schema(
 class Example:
     """An image that is shown.
 
-    Attributes:
-        index: Its place in the data, counted from 0.
-        name: Its path within the data folder, or its row.
-        number: The number of its predicted class.
-        clearness: How good an example it is of that class; see `clearness` in `collect`.
-        head_order: The heads, the most important one first.
+    `index` is its place in the data, from 0; `number` its predicted class, of which `clearness` (in `collect`) says
+    how
+    good an example it is; `head_order` has the most important head first.
     """
 
     index: int
@@ -66,15 +63,12 @@ class ClassSummary:
     """A class over all images.
 
     The numbers about heads, and the examples, come from the `used` images: those that were taken for the class and are
-    labelled with it or have no label.
+    labelled with it or have no label. Sums over these images become means by `share`.
 
     Attributes:
-        number: The number of the class in the model.
-        name: The name of the class.
         labelled: The number of images labelled with it.
         predicted: The number of images taken for it.
         correct: The number of images both labelled with it and taken for it.
-        used: The number of images behind the numbers about heads.
         in_top: (heads,), the number of images in which each head is one of the top heads.
         in_sufficient: (heads,), the number of images in which each head is in the sufficient set.
         sufficient: The sum of the sizes of the sufficient sets.
@@ -115,14 +109,7 @@ class ClassSummary:
 
 @dataclass(frozen=True)
 class Confusion:
-    """A class that is taken for another.
-
-    Attributes:
-        label: The number of the class.
-        prediction: The number of the class that it is taken for.
-        count: How often that happens.
-        examples: The clearest images, the clearest first.
-    """
+    """How often the class number `label` is taken for `prediction`, with the clearest images first."""
 
     label: int
     prediction: int
@@ -132,14 +119,9 @@ class Confusion:
 
 @dataclass
 class Summary:
-    """The numbers of an atlas.
+    """The numbers of an atlas, with classes in the order of their numbers, and the most frequent confusions first.
 
-    Attributes:
-        classes: The classes in the order of their numbers.
-        confusions: The most frequent confusions, the most frequent first.
-        total: The number of images, readable or not.
-        unreadable: Name and reason of the first images that could not be read.
-        num_unreadable: The number of images that could not be read.
+    Images are counted, readable or not; of those that could not be read, the first ones have name and reason.
     """
 
     classes: list[ClassSummary]
@@ -181,14 +163,9 @@ def summarize(
 ) -> Summary:
     """Read the rows once for the classes, and once more for examples of the most frequent confusions.
 
-    Args:
-        read_rows: Reads the given columns of all rows.
-        names: The classes of the model.
-        heads: The number of heads of the last layer.
-        top_heads: How many of an image's heads count as its top heads.
-        num_examples: How many examples are kept of each class.
-        num_confusions: How many confusions are kept.
-        num_confusion_examples: How many examples are kept of each confusion.
+    The numbers say how many of an image's heads count as its top heads, and how many examples of each class,
+    confusions,
+    and examples of each confusion are kept.
     """
     numbers = {name: number for number, name in names.items()}
     classes = [ClassSummary(number, name, *np.zeros((4, heads))) for number, name in sorted(names.items())]
@@ -299,14 +276,3 @@ def _class_row(found: ClassSummary, sums: MapSums, names: Mapping[int, str]) -> 
             "mean_maps": sums.mean(found.number).tolist(),
         }
     return row
-
-
-__all__ = [
-    "CLASS_SCHEMA",
-    "ClassSummary",
-    "Confusion",
-    "Example",
-    "Summary",
-    "class_table",
-    "summarize",
-]

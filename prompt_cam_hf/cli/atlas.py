@@ -5,38 +5,27 @@ from typing import Annotated
 
 import typer
 
-from prompt_cam_hf.cli.common import (
-    BatchSizeOption,
-    DeviceOption,
-    ImageColumnOption,
-    LabelColumnOption,
-    MethodOption,
-    ModelArgument,
-    OutOption,
-    OverwriteOption,
-    SplitOption,
-    one_sentence_errors,
-)
+from prompt_cam_hf.cli import common
 
 
 def atlas(
-    model: ModelArgument,
+    model: common.ModelArgument,
     data: Annotated[
         str,
         typer.Argument(
             help="Folder of class folders, folder of images, CSV or Parquet file, or a data set's id on the Hub."
         ),
     ],
-    out: OutOption,
-    split: SplitOption = None,
+    out: common.OutOption,
+    split: common.SplitOption = None,
     top_heads: Annotated[int, typer.Option(min=1, help="So many heads of an image count as its top ones.")] = 3,
     examples: Annotated[int, typer.Option(min=0, help="Images to show of each class.")] = 3,
-    method: MethodOption = "greedy",
-    batch_size: BatchSizeOption = 8,
-    image_column: ImageColumnOption = "image",
-    label_column: LabelColumnOption = "label",
-    overwrite: OverwriteOption = False,
-    device: DeviceOption = None,
+    method: common.MethodOption = "greedy",
+    batch_size: common.BatchSizeOption = 8,
+    image_column: common.ImageColumnOption = "image",
+    label_column: common.LabelColumnOption = "label",
+    overwrite: common.OverwriteOption = False,
+    device: common.DeviceOption = None,
 ) -> None:
     """Sum up over many images which heads each class rests on.
 
@@ -49,7 +38,7 @@ def atlas(
     from prompt_cam_hf.class_atlas import atlas as make_atlas
     from prompt_cam_hf.loading import load_pipeline
 
-    with one_sentence_errors():
+    with common.one_sentence_errors():
         result = make_atlas(
             load_pipeline(model, device),
             data,
@@ -68,6 +57,3 @@ def atlas(
     print(f"{summary.total - summary.num_unreadable} images of {len(summary.classes)} classes{rate}: {result.page}")
     if summary.num_unreadable:
         raise typer.Exit(1)
-
-
-__all__ = ["atlas"]

@@ -77,19 +77,10 @@ def open_readable(files: Iterable[Path]) -> Iterator[tuple[Path, "Image.Image"]]
 
 
 def output_paths(files: Iterable[Path], out: Path, ending: str, overwrite: bool) -> dict[Path, list[Path]]:
-    """Where the results of each image go; an image that was given twice is listed once.
+    """Where the results of each image go: its figure, JSON and CSV file, such as NAME.`ending`.png.
 
     Inside `out` they lie as the images do in their common folder, under the images' names without the ending, or
-    with it where two would have the same name.
-
-    Args:
-        files: The images.
-        out: Folder for the results.
-        ending: What the results are, as in NAME.ending.png.
-        overwrite: Whether results of an earlier run may be replaced.
-
-    Returns:
-        For each image its figure, JSON and CSV file.
+    with it where two would have the same name. An image that was given twice is listed once.
 
     Raises:
         FileExistsError: a result is there already, and `overwrite` is not set.
@@ -122,27 +113,3 @@ def save_result(result: "Result", paths: Iterable[Path], **figure_options: Any) 
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         result.save(path, **figure_options)
-
-
-__all__ = [
-    "BatchSizeOption",
-    "DeviceOption",
-    "HeadsOption",
-    "ImageColumnOption",
-    "ImagesArgument",
-    "KindOption",
-    "LabelColumnOption",
-    "MethodOption",
-    "ModelArgument",
-    "OutOption",
-    "OutlineOption",
-    "OverwriteOption",
-    "ScaleOption",
-    "SplitOption",
-    "messages",
-    "one_sentence_errors",
-    "open_readable",
-    "output_paths",
-    "save_result",
-    "say",
-]

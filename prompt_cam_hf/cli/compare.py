@@ -6,37 +6,24 @@ from typing import Annotated
 
 import typer
 
-from prompt_cam_hf.cli.common import (
-    DeviceOption,
-    HeadsOption,
-    KindOption,
-    MethodOption,
-    ModelArgument,
-    OutlineOption,
-    OutOption,
-    OverwriteOption,
-    ScaleOption,
-    one_sentence_errors,
-    output_paths,
-    save_result,
-)
+from prompt_cam_hf.cli import common
 
 
 def compare(
-    model: ModelArgument,
+    model: common.ModelArgument,
     image: Annotated[Path, typer.Argument(help="The image.")],
-    out: OutOption,
+    out: common.OutOption,
     classes: Annotated[list[str] | None, typer.Option(help="A class by its name; give two or more.")] = None,
     true: Annotated[
         str | None, typer.Option(help="In place of --classes: the class that a misread image belongs to.")
     ] = None,
-    heads: HeadsOption = None,
-    kind: KindOption = "attention",
-    method: MethodOption = "greedy",
-    scale: ScaleOption = "figure",
-    outline: OutlineOption = False,
-    overwrite: OverwriteOption = False,
-    device: DeviceOption = None,
+    heads: common.HeadsOption = None,
+    kind: common.KindOption = "attention",
+    method: common.MethodOption = "greedy",
+    scale: common.ScaleOption = "figure",
+    outline: common.OutlineOption = False,
+    overwrite: common.OverwriteOption = False,
+    device: common.DeviceOption = None,
 ) -> None:
     """Show what classes share on an image, and what tells them apart.
 
@@ -48,13 +35,10 @@ def compare(
     from prompt_cam_hf.explanations.figures import check_head_count
     from prompt_cam_hf.loading import load_pipeline
 
-    with one_sentence_errors():
-        outputs = output_paths([image], out, "comparison", overwrite)
+    with common.one_sentence_errors():
+        outputs = common.output_paths([image], out, "comparison", overwrite)
         classifier = load_pipeline(model, device)
         check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
         comparison = compare_classes(classifier, image, classes or None, true=true, kind=kind, method=method)
-        save_result(comparison, outputs[image], heads=heads, scale=scale, outline=outline)
+        common.save_result(comparison, outputs[image], heads=heads, scale=scale, outline=outline)
         print(comparison)
-
-
-__all__ = ["compare"]

@@ -100,6 +100,3 @@ def _print_report(report: "DemoReport") -> None:
     same = "gives the same answers" if numbers["same_after_loading"] else "gives OTHER answers, which is a fault"
     console.print(f"The saved model, loaded by pipeline(), {same}.", soft_wrap=True)
     console.print(f"Next: prompt-cam predict {folder / 'model'} {folder / 'birds'}", markup=False, soft_wrap=True)
-
-
-__all__ = ["demo"]

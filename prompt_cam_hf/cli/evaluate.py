@@ -7,16 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from prompt_cam_hf.cli.common import (
-    BatchSizeOption,
-    DeviceOption,
-    ImageColumnOption,
-    LabelColumnOption,
-    OutOption,
-    OverwriteOption,
-    SplitOption,
-    one_sentence_errors,
-)
+from prompt_cam_hf.cli import common
 
 if TYPE_CHECKING:
     import datasets
@@ -42,7 +33,7 @@ def evaluate(
             "embedded birds, whose traits are known."
         ),
     ],
-    out: OutOption,
+    out: common.OutOption,
     baseline: Annotated[
         list[str] | None, typer.Option(help="A model to compare with, of the same classes; repeat it for several.")
     ] = None,
@@ -71,18 +62,18 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Measure maps on so many images only, drawn at random.")
     ] = None,
-    split: SplitOption = None,
+    split: common.SplitOption = None,
     cub: Annotated[
         Path | None, typer.Option(help="The unpacked CUB_200_2011 that the images come from, for its annotations.")
     ] = None,
     cub_mask: Annotated[CubMask, typer.Option(help="Which of CUB's annotations.")] = "segmentation",
     birds_per_class: Annotated[int, typer.Option(min=1, help="Of drawn-birds.")] = 20,
-    image_column: ImageColumnOption = "image",
-    label_column: LabelColumnOption = "label",
+    image_column: common.ImageColumnOption = "image",
+    label_column: common.LabelColumnOption = "label",
     seed: Annotated[int, typer.Option(min=0, help="Of the order of images, and of all that is drawn.")] = 0,
-    batch_size: BatchSizeOption = 32,
-    overwrite: OverwriteOption = False,
-    device: DeviceOption = None,
+    batch_size: common.BatchSizeOption = 32,
+    overwrite: common.OverwriteOption = False,
+    device: common.DeviceOption = None,
 ) -> None:
     """Measure whether a model is right, and whether its maps are.
 
@@ -97,7 +88,7 @@ def evaluate(
     from prompt_cam_hf.evaluation import evaluate as run_evaluation
     from prompt_cam_hf.evaluation.measure import Protocol
 
-    with one_sentence_errors():
+    with common.one_sentence_errors():
         images: str | datasets.Dataset = data
         ground_truth = None if cub is None else _cub_truth(cub, cub_mask)
         if data == DRAWN_BIRDS and not os.path.exists(data):
@@ -171,6 +162,3 @@ def _print(found: "Evaluation") -> None:
         ]
         print(f"{table.title}\n{format_table(columns, rows)}\n")
     print(found.folder / PAGE)
-
-
-__all__ = ["DRAWN_BIRDS", "evaluate"]

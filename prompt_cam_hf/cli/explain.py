@@ -7,41 +7,25 @@ from typing import Annotated
 
 import typer
 
-from prompt_cam_hf.cli.common import (
-    BatchSizeOption,
-    DeviceOption,
-    HeadsOption,
-    ImagesArgument,
-    KindOption,
-    MethodOption,
-    ModelArgument,
-    OutlineOption,
-    OutOption,
-    OverwriteOption,
-    ScaleOption,
-    one_sentence_errors,
-    open_readable,
-    output_paths,
-    save_result,
-)
+from prompt_cam_hf.cli import common
 
 
 def explain(
-    model: ModelArgument,
-    images: ImagesArgument,
-    out: OutOption,
+    model: common.ModelArgument,
+    images: common.ImagesArgument,
+    out: common.OutOption,
     classes: Annotated[
         list[str] | None,
         typer.Option(help="A class by its name; repeat it for several. By default, the predicted one."),
     ] = None,
-    heads: HeadsOption = None,
-    kind: KindOption = "attention",
-    method: MethodOption = "greedy",
-    scale: ScaleOption = "figure",
-    outline: OutlineOption = False,
-    batch_size: BatchSizeOption = 8,
-    overwrite: OverwriteOption = False,
-    device: DeviceOption = None,
+    heads: common.HeadsOption = None,
+    kind: common.KindOption = "attention",
+    method: common.MethodOption = "greedy",
+    scale: common.ScaleOption = "figure",
+    outline: common.OutlineOption = False,
+    batch_size: common.BatchSizeOption = 8,
+    overwrite: common.OverwriteOption = False,
+    device: common.DeviceOption = None,
 ) -> None:
     """Show which traits decide, and where the model looks.
 
@@ -55,23 +39,20 @@ def explain(
     from prompt_cam_hf.loading import as_classifier, load_pipeline
 
     num_explained = 0
-    with one_sentence_errors():
-        outputs = output_paths(find_images(images), out, "traits", overwrite)
+    with common.one_sentence_errors():
+        outputs = common.output_paths(find_images(images), out, "traits", overwrite)
         classifier = as_classifier(load_pipeline(model, device))
         numbers = find_classes(classifier.model.config.id2label, classes) if classes else None
         check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
-        readable = open_readable(outputs)
+        readable = common.open_readable(outputs)
         while batch := dict(islice(readable, batch_size)):
             explanations = explain_each(
                 classifier, batch.values(), numbers, kind=kind, method=method, batch_size=batch_size
             )
             for file, explanation in zip(batch, explanations, strict=True):
                 explanation = replace(explanation, source=str(file))
-                save_result(explanation, outputs[file], heads=heads, scale=scale, outline=outline)
+                common.save_result(explanation, outputs[file], heads=heads, scale=scale, outline=outline)
                 print(explanation, end="\n\n")
             num_explained += len(batch)
     if num_explained < len(outputs):
         raise typer.Exit(1)
-
-
-__all__ = ["explain"]

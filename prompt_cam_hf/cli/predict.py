@@ -13,15 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from prompt_cam_hf.cli.common import (
-    BatchSizeOption,
-    DeviceOption,
-    ImagesArgument,
-    ModelArgument,
-    messages,
-    one_sentence_errors,
-    open_readable,
-)
+from prompt_cam_hf.cli import common
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,12 +22,12 @@ OutputFormat = Literal["table", "csv", "json"]
 
 
 def predict(
-    model: ModelArgument,
-    images: ImagesArgument,
+    model: common.ModelArgument,
+    images: common.ImagesArgument,
     top_k: Annotated[int, typer.Option(min=1, help="Classes to name for each image, best first.")] = 1,
     output_format: Annotated[OutputFormat, typer.Option("--format", help="What to print.")] = "table",
-    batch_size: BatchSizeOption = 8,
-    device: DeviceOption = None,
+    batch_size: common.BatchSizeOption = 8,
+    device: common.DeviceOption = None,
 ) -> None:
     """Name the class of images.
 
@@ -44,18 +36,20 @@ def predict(
     from prompt_cam_hf.data.images import find_images
     from prompt_cam_hf.loading import load_pipeline
 
-    with one_sentence_errors():
+    with common.one_sentence_errors():
         files = find_images(images)
         classifier = load_pipeline(model, device)
     readable: list[Path] = []
 
     def opened() -> "Iterator[Image.Image]":
-        for file, image in open_readable(files):
+        for file, image in common.open_readable(files):
             readable.append(file)
             yield image
 
     predictions = classifier(opened(), batch_size=batch_size, top_k=min(top_k, classifier.model.config.num_labels))
-    progress = track(predictions, "Classifying", total=len(files), console=messages, disable=not messages.is_terminal)
+    progress = track(
+        predictions, "Classifying", total=len(files), console=common.messages, disable=not common.messages.is_terminal
+    )
     answers = list(progress)
     _print_predictions(readable, answers, output_format)
     if len(readable) < len(files):
@@ -82,6 +76,3 @@ def _print_predictions(files: list[Path], answers: list[list[dict[str, Any]]], o
     for row in cells:
         table.add_row(*row)
     Console().print(table, markup=False)
-
-
-__all__ = ["predict"]

@@ -59,11 +59,7 @@ def prepare(
 
 
 def _parse_ranks(chosen: list[str] | None) -> dict[str, list[str]] | None:
-    """Read `RANK=NAME,NAME` options; None where there are none.
-
-    Raises:
-        ValueError: one is of another form.
-    """
+    """Read `RANK=NAME,NAME` options; None where there are none."""
     ranks: dict[str, list[str]] = {}
     for text in chosen or []:
         rank, _, names = text.partition("=")
@@ -79,6 +75,3 @@ def _print_counts(plan: "Plan") -> None:
         numbers = list(folders.values())
         table.add_row(split, *(f"{n:,}" for n in (len(numbers), sum(numbers), min(numbers), max(numbers))))
     Console().print(table)
-
-
-__all__ = ["prepare"]

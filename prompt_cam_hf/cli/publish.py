@@ -87,6 +87,3 @@ def _print_files(publication: "Publication") -> None:
 
 def _format_size(size: int) -> str:
     return f"{size:,} B" if size < 10_000 else f"{size / 1e3:,.0f} kB" if size < 1e6 else f"{size / 1e6:,.1f} MB"
-
-
-__all__ = ["publish"]

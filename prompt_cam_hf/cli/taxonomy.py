@@ -7,36 +7,22 @@ from typing import Annotated
 
 import typer
 
-from prompt_cam_hf.cli.common import (
-    DeviceOption,
-    HeadsOption,
-    ImagesArgument,
-    KindOption,
-    ModelArgument,
-    OutlineOption,
-    OutOption,
-    OverwriteOption,
-    ScaleOption,
-    one_sentence_errors,
-    open_readable,
-    output_paths,
-    save_result,
-)
+from prompt_cam_hf.cli import common
 
 
 def taxonomy(
-    model: ModelArgument,
-    images: ImagesArgument,
-    out: OutOption,
+    model: common.ModelArgument,
+    images: common.ImagesArgument,
+    out: common.OutOption,
     tree: Annotated[
         Path | None, typer.Option(help="CSV file of the tree, in place of the one that was saved with the model.")
     ] = None,
-    heads: HeadsOption = None,
-    kind: KindOption = "attention",
-    scale: ScaleOption = "figure",
-    outline: OutlineOption = False,
-    overwrite: OverwriteOption = False,
-    device: DeviceOption = None,
+    heads: common.HeadsOption = None,
+    kind: common.KindOption = "attention",
+    scale: common.ScaleOption = "figure",
+    outline: common.OutlineOption = False,
+    overwrite: common.OverwriteOption = False,
+    device: common.DeviceOption = None,
 ) -> None:
     """Follow images through a tree of classes, level by level.
 
@@ -52,18 +38,15 @@ def taxonomy(
     from prompt_cam_hf.loading import load_pipeline
 
     num_explained = 0
-    with one_sentence_errors():
-        outputs = output_paths(find_images(images), out, "path", overwrite)
+    with common.one_sentence_errors():
+        outputs = common.output_paths(find_images(images), out, "path", overwrite)
         classifier = load_pipeline(model, device)
         levels = read_taxonomy(tree or find_taxonomy(model))
         check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
-        for file, image in open_readable(outputs):
+        for file, image in common.open_readable(outputs):
             path = replace(explain_path(classifier, image, levels, kind=kind), source=str(file))
-            save_result(path, outputs[file], heads=heads, scale=scale, outline=outline)
+            common.save_result(path, outputs[file], heads=heads, scale=scale, outline=outline)
             print(path)
             num_explained += 1
     if num_explained < len(outputs):
         raise typer.Exit(1)
-
-
-__all__ = ["taxonomy"]

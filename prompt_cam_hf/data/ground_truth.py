@@ -116,13 +116,7 @@ def _check_file(path: Path) -> None:
 
 
 def segmentation_mask(annotation: CubAnnotation) -> np.ndarray:
-    """Read the pixels that at least three of five people marked as the bird.
-
-    Args:
-        annotation: Of the image.
-
-    Returns:
-        Boolean, (height, width).
+    """Read the pixels that at least three of five people marked as the bird, boolean, (height, width).
 
     Raises:
         FileNotFoundError: the segmentations were not unpacked.
@@ -137,37 +131,20 @@ def segmentation_mask(annotation: CubAnnotation) -> np.ndarray:
 
 
 def bounding_box_mask(annotation: CubAnnotation, size: tuple[int, int]) -> np.ndarray:
-    """Mark the pixels whose centre lies in the bird's box.
-
-    Args:
-        annotation: Of the image.
-        size: Height and width of the image.
-
-    Returns:
-        Boolean, (height, width).
-    """
+    """Mark the pixels whose centre lies in the bird's box, in an image of the size (height, width)."""
     left, top, right, bottom = annotation.box
     y, x = _pixel_centres(size)
     return (left <= x) & (x < right) & (top <= y) & (y < bottom)
 
 
 def point_mask(
-    annotation: CubAnnotation,
-    size: tuple[int, int],
-    parts: Iterable[str] | None = None,
-    radius: float | None = None,
+    annotation: CubAnnotation, size: tuple[int, int], parts: Iterable[str] | None = None, radius: float | None = None
 ) -> np.ndarray:
-    """Mark discs around the points of parts.
+    """Mark discs around the points of parts, by default of all that are visible, in an image of (height, width).
 
-    Args:
-        annotation: Of the image.
-        size: Height and width of the image.
-        parts: Which parts; all that are visible by default.
-        radius: In pixels of the image. By default `POINT_RADIUS` of the side of a square as large as the box, so
-            that a bird has the same share of itself marked in a small and in a large image.
-
-    Returns:
-        Boolean, (height, width); nothing is marked where none of the parts is visible.
+    The radius is in pixels of the image, by default `POINT_RADIUS` of the side of a square as large as the box, so
+    that a
+    bird has the same share of itself marked in a small and in a large image.
     """
     left, top, right, bottom = annotation.box
     if radius is None:
@@ -187,14 +164,11 @@ def _pixel_centres(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def bird_mask(row: Mapping[str, Any], parts: Iterable[str] | None = None) -> np.ndarray:
-    """Mark the pixels that show parts of a drawn bird.
+    """Mark the pixels, (height, width), that show parts of a drawn bird.
 
     Args:
         row: Of `prompt_cam_hf.birds.birds_dataset`.
         parts: Which of `prompt_cam_hf.birds.PARTS`; by default those that define the bird's class.
-
-    Returns:
-        Boolean, (height, width).
 
     Raises:
         ValueError: there is no such part, or the bird is of no class and no parts are given.
@@ -211,30 +185,11 @@ def bird_mask(row: Mapping[str, Any], parts: Iterable[str] | None = None) -> np.
 
 
 def mask_as_seen(mask: np.ndarray, image_processor: BaseImageProcessor) -> np.ndarray:
-    """Send a mask through an image processor, so that it is resized and cropped as the image is.
+    """Send a mask (height, width) through an image processor, so that it is resized and cropped as the image is.
 
     A pixel is on the mask if at least half of what it shows is. What a processor crops away is lost, as it is to the
     model; and the maps of any processor lie on the whole of what comes out.
-
-    Args:
-        mask: (height, width), boolean, of the original image.
-        image_processor: The model's.
-
-    Returns:
-        Boolean, with the height and width that the processor gives images.
     """
     image = Image.fromarray(np.where(mask, 255, 0).astype(np.uint8)).convert("RGB")
     inputs = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")
     return np.asarray(inputs["pixel_values"])[0, 0] >= 127.5
-
-
-__all__ = [
-    "POINT_RADIUS",
-    "CubAnnotation",
-    "bird_mask",
-    "bounding_box_mask",
-    "mask_as_seen",
-    "point_mask",
-    "read_cub",
-    "segmentation_mask",
-]

@@ -23,14 +23,7 @@ class UnreadableImageError(ValueError):
 
 
 def image_name(source: ImageSource) -> str:
-    """Give the path of an image, for a message.
-
-    Args:
-        source: What `open_image` opens.
-
-    Returns:
-        The path; empty where there is none.
-    """
+    """Give the path of an image, for a message; empty where it has none."""
     if isinstance(source, Mapping):
         source = source.get("path") or b""
     if isinstance(source, Image.Image):
@@ -102,24 +95,14 @@ def open_image(source: ImageSource) -> Image.Image:
 
 
 def image_suffixes() -> set[str]:
-    """List the formats that Pillow can open.
-
-    Returns:
-        Their file endings, in lower case and with the dot.
-    """
+    """List the endings of the formats that Pillow can open, in lower case and with the dot."""
     return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """List the files in a folder at any depth, following links to folders.
+    """List the files in a folder at any depth, sorted, following links to folders.
 
     Hidden files and folders (`.name`) are passed over, and so are folders like `__MACOSX`.
-
-    Args:
-        folder: Where to look.
-
-    Returns:
-        The files, sorted.
     """
     found: list[Path] = []
     for parent, subfolders, files in os.walk(folder, followlinks=True):
@@ -129,14 +112,9 @@ def visible_files(folder: Path) -> list[Path]:
 
 
 def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
-    """List the images among files and in folders.
+    """List the images among files and in folders, in the order of `paths`, those of a folder sorted.
 
-    Args:
-        paths: Files, which are taken as they are, and folders, in which `visible_files` with the ending of an image
-            are taken.
-
-    Returns:
-        The files in the order of `paths`, those of a folder sorted.
+    Files are taken as they are; of a folder, `visible_files` with the ending of an image.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -158,15 +136,9 @@ def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
 
 
 def unreadable_reason(source: ImageSource) -> str | None:
-    """Say why `open_image` would refuse an image.
+    """Say in words why `open_image` would refuse an image; None where the image can be read.
 
     Faster than `open_image`: a JPEG is decoded at an eighth of its size, for which its file is still read to the end.
-
-    Args:
-        source: As for `open_image`.
-
-    Returns:
-        The reason in words, or None where the image can be read.
     """
     try:
         with _open_lazily(source) as image:
@@ -220,15 +192,3 @@ def build_image_processor(
         image_mean=list(image_mean),
         image_std=list(image_std),
     )
-
-
-__all__ = [
-    "UnreadableImageError",
-    "build_image_processor",
-    "find_images",
-    "image_name",
-    "image_suffixes",
-    "open_image",
-    "unreadable_reason",
-    "visible_files",
-]

@@ -38,39 +38,23 @@ class LabelledImages:
     folder: Path | None = None
 
     def __len__(self) -> int:
-        """Count them."""
         return len(self.labels)
 
     def source(self, index: int) -> Any:
-        """Give what `open_image` opens.
-
-        Args:
-            index: The image's place, from 0.
-
-        Returns:
-            A mapping with `path` and `bytes`, empty where the row has no image.
-        """
+        """Give what `open_image` opens, a mapping with `path` and `bytes`, empty where the row has no image."""
         return self.images[index]["image"] or {}
 
     def name(self, index: int) -> str:
-        """Name an image for a reader.
-
-        Args:
-            index: The image's place, from 0.
-
-        Returns:
-            Its path within the folder, or its row, where it has no path.
-        """
+        """Name an image for a reader: by its path within the folder, or by its row, where it has no path."""
         name = image_name(self.source(index))
         if self.folder is not None and name.startswith(f"{self.folder}{os.sep}"):
             name = name[len(f"{self.folder}{os.sep}") :]
         return name or f"row {index}"
 
     def digest(self) -> str:
-        """Compute a fingerprint of the images, without reading the files.
+        """Compute a fingerprint of the images, in hexadecimal, without reading the files.
 
-        Returns:
-            SHA-256 over labels and files (path, size, time of the last change) or encoded images, in hexadecimal.
+        It is SHA-256 over labels and files (path, size, time of the last change) or encoded images.
         """
         digest = hashlib.sha256()
         for index, label in enumerate(self.labels):
@@ -94,7 +78,7 @@ def read_labelled_images(
     image_column: str = "image",
     label_column: str = "label",
 ) -> LabelledImages:
-    """List images with the model's classes that they are labelled with.
+    """List images with the model's classes that they are labelled with, in the order of the data.
 
     Args:
         data: What `load_image_data` (`prompt_cam_hf.data.splits`) reads; also a folder with images and no class
@@ -102,13 +86,7 @@ def read_labelled_images(
         id2label: The model's classes. Names are compared as `find_class` does, with or without an `NNN.` prefix; an
             image of a class that the model does not know counts as unlabelled.
         split: "train", "validation" or "test"; None: the last of these that the data have.
-        name: Configuration of a data set on the Hub.
-        revision: Revision of a data set on the Hub.
-        image_column: Column of images or paths.
-        label_column: Column of class names or numbers.
-
-    Returns:
-        The images of one split, in the order of the data.
+        name, revision, image_column, label_column: As in `load_image_data`.
 
     Raises:
         FileNotFoundError: there are no such data.
@@ -168,6 +146,3 @@ def _find(id2label: Mapping[int, str], label: str) -> int | None:
         except ValueError:
             continue
     return None
-
-
-__all__ = ["LabelledImages", "Split", "read_labelled_images"]

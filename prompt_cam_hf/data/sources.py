@@ -36,10 +36,9 @@ _MAX_NAMED = 5
 class SourceSplit(NamedTuple):
     """One split as it was found.
 
-    Attributes:
-        images: The one column `image`, undecoded.
-        labels: The class name of each row.
-        class_names: All classes in the order of their numbers, where the source gives one.
+    `images` has the one column `image`, undecoded; `labels` is the class name of each row; `class_names` are all
+    classes
+    in the order of their numbers, where the source gives one.
     """
 
     images: datasets.Dataset
@@ -48,14 +47,7 @@ class SourceSplit(NamedTuple):
 
 
 def some_of(names: Iterable[object]) -> str:
-    """List the first few names for a message, and count the rest.
-
-    Args:
-        names: Any number of them.
-
-    Returns:
-        Such as "a, b, c, d, e and 7 more".
-    """
+    """List the first few names for a message, and count the rest: "a, b, c, d, e and 7 more"."""
     ordered = [str(name) for name in names]
     rest = len(ordered) - _MAX_NAMED
     return ", ".join(ordered[:_MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
@@ -67,14 +59,7 @@ def _warn_about(what: str, names: Iterable[str], where: object) -> None:
 
 
 def image_rows(files: Iterable[str | os.PathLike]) -> datasets.Dataset:
-    """Make a data set of image files, none of which is opened.
-
-    Args:
-        files: Their paths.
-
-    Returns:
-        The one column `image`, a `datasets.Image(decode=False)`.
-    """
+    """Make a data set of image files, none of which is opened, with the one column `image`."""
     features = datasets.Features({"image": datasets.Image(decode=False)})
     return datasets.Dataset.from_dict({"image": list(map(str, files))}, features=features)
 
@@ -187,16 +172,13 @@ def _check_column(table: datasets.Dataset, where: str, option: str, column: str)
 
 
 def read_images(table: datasets.Dataset, where: str, folder: Path | None, column: str) -> datasets.Dataset:
-    """Take the images out of a table, without opening any.
+    """Take the images out of a table, without opening any, as the one column `image`.
 
     Args:
         table: With a column of images or their paths.
         where: What the table is called, for messages.
         folder: That paths start from; None for that of the process.
         column: The column.
-
-    Returns:
-        The one column `image`, a `datasets.Image(decode=False)`.
 
     Raises:
         ValueError: the column is missing, holds something else, or has empty rows.
@@ -284,21 +266,9 @@ def read_source(
     image_column: str,
     label_column: str,
 ) -> dict[str, SourceSplit]:
-    """Read the splits of a source.
+    """Read the splits of a source: `train`, and `validation` and `test` where they are found, in this order.
 
-    Args:
-        source: As for `load_image_data` in `splits.py`.
-        name: Configuration of a data set on the Hub.
-        revision: Branch, tag or commit of a data set on the Hub.
-        image_column: Column of images or paths.
-        label_column: Column of class names or numbers.
-
-    Returns:
-        `train`, and `validation` and `test` where they are found, in this order.
-
-    Raises:
-        FileNotFoundError: the source does not exist.
-        ValueError: as in `load_image_data`, where no image has to be opened for it.
+    Arguments and errors are those of `load_image_data` in `splits.py`, as far as no image has to be opened.
     """
     if isinstance(source, datasets.Dataset):
         source = datasets.DatasetDict(train=source)
@@ -314,6 +284,3 @@ def read_source(
         raise ValueError(f"{path} is neither a folder nor a CSV or Parquet file.")
     location = str(path) if holds_parquet else os.fspath(source)
     return _read_dataset_dict(_load_dataset(location, name, revision), location, image_column, label_column)
-
-
-__all__ = ["SPLIT_NAMES", "SourceSplit", "image_rows", "read_images", "read_source", "some_of"]

@@ -26,13 +26,7 @@ _CHECK_CHUNK = 32
 
 
 class SkippedImage(NamedTuple):
-    """An image that cannot be read.
-
-    Attributes:
-        split: "train", "validation" or "test".
-        file: Its file, or its row where it has none.
-        reason: What is wrong with it, in words.
-    """
+    """An image that cannot be read: its file, or its row where it has none, and the reason in words."""
 
     split: str
     file: str
@@ -61,11 +55,7 @@ class ImageData:
     skipped: list[SkippedImage] = field(default_factory=list)
 
     def write_skipped(self, path: str | os.PathLike) -> None:
-        """Write the skipped images to a CSV file with the columns `split`, `file` and `reason`.
-
-        Args:
-            path: The file; one that is there is replaced.
-        """
+        """Write the skipped images to a CSV file with the columns `split`, `file` and `reason`."""
         pd.DataFrame(self.skipped, columns=SkippedImage._fields).to_csv(path, index=False)
 
 
@@ -112,17 +102,10 @@ def _check_classes(splits: dict[str, datasets.Dataset], class_names: list[str]) 
 
 
 def find_unreadable_images(dataset: datasets.Dataset, split: str = "train") -> dict[int, SkippedImage]:
-    """Decode every image, and say what is wrong with which row.
+    """Decode every image of the undecoded column `image`, and say what is wrong with which row.
 
     This runs in threads (Pillow decodes without Python's lock), with a progress bar unless those of the datasets
     library are switched off.
-
-    Args:
-        dataset: With the undecoded column `image`.
-        split: The name of the split, for the result.
-
-    Returns:
-        For the number of each row that cannot be read, what is wrong with it.
     """
 
     def check(start: int) -> list[tuple[str, str | None]]:
@@ -240,6 +223,3 @@ def load_image_data(
     if "validation" not in splits and validation_fraction > 0:
         splits["train"], splits["validation"] = _hold_out(splits["train"], validation_fraction, seed)
     return ImageData(splits["train"], splits.get("validation"), splits.get("test"), id2label, skipped)
-
-
-__all__ = ["ImageData", "SkippedImage", "find_unreadable_images", "load_image_data"]

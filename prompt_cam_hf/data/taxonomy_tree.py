@@ -31,50 +31,19 @@ class Taxonomy:
         return self.levels[0]
 
     def nodes(self, level: str) -> list[str]:
-        """List the nodes of a level.
-
-        Args:
-            level: One of `levels`.
-
-        Returns:
-            Their names, sorted.
-        """
+        """List the nodes of a level, sorted."""
         return sorted({path[self.levels.index(level)] for path in self.paths.values()})
 
     def node_of(self, name: str, level: str) -> str:
-        """Find the node that a class belongs to at a level.
-
-        Args:
-            name: The class.
-            level: One of `levels`.
-
-        Returns:
-            The node's name.
-        """
+        """Find the node that a class belongs to at a level."""
         return self.paths[name][self.levels.index(level)]
 
     def ancestor(self, level: str, node: str, at: str) -> str:
-        """Find the node that another node belongs to.
-
-        Args:
-            level: The level of the other node.
-            node: The other node.
-            at: The level to look at, above `level`.
-
-        Returns:
-            The node's name.
-        """
+        """Find the node at the level `at` that a node of a level below it belongs to."""
         return next(self.node_of(name, at) for name in self.paths if self.node_of(name, level) == node)
 
     def check_classes(self, names: Iterable[str]) -> None:
-        """Refuse a tree whose leaves are not the classes of the data.
-
-        Args:
-            names: The classes of the data.
-
-        Raises:
-            ValueError: a class has no row, or a row has no class.
-        """
+        """Refuse, with a ValueError, a tree whose leaves are not the classes of the data."""
         classes = set(names)
         for name in sorted(classes - set(self.paths)):
             nearest = get_close_matches(name, self.paths, n=1)
@@ -86,10 +55,7 @@ class Taxonomy:
             raise ValueError(f"The data has no class {name!r}, which the taxonomy has a row for; remove the row.")
 
     def conflicts(self, nodes: Mapping[str, str]) -> dict[str, str]:
-        """Find where nodes do not form a path of the tree.
-
-        Args:
-            nodes: A node for each level, from the root down.
+        """Find where nodes, one for each level from the root down, do not form a path of the tree.
 
         Returns:
             For each level whose node does not belong to the one above it: what it belongs to instead, in words.
@@ -102,11 +68,7 @@ class Taxonomy:
         return found
 
     def to_csv(self) -> str:
-        """Write the tree as text.
-
-        Returns:
-            The text of a CSV file that `read_taxonomy` reads.
-        """
+        """Write the tree as the text of a CSV file that `read_taxonomy` reads."""
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([self.levels, *self.paths.values()])
         return text.getvalue()
@@ -174,6 +136,3 @@ def _check_header(names: list[str], path: str | os.PathLike) -> tuple[str, ...]:
         if [other.casefold() for other in names].count(name.casefold()) > 1:
             raise ValueError(f"{path}: the first row names the level {name!r} twice.")
     return tuple(names)
-
-
-__all__ = ["Taxonomy", "read_taxonomy"]

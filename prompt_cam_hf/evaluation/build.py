@@ -247,6 +247,3 @@ def _summarize(
         counts.get("unreadable", 0),
         parts.out,
     )
-
-
-__all__ = ["GroundTruth", "evaluate"]

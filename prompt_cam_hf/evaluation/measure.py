@@ -10,15 +10,8 @@ import pyarrow as pa
 import torch
 
 from prompt_cam_hf.evaluation.subjects import Subject, explainer
+from prompt_cam_hf.metrics import localization
 from prompt_cam_hf.metrics.faithfulness import PRESETS, deletion, insertion
-from prompt_cam_hf.metrics.localization import (
-    chance_level,
-    patch_mask,
-    pointing_game,
-    region_iou,
-    relevance_mass_accuracy,
-    relevance_rank_accuracy,
-)
 from prompt_cam_hf.metrics.road import road
 from prompt_cam_hf.metrics.sanity import map_stability, parameter_randomisation, random_class_similarity
 from prompt_cam_hf.metrics.scoring import Explainer
@@ -75,11 +68,7 @@ class Protocol:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            ValueError: a value is unknown or out of range.
-        """
+        """Refuse, with a ValueError, what is unknown or out of range."""
         if unknown := [name for name in self.metrics if name not in METRIC_GROUPS]:
             raise ValueError(f"There are no metrics {unknown[0]!r}; choose among {', '.join(METRIC_GROUPS)}.")
         if self.preset not in PRESETS:
@@ -90,11 +79,8 @@ class Protocol:
             raise ValueError(f"limit is {self.limit} and batch_size {self.batch_size}; at least 1 is needed.")
 
     def of(self, metric: str, ground_truth: str | None) -> str:
-        """The protocol of one metric in a few words, to be shown beside its numbers.
-
-        Args:
-            metric: The metric's name, as in the rows.
-            ground_truth: What the masks are, in words.
+        """The protocol of one metric in a few words, to be shown beside its numbers; `ground_truth` says what the
+        masks are.
         """
         if metric == "accuracy":
             return "top-1"
@@ -108,10 +94,9 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Batch:
-    """Images as a model sees them.
+    """Images (batch, channels, height, width) as a model sees them.
 
     Attributes:
-        pixel_values: (batch, channels, height, width).
         labels: (batch,), -1 for an image without label.
         masks: (batch, height, width), boolean: where the traits of the true class are; all False for an image without
             ground truth. None: no image has ground truth.
@@ -128,11 +113,6 @@ class Batch:
 
 def measure(subject: Subject, batch: Batch, protocol: Protocol) -> Iterator[tuple[int, str, Measured]]:
     """Measure a model and its maps on a batch of images.
-
-    Args:
-        subject: The model and its maps.
-        batch: The images as the model sees them.
-        protocol: What is measured, and how.
 
     Yields:
         (place in the batch, name of the map or "" for the model itself, (metric, value, curve or None)).
@@ -210,13 +190,13 @@ def _measure_localisation(
 ) -> list[Measured]:
     maps = explain(subject.model, batch.pixel_values, batch.labels.to(asked.device)).cpu().numpy()
     assert batch.masks is not None  # see `_measurements`
-    patches = patch_mask(batch.masks, maps.shape[-2:])
+    patches = localization.patch_mask(batch.masks, maps.shape[-2:])
     found = (
-        pointing_game(maps, patches),
-        relevance_mass_accuracy(maps, patches),
-        relevance_rank_accuracy(maps, patches),
-        region_iou(maps, patches),
-        chance_level(patches),
+        localization.pointing_game(maps, patches),
+        localization.relevance_mass_accuracy(maps, patches),
+        localization.relevance_rank_accuracy(maps, patches),
+        localization.region_iou(maps, patches),
+        localization.chance_level(patches),
     )
     return [(name, values, None) for name, values in zip(LOCALISATION, found, strict=True)]
 
@@ -250,17 +230,3 @@ def _measure_sanity(
         similarity = random_class_similarity(model, images, explain, asked, protocol.seed)
         measured.append(("like a random class's map", similarity, None))
     return measured
-
-
-__all__ = [
-    "FAITHFULNESS",
-    "LOCALISATION",
-    "METRIC_GROUPS",
-    "ROW_SCHEMA",
-    "SANITY_IMAGES",
-    "SPECIFICITY",
-    "Batch",
-    "Measured",
-    "Protocol",
-    "measure",
-]

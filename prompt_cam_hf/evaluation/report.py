@@ -34,14 +34,7 @@ _LINE_STYLES = ("-", "--", "-.", ":")
 
 
 class Table(NamedTuple):
-    """A table of a report.
-
-    Attributes:
-        title: What stands above it.
-        row_heading: What a row is.
-        columns: The names of the metrics.
-        rows: The name of a model, or of a model and a map, with the mean of each metric; None: not measured.
-    """
+    """A table: a row for each model, or model and map, with the mean of each metric; None: not measured."""
 
     title: str
     row_heading: str
@@ -50,15 +43,9 @@ class Table(NamedTuple):
 
 
 def to_json(found: Evaluation, names: Sequence[str]) -> str:
-    """Write all means as JSON.
+    """Write all means as JSON; `names` are those of the models, in the order in which they were given.
 
-    Args:
-        found: The evaluation.
-        names: The models' names, in the order in which they were given.
-
-    Returns:
-        An object: "metrics" are those of the first model and its first map, which a model card shows; "all" are those
-        of all models and maps.
+    "metrics" are those of the first model and its first map, which a model card shows; "all" are those of all.
     """
     first_map = next((mean.map for mean in found.means if mean.model == names[0] and mean.map), "")
     main = [mean for mean in found.means if mean.model == names[0] and mean.map in ("", first_map)]
@@ -94,11 +81,7 @@ def tables(means: Iterable[Mean]) -> list[Table]:
     means = list(means)
     of_models = [mean for mean in means if not mean.map]
     of_maps = [mean for mean in means if mean.map]
-    groups = {
-        "Faithfulness": (*FAITHFULNESS, "road"),
-        "Localisation": LOCALISATION,
-        "Specificity": SPECIFICITY,
-    }
+    groups = {"Faithfulness": (*FAITHFULNESS, "road"), "Localisation": LOCALISATION, "Specificity": SPECIFICITY}
     found = [_table("Accuracy", "model", of_models)]
     for title, metrics in groups.items():
         found.append(_table(title, "model and map", [mean for mean in of_maps if mean.metric in metrics]))
@@ -155,11 +138,7 @@ def render_report(
 ) -> str:
     """Render the page as HTML. The images that it shows are opened and run through the network again.
 
-    Args:
-        found: The evaluation.
-        measurements: Rows with the columns of `ROW_SCHEMA`.
-        subjects: The models; images of the first one are shown.
-        images: The images of the evaluation.
+    They are shown with the first of the models; `measurements` are rows with the columns of `ROW_SCHEMA`.
     """
     subject = subjects[0]
     judged_by, good, bad = _best_and_worst(measurements, subject)
@@ -237,16 +216,3 @@ def _draw(subject: Subject, images: LabelledImages, index: int, score: float, of
         embed_thumbnail(as_seen, _THUMBNAIL_SIDE, _THUMBNAIL_BYTES),
         embed_thumbnail(Image.fromarray(drawn), _THUMBNAIL_SIDE, _THUMBNAIL_BYTES),
     )
-
-
-__all__ = [
-    "CURVES",
-    "EVALUATION",
-    "MEASUREMENTS",
-    "PAGE",
-    "Table",
-    "draw_curves",
-    "render_report",
-    "tables",
-    "to_json",
-]

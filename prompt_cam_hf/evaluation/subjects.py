@@ -25,14 +25,7 @@ _DEFAULT_BASELINE_MAPS = ("grad_cam", "hires_cam", "layer_cam", "eigen_cam", "ro
 
 
 class Subject(NamedTuple):
-    """A model, and the maps of it that are measured.
-
-    Attributes:
-        name: The model's name in tables.
-        model: The model, in evaluation mode.
-        image_processor: The model's image processor, with `image_mean` and `image_std`.
-        maps: Names of `MAPS`.
-    """
+    """A model in evaluation mode with its name in tables, its image processor, and which of `MAPS` are measured."""
 
     name: str
     model: PreTrainedModel
@@ -48,12 +41,9 @@ class Subject(NamedTuple):
 def load_subject(
     model: str | os.PathLike | Pipeline, maps: Sequence[str] | None = None, device: str | None = None
 ) -> Subject:
-    """Load a model and choose its maps.
+    """Load a Prompt-CAM, a linear probe or a VPT (from a folder, the Hub, or a pipeline), and choose its maps.
 
-    Args:
-        model: A Prompt-CAM, a linear probe or a VPT: a folder, a Hub id, or a pipeline.
-        maps: Names of `MAPS`. None: the aggregated map of a Prompt-CAM, the usual post-hoc maps of other models.
-        device: Where the model is loaded to. None: the best device there is.
+    For None as `maps`: the aggregated map of a Prompt-CAM, the usual post-hoc maps of other models.
 
     Raises:
         ValueError: a map is unknown, or the model does not allow it.
@@ -108,11 +98,7 @@ def explainer(name: str) -> Explainer:
 
 
 def check_same_classes(first: Subject, second: Subject) -> None:
-    """Check that two models have the same classes.
-
-    Raises:
-        ValueError: names or numbers of the classes differ.
-    """
+    """Refuse, with a ValueError, two models whose classes have other names or numbers."""
     mine, others = first.config.id2label, second.config.id2label
     for number in sorted(mine.keys() | others.keys()):
         if mine.get(number) != others.get(number):
@@ -120,6 +106,3 @@ def check_same_classes(first: Subject, second: Subject) -> None:
                 f"{first.name} and {second.name} have different classes: number {number} is {mine.get(number)!r} in "
                 f"the one and {others.get(number)!r} in the other. Compare models that were trained on the same data."
             )
-
-
-__all__ = ["MAPS", "Subject", "check_same_classes", "explainer", "load_subject"]

@@ -19,16 +19,11 @@ _BOOTSTRAP_BATCH = 50
 
 @dataclass(frozen=True)
 class Mean:
-    """A metric of a model, or of one of its maps, over images.
+    """A metric of a model, or of one of its maps ("" for the model itself), over images.
 
-    Attributes:
-        model: The model's name.
-        map: The map's name; "" for metrics of the model itself.
-        metric: The metric's name.
-        value: The mean over the images.
-        low: The lower end of the 95 % bootstrap interval of the mean; NaN with one image.
-        high: The upper end.
-        num_images: The number of images on which the metric could be measured.
+    `low` and `high` are the ends of the 95 % bootstrap interval of the mean, NaN with one image; `num_images`
+    counts the
+    images on which the metric could be measured.
     """
 
     model: str
@@ -78,12 +73,8 @@ class Evaluation:
 def summarize(tables: Iterable[pa.Table], seed: int = 0) -> tuple[list[Mean], dict[Key, np.ndarray]]:
     """Compute the mean of each metric, and the mean curve of each metric that has curves.
 
-    Args:
-        tables: Rows with the columns of `ROW_SCHEMA`.
-        seed: The seed of the bootstrap.
-
-    Returns:
-        The means in the order in which they first appear in the rows, and the curves.
+    The means are in the order in which they first appear in the rows, of `ROW_SCHEMA`; `seed` is that of the
+    bootstrap.
     """
     values: dict[Key, list[float]] = {}
     totals: dict[Key, np.ndarray] = {}
@@ -116,6 +107,3 @@ def _mean(key: Key, values: np.ndarray, seed: int) -> Mean:
             random_state=np.random.default_rng(seed),
         ).confidence_interval
     return Mean(*key, float(values.mean()), float(low), float(high), len(values))
-
-
-__all__ = ["CONFIDENCE", "Evaluation", "Key", "Mean", "summarize"]

@@ -97,6 +97,3 @@ def _head_weights(
     count = {"first": torch.tensor(1), "top3": torch.tensor(_NUM_TOP_HEADS)}.get(way, ranking.sufficient)
     places = ranking.order.argsort(dim=-1)
     return (places < count.to(places.device)[..., None]).float()
-
-
-__all__ = ["AGGREGATIONS", "DEFAULT_AGGREGATION", "Aggregation", "aggregate_maps"]

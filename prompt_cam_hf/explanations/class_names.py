@@ -16,10 +16,6 @@ def find_class(id2label: Mapping[int, str], name: str) -> int:
 
     The exact name comes first; otherwise case does not matter, and underscores, hyphens and spaces are the same.
 
-    Args:
-        id2label: Names by class number, as in `model.config.id2label`.
-        name: The name as the user wrote it.
-
     Raises:
         ValueError: no class has this name (the nearest names are suggested), or several do.
     """
@@ -60,15 +56,7 @@ def find_classes(id2label: Mapping[int, str], classes: str | int | Iterable[str 
 
 
 def check_classes(classes: torch.Tensor, batch: int, num_labels: int) -> torch.Tensor:
-    """Bring the class numbers asked about for each image into one shape.
-
-    Args:
-        classes: (batch,) or (batch, k).
-        batch: Number of images.
-        num_labels: Number of classes of the model.
-
-    Returns:
-        (batch, k); k is 1 where `classes` has no such axis.
+    """Bring the class numbers (batch,) or (batch, k) asked about for each image into the shape (batch, k).
 
     Raises:
         ValueError: `classes` has another shape, or holds a number that is not a class.
@@ -92,6 +80,3 @@ def _nearest(labels: Iterable[str], name: str) -> list[str]:
     holding = sorted((plain for plain in by_plain if wanted and wanted in plain), key=len)
     alike = difflib.get_close_matches(wanted, by_plain, n=_MAX_HINTS, cutoff=0.5)
     return [by_plain[plain] for plain in dict.fromkeys([*holding, *alike])][:_MAX_HINTS]
-
-
-__all__ = ["check_classes", "find_class", "find_classes"]

@@ -228,6 +228,3 @@ def compare(
         numbers = [true_number, predicted.number]
     explanation = replace(next(explain_each(classifier, [opened], numbers, **options)), source=image_name(image))
     return Comparison(explanation, None if true is None else id2label[numbers[0]])
-
-
-__all__ = ["Comparison", "compare"]

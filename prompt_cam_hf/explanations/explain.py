@@ -349,13 +349,7 @@ def read_state(
 ) -> Iterator[tuple[tuple[ClassScore, ...], tuple[ClassTraits, ...]]]:
     """The scores of all classes and the traits of those asked about, for each image of a batch.
 
-    Args:
-        model: The model, using the prompt set that the state was computed with.
-        state: From its `last_layer_state` or `last_layer_states`.
-        numbers: The classes asked about; None: each image's predicted class.
-        kind: As in `explain`.
-        method: As in `explain`.
-        blur: As in `explain`.
+    The model uses the prompt set that the state was computed with; for None as `numbers`, the predicted class is read.
     """
     with torch.no_grad():
         logits = model.last_layer_logits(state)
@@ -399,6 +393,3 @@ def _ranking_fields(ranking: HeadRanking, image: int, row: int) -> dict[str, Any
         "sufficient": None if sufficient[image, row] > len(order) else int(sufficient[image, row]),
         "num_smallest_sets": None if sets is None else int(sets[image, row]),
     }
-
-
-__all__ = ["ClassScore", "ClassTraits", "Explanation", "explain", "explain_each", "read_state"]

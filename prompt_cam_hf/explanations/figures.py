@@ -68,14 +68,9 @@ def overlay(
 class MapStyle:
     """What the maps of a figure have in common.
 
-    Attributes:
-        image: The image that they are drawn on.
-        box: The part of it that they cover, from `map_box`; None for all of it.
-        kind: What they show.
-        vmax: The value of the brightest colour where `scale` is "figure".
-        outline: Whether to outline what reaches half of the scale.
-        scale: "figure" for one scale for all maps, "head" for one each.
-        difference: The maps are differences of two classes' maps.
+    They cover the `box` of the image (from `map_box`; None: all of it). `vmax` is the value of the brightest colour
+    where
+    the scale is "figure"; with "head" each map has one of its own. `outline` marks what reaches half of the scale.
     """
 
     image: Image.Image
@@ -186,22 +181,11 @@ def plot_trait_maps(
 
 
 def check_head_count(heads: int | None, available: int) -> int:
-    """The number of heads to show: by default 4, or all where there are fewer.
-
-    Raises:
-        ValueError: The model has fewer heads, or `heads` is below 1.
+    """The number of heads to show: by default 4, or all where there are fewer; refused where there are fewer than
+    asked.
     """
     if heads is None:
         return min(_DEFAULT_HEADS, available)
     if not 1 <= heads <= available:
         raise ValueError(f"heads={heads}: the model has {available} heads, so 1 to {available} can be shown.")
     return heads
-
-
-__all__ = [
-    "MapStyle",
-    "Scale",
-    "check_head_count",
-    "overlay",
-    "plot_trait_maps",
-]

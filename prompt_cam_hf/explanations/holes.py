@@ -48,6 +48,3 @@ def solve_exactly(matrix: sparse.csr_matrix, right_side: np.ndarray) -> np.ndarr
     # The system is symmetric and diagonally dominant: without pivoting it is factorised several times as fast.
     factors = splu(matrix.tocsc(), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
     return factors.solve(right_side)
-
-
-__all__ = ["hole_system", "solve_exactly"]

@@ -113,11 +113,6 @@ def token_evidence(
     """The evidence e of `maps_from_state` for every token, (batch, k, heads, tokens), float32.
 
     Tokens stand in the order class prompts, prefix tokens, patches.
-
-    Args:
-        model: The model, in evaluation mode.
-        state: From `model.last_layer_state`, without gradient.
-        classes: (batch, k), the classes asked about.
     """
     with torch.no_grad():
         weights = attention_weights(model.class_queries(state, classes), state.projections.keys)
@@ -137,25 +132,16 @@ def token_evidence(
 
 
 def check_kind(kind: str) -> None:
-    """Refuse an unknown kind of map.
-
-    Raises:
-        ValueError: `kind` is neither "attention" nor "evidence".
-    """
+    """Refuse, with a ValueError, an unknown kind of map."""
     if kind not in get_args(MapKind):
         raise ValueError(f'kind={kind!r} is not known; use "attention" or "evidence".')
 
 
 def map_box(model: PromptCAMForImageClassification, image_processor: BaseImageProcessor, image: Image.Image) -> Box:
-    """Find the part of an image that its maps cover, which is smaller than the image where the image processor crops.
+    """Find the part of an upright image that its maps cover, smaller than the image where the image processor crops.
 
     Most processors squash the whole image. CLIP's resizes the shorter side and cuts out the middle, so the model does
     not see the rest. Nor does it see pixels at the right and bottom that do not fill a patch.
-
-    Args:
-        model: The model.
-        image_processor: The image processor of the model.
-        image: The original image, upright.
 
     Returns:
         left, top, right, bottom in pixels of the image, with fractions.
@@ -188,12 +174,9 @@ def map_box(model: PromptCAMForImageClassification, image_processor: BaseImagePr
 
 
 def resize_map(trait_map: np.ndarray, size: tuple[int, int], box: Box | None = None) -> np.ndarray:
-    """Resize a map to an image by bicubic interpolation.
+    """Resize a map (rows, cols) to an image of `size` (width, height) by bicubic interpolation.
 
-    Args:
-        trait_map: (rows, cols).
-        size: Width and height of the image in pixels, as Pillow's `image.size`.
-        box: The part of the image that the map covers, from `map_box`; all of it by default. The rest is 0.
+    Outside of `box`, the part of the image that the map covers (from `map_box`), the answer is 0.
 
     Returns:
         (height, width), float32.
@@ -214,20 +197,14 @@ def resize_map(trait_map: np.ndarray, size: tuple[int, int], box: Box | None = N
 def strong_region(
     trait_map: np.ndarray, size: tuple[int, int], box: Box | None = None, level: float = 0.25
 ) -> np.ndarray:
-    """Find the pixels where a map has at least a given share of its highest value.
+    """Find the pixels, (height, width), bool, where a map has at least the share `level` of its highest value.
 
-    Args:
-        trait_map: (rows, cols); only values above 0 count.
-        size: Width and height of the image in pixels.
-        box: As in `resize_map`.
-        level: The share, above 0 and below 1. Attention is often so sharp that only one patch of a trait reaches half
-            of the highest value, though the trait covers several.
-
-    Returns:
-        (height, width), bool.
+    Attention is often so sharp that only one patch of a trait reaches half of the highest value, though the trait
+    covers
+    several. `size` and `box` are as in `resize_map`.
 
     Raises:
-        ValueError: the map has no value above 0, or `level` is out of range.
+        ValueError: the map has no value above 0, or `level` is not above 0 and below 1.
     """
     if not 0 < level < 1:
         raise ValueError(f"level={level}; it is a share of the map's highest value, above 0 and below 1.")
@@ -235,14 +212,3 @@ def strong_region(
         raise ValueError("The map has no value above 0, so it has no strong region.")
     laid = resize_map(trait_map, size, box)
     return laid >= laid.max() * level
-
-
-__all__ = [
-    "check_kind",
-    "map_box",
-    "maps_from_state",
-    "resize_map",
-    "strong_region",
-    "token_evidence",
-    "trait_maps",
-]

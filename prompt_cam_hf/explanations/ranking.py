@@ -107,16 +107,7 @@ def rank_heads_from_state(
 ) -> HeadRanking:
     """Rank heads as `rank_heads` does, from a state of the network that is there already.
 
-    Args:
-        model: The model, in evaluation mode.
-        state: From `model.last_layer_state`.
-        logits: (batch, num_labels), from `model.last_layer_logits(state)`.
-        classes: (batch, k), the classes asked about.
-        method: As in `rank_heads`.
-        blur: As in `rank_heads`.
-
-    Raises:
-        ValueError: `method` or `blur` is unknown, or there are too many heads to enumerate.
+    `logits` are (batch, num_labels) of that state, `classes` (batch, k).
     """
     check_ranking(model, method, blur)
     rivals = logits[:, None].expand(-1, classes.shape[1], -1).scatter(-1, classes[..., None], -torch.inf).amax(-1)
@@ -133,11 +124,7 @@ def rank_heads_from_state(
 
 
 def check_ranking(model: PromptCAMForImageClassification, method: str, blur: str) -> None:
-    """Check the arguments of `rank_heads` before anything is computed.
-
-    Raises:
-        ValueError: `method` or `blur` is unknown, or there are too many heads to enumerate.
-    """
+    """Refuse, with a ValueError and before anything is computed, what `rank_heads` would refuse."""
     if method not in get_args(RankingMethod):
         raise ValueError(f'method={method!r} is not known; use "greedy", "exact" or "shapley".')
     heads = model.config.backbone_config.num_attention_heads
@@ -203,6 +190,3 @@ def _rank_by_shapley_value(values: torch.Tensor, sets: torch.Tensor, rivals: tor
     # Sets of the first m heads of the order, for m from all heads to none.
     members = torch.cat((torch.zeros_like(order[..., :1]), (2**order).cumsum(dim=-1)), dim=-1).flip(-1)
     return HeadRanking(order, scores.to(values.dtype), _count_sufficient(values.gather(-1, members), rivals))
-
-
-__all__ = ["HeadRanking", "RankingMethod", "check_ranking", "rank_heads", "rank_heads_from_state"]

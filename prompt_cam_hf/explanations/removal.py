@@ -108,14 +108,10 @@ def _coarse_solution(pixels: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarray:
-    """A rectangle as a mask, bool (height, width).
-
-    Args:
-        size: Width and height of the image.
-        box: left, top, right, bottom in pixels, right and bottom excluded, as Pillow's `crop` takes it.
+    """A rectangle (left, top, right, bottom, as Pillow's `crop` takes it) as a mask, bool (height, width).
 
     Raises:
-        ValueError: the box is empty, or a part of it lies outside the image.
+        ValueError: the box is empty, or a part of it lies outside the image, whose `size` is (width, height).
     """
     if len(box) != 4 or not (0 <= box[0] < box[2] <= size[0] and 0 <= box[1] < box[3] <= size[1]):
         raise ValueError(
@@ -287,6 +283,3 @@ def _region_mask(
             raise ValueError(f"The map of the top head, {head}, covers the whole image; give a box or a mask.")
         return mask
     return box_mask(size, region)
-
-
-__all__ = ["Removal", "box_mask", "remove_region", "remove_trait"]

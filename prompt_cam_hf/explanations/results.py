@@ -86,6 +86,3 @@ def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows))
     return "\n".join(f"  {line}".rstrip() for line in lines)
-
-
-__all__ = ["Result", "format_table"]

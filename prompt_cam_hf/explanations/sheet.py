@@ -33,13 +33,9 @@ _TITLE_LINE_HEIGHT = 1.3 * _TITLE_FONT / 72
 
 @dataclass(frozen=True)
 class Panel:
-    """An image with short lines over it.
+    """An image (height, width, 3), uint8, with short lines over it, each of at most about 16 characters.
 
-    Attributes:
-        pixels: (height, width, 3), uint8; all panels of a figure have one size.
-        title: Lines of at most about 16 characters.
-        outline: (height, width): outlines are drawn at `levels` of it.
-        levels: See above.
+    All images of a figure have one size. Outlines are drawn at `levels` of `outline`, (height, width).
     """
 
     pixels: np.ndarray
@@ -58,13 +54,9 @@ class Row:
 
 @dataclass(frozen=True)
 class ColourBar:
-    """A legend of colours.
+    """A legend of colours, (1, n, 3), uint8, from left to right, under a label.
 
-    Attributes:
-        label: The text over the bar.
-        colours: (1, n, 3), uint8, from left to right.
-        ticks: Place from 0 (left) to 1, and text.
-        lines: Places of marks in the colour of outlines.
+    Ticks are places from 0 (left) to 1, and text; `lines` are places of marks in the colour of outlines.
     """
 
     label: str
@@ -148,6 +140,3 @@ def wrap_text(text: str, width: float, font: float) -> list[str]:
         if all(text_width(line, font) <= width for line in lines):
             return lines
     return list(text)
-
-
-__all__ = ["OUTLINE_COLOUR", "ColourBar", "Panel", "Row", "draw_rows", "text_width", "wrap_text"]

@@ -184,6 +184,3 @@ def _check_nodes(taxonomy: Taxonomy, level: str, id2label: Mapping[int, str]) ->
     for label in id2label.values():
         if label not in taxonomy.nodes(level):
             raise ValueError(f"The prompt set {level!r} has a class {label!r}, and the taxonomy has no such {level}.")
-
-
-__all__ = ["TAXONOMY_FILE", "TaxonomyPath", "explain_path", "find_taxonomy"]

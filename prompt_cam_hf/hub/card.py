@@ -38,12 +38,7 @@ _HUB_DATASET = re.compile(r"https://huggingface\.co/datasets/([\w.-]+/[\w.-]+)/?
 
 @dataclass(frozen=True)
 class GalleryImage:
-    """A figure of trait maps in the repository.
-
-    Attributes:
-        file: Its path in the repository.
-        caption: What it shows.
-    """
+    """A figure of trait maps: its path in the repository, and what it shows."""
 
     file: str
     caption: str
@@ -55,29 +50,23 @@ class CardFacts:
 
     Attributes:
         repo_id: The repository, as owner/name.
-        license: The model's licence, by its identifier on the Hub.
-        license_name: Its name, if the identifier is "other".
-        license_link: Where its text is, if the identifier is "other".
+        license: The model's licence, by its identifier on the Hub; if that is "other", `license_name` and
+        `license_link`
+            say which.
         class_names: The classes in the order of their numbers.
-        backbone: The Hub id of the backbone.
-        backbone_revision: Branch, tag or commit of that repository.
+        backbone: The Hub id of the backbone; `backbone_revision` is a branch, tag or commit.
         prompts_only: The repository does not contain the backbone.
         model_facts: Further rows of the table that describes the model, by their names.
-        dataset_name: What the model was trained on.
-        dataset_url: The address of that data set. One on the Hub also becomes metadata.
+        dataset_name: What the model was trained on, at `dataset_url`; one on the Hub also becomes metadata.
         dataset_license: The terms of that data set, in plain words.
         num_images: The number of images by split.
-        accuracy: By split (validation, test, chance): top1, top5 and macro_accuracy, 0 to 1.
-        accuracy_notes: Sentences below the table: how the epoch was chosen, who measured.
-        evaluation: By metric: its value, and optionally low, high, num_images and protocol.
-        evaluation_notes: Sentences below the table.
-        gallery: Figures of trait maps.
-        gallery_license: The licence of the photos in them.
-        recipe: The settings of the training.
-        recipe_notes: Sentences above the settings.
+        accuracy: By split (validation, test, chance): top1, top5 and macro_accuracy, 0 to 1; the notes are sentences
+            below the table: how the epoch was chosen, who measured.
+        evaluation: By metric: its value, and optionally low, high, num_images and protocol; notes as above.
+        gallery: Figures of trait maps; `gallery_license` is the licence of the photos in them.
+        recipe: The settings of the training, below the sentences of `recipe_notes`.
         versions: The versions of libraries, by name.
-        source_name: Who reports the numbers, if not the publisher.
-        source_url: Where they are reported.
+        source_name: Who reports the numbers at `source_url`, if not the publisher.
         metadata: Further fields of `huggingface_hub.ModelCardData`; they replace those made from the facts.
 
     Raises:
@@ -140,11 +129,7 @@ class CardFacts:
 
 
 def render_card(facts: CardFacts) -> ModelCard:
-    """Write the card.
-
-    Raises:
-        ValueError: huggingface_hub does not accept the metadata.
-    """
+    """Write the card; metadata that huggingface_hub does not accept are a ValueError."""
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
@@ -369,6 +354,3 @@ def _eval_results(facts: CardFacts, hub_dataset: str | None) -> list[EvalResult]
 def _cell(text: str) -> str:
     """Text on one line, without what would end the cell of a Markdown table."""
     return " ".join(str(text).split()).replace("|", "\\|")
-
-
-__all__ = ["CardFacts", "GalleryImage", "read_card_facts", "render_card"]

@@ -183,6 +183,3 @@ def _convert_tensor(name: str, tensor: torch.Tensor, names: Mapping[str, str]) -
         if found:
             return {converted: tensor}
     raise ValueError(f"The official state dict holds a tensor that Prompt-CAM does not have: {name!r}.")
-
-
-__all__ = ["convert_official_checkpoint", "convert_official_state_dict"]

@@ -39,14 +39,7 @@ _FAITHFULNESS = {"dino_cub": {"insertion": 0.61, "deletion": 0.09}}
 
 
 def official_facts(name: str) -> dict[str, Any]:
-    """What is known about an official checkpoint besides its weights, as fields of `CardFacts`.
-
-    Args:
-        name: A key of `TOP1`.
-
-    Raises:
-        ValueError: there is no such checkpoint.
-    """
+    """What is known about an official checkpoint (a key of `TOP1`) besides its weights, as fields of `CardFacts`."""
     if name not in TOP1:
         raise ValueError(f"There is no official checkpoint {name!r}; there are {', '.join(TOP1)}.")
     dataset = FACTS[name.partition("_")[2]]
@@ -85,16 +78,7 @@ def official_facts(name: str) -> dict[str, Any]:
 
 
 def official_card(name: str, repo_id: str, license: str = LICENSE) -> ModelCard:
-    """Write the card of a converted official checkpoint, as far as that is possible without the weights.
-
-    Args:
-        name: A key of `TOP1`.
-        repo_id: The repository that it is for, as owner/name.
-        license: The licence of the weights.
-
-    Raises:
-        ValueError: there is no such checkpoint.
-    """
+    """Write the card of a converted official checkpoint (a key of `TOP1`), as far as it needs no weights."""
     facts = official_facts(name)
     backbone, _, dataset = name.partition("_")
     classes, patch = FACTS[dataset].num_classes, {"dino": 16, "dinov2": 14}[backbone]
@@ -114,8 +98,6 @@ def main(folder: str) -> None:
     for name in TOP1:
         official_card(name, f"OWNER/promptcam-{name.replace('_', '-')}").save(Path(folder) / f"{name}.md")
 
-
-__all__ = ["LICENSE", "TOP1", "official_card", "official_facts"]
 
 if __name__ == "__main__":
     main(sys.argv[1])

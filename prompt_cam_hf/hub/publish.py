@@ -21,20 +21,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from prompt_cam_hf.data.images import open_image
 from prompt_cam_hf.explanations.figures import plot_trait_maps
 from prompt_cam_hf.explanations.taxonomy_path import TAXONOMY_FILE
+from prompt_cam_hf.hub import upload
 from prompt_cam_hf.hub.card import GalleryImage, read_card_facts, render_card
-from prompt_cam_hf.hub.upload import (
-    CARD_FILE,
-    GALLERY_FOLDER,
-    card_of,
-    check_class_names,
-    check_license,
-    check_repo_id,
-    find_token,
-    image_processor_of,
-    list_files,
-    save_repository,
-    upload_repository,
-)
 from prompt_cam_hf.modeling import (
     PromptCAMConfig,
     PromptCAMForImageClassification,
@@ -51,12 +39,9 @@ _DOTS_PER_INCH = 120
 class Publication:
     """A repository that was uploaded, or would be.
 
-    Attributes:
-        repo_id: Its name, owner/name.
-        revision: The branch.
-        files: The size in bytes of each file.
-        prompts_only: The files do not contain the backbone.
-        commit_url: The page of the commit; None in a dry run.
+    `files` has the size in bytes of each file; `prompts_only` says that they do not contain the backbone;
+    `commit_url` is
+    None in a dry run.
     """
 
     repo_id: str
@@ -128,9 +113,9 @@ def publish(
         >>> publication = publish("my_model", "me/garden-birds", license="cc-by-4.0", dry_run=True)
         >>> publication.files  # {"README.md": 3012, ...}: size in bytes
     """
-    check_repo_id(repo_id)
+    upload.check_repo_id(repo_id)
     if not dry_run:
-        token = find_token(token)
+        token = upload.find_token(token)
         if out is not None:
             raise ValueError(f"Only a dry run leaves what it made in a folder; give dry_run=True with {out}.")
     elif out is not None and Path(out).exists():
@@ -144,13 +129,13 @@ def publish(
         else:
             folder = Path(temporary, "model")
             if model_card is None and not facts:
-                model_card = card_of(model)
-            _save_model(folder, model, image_processor or image_processor_of(model), model_card)
+                model_card = upload.card_of(model)
+            _save_model(folder, model, image_processor or upload.image_processor_of(model), model_card)
         prompts_only = _stage(staged, folder, repo_id, prompts_only, gallery, facts)
-        sizes = {name: path.stat().st_size for name, path in list_files(staged).items()}
+        sizes = {name: path.stat().st_size for name, path in upload.list_files(staged).items()}
         commit = None
         if not dry_run:
-            commit = upload_repository(
+            commit = upload.upload_repository(
                 staged, repo_id, private=private, token=token, revision=revision, commit_message=commit_message
             )
         elif out is not None:
@@ -167,13 +152,13 @@ def _save_model(
     model_card: ModelCard | None,
 ) -> None:
     """Write a model in memory down, to be published as any folder is."""
-    check_class_names(model)
+    upload.check_class_names(model)
     if model_card is not None:
-        check_license(model_card.data)
+        upload.check_license(model_card.data)
     model.save_pretrained(folder)
     image_processor.save_pretrained(folder)
     if model_card is not None:
-        model_card.save(folder / CARD_FILE)
+        model_card.save(folder / upload.CARD_FILE)
 
 
 def _stage(
@@ -184,14 +169,12 @@ def _stage(
     gallery: Sequence[str | os.PathLike],
     facts: dict[str, Any],
 ) -> bool:
-    """Write the repository and check that it loads.
-
-    Returns:
-        Whether the repository has no backbone.
-    """
-    has_card = (folder / CARD_FILE).is_file()
+    """Write the repository, check that it loads, and say whether it is without a backbone."""
+    has_card = (folder / upload.CARD_FILE).is_file()
     if not has_card:  # before the model is loaded, which takes long
-        check_license(ModelCardData(**{key: value for key, value in facts.items() if key.startswith("license")}))
+        upload.check_license(
+            ModelCardData(**{key: value for key, value in facts.items() if key.startswith("license")})
+        )
     model, image_processor, has_backbone = _load(folder)
     prompts_only = prompts_only or not has_backbone
     if has_card:
@@ -201,7 +184,7 @@ def _stage(
         card = render_card(
             read_card_facts(folder, repo_id, model, image_processor, prompts_only, gallery=images, **facts)
         )
-    save_repository(staged, model, image_processor, card, include_backbone=not prompts_only)
+    upload.save_repository(staged, model, image_processor, card, include_backbone=not prompts_only)
     if (folder / TAXONOMY_FILE).is_file():
         shutil.copy(folder / TAXONOMY_FILE, staged)
     _check_loads(staged, model)
@@ -214,19 +197,11 @@ def make_gallery(
     photos: Sequence[str | os.PathLike],
     folder: Path,
 ) -> list[GalleryImage]:
-    """Draw photos beside the trait maps of their predicted classes, for a card.
-
-    Args:
-        model: The model.
-        image_processor: Its image processor.
-        photos: Files, at most `MAX_GALLERY_IMAGES`.
-        folder: The figures go into its subfolder trait_maps.
-
-    Returns:
-        The figures with their captions.
+    """Draw photos beside the trait maps of their predicted classes, for a card, into the folder trait_maps in
+    `folder`.
 
     Raises:
-        ValueError: there are too many photos, or one cannot be read.
+        ValueError: there are more than `MAX_GALLERY_IMAGES` photos, or one cannot be read.
         FileNotFoundError: there is no such photo.
     """
     if len(photos) > MAX_GALLERY_IMAGES:
@@ -241,7 +216,7 @@ def make_gallery(
         figure = plot_trait_maps(
             image, answer["trait_maps"], answer["head_order"][:_GALLERY_HEADS], title=answer["label"]
         )
-        file = f"{GALLERY_FOLDER}/{number}.png"
+        file = f"{upload.GALLERY_FOLDER}/{number}.png"
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / file, dpi=_DOTS_PER_INCH)
         images.append(GalleryImage(file, f"{answer['label']}, score {answer['score']:.0%}"))
@@ -272,7 +247,7 @@ def _load(folder: Path) -> tuple[PromptCAMForImageClassification, BaseImageProce
 
 def _own_card(folder: Path, staged: Path, given: Sequence[Any]) -> ModelCard:
     """The README.md in the folder of the model; the images that belong to it are copied."""
-    path = folder / CARD_FILE
+    path = folder / upload.CARD_FILE
     if given:
         raise ValueError(
             f"{path} is the model's card and is published as it is; write into it what you gave ({given[0]} ...), or "
@@ -280,24 +255,16 @@ def _own_card(folder: Path, staged: Path, given: Sequence[Any]) -> ModelCard:
         )
     card = ModelCard.load(path)
     try:
-        check_license(card.data)
+        upload.check_license(card.data)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    if (folder / GALLERY_FOLDER).is_dir():
-        shutil.copytree(folder / GALLERY_FOLDER, staged / GALLERY_FOLDER)
+    if (folder / upload.GALLERY_FOLDER).is_dir():
+        shutil.copytree(folder / upload.GALLERY_FOLDER, staged / upload.GALLERY_FOLDER)
     return card
 
 
 def _check_loads(staged: Path, model: PromptCAMForImageClassification) -> None:
-    """Load what would be uploaded, as its users will.
-
-    Raises:
-        ValueError: its weights are not those of the model.
-        OSError: the backbone that it names cannot be loaded.
-    """
+    """Load what would be uploaded, as its users will, and compare the weights."""
     loaded, expected = PromptCAMForImageClassification.from_pretrained(staged).state_dict(), model.state_dict()
     if loaded.keys() != expected.keys() or any(not torch.equal(loaded[key], expected[key]) for key in expected):
         raise ValueError("What would be uploaded does not load as the same model; nothing was published.")
-
-
-__all__ = ["MAX_GALLERY_IMAGES", "Publication", "make_gallery", "publish"]

@@ -45,11 +45,7 @@ def is_hub_id(name: str | os.PathLike | None) -> bool:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuse what is not the full name of a repository.
-
-    Raises:
-        ValueError: it is not of the form owner/name.
-    """
+    """Refuse, with a ValueError, what is not the full name of a repository, owner/name."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -59,11 +55,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def check_license(data: CardData) -> None:
-    """Refuse metadata without a licence: what others may do with a model is never guessed.
-
-    Raises:
-        ValueError: the licence is missing, or "other" without a name and a link.
-    """
+    """Refuse metadata without a licence, with a ValueError: what others may do with a model is never guessed."""
     license = data.get("license")
     if not isinstance(license, str) or not license:
         raise ValueError(
@@ -80,11 +72,7 @@ def check_license(data: CardData) -> None:
 
 
 def check_class_names(model: PreTrainedModel) -> None:
-    """Refuse a model that cannot say what its classes are.
-
-    Raises:
-        ValueError: the class names are transformers' placeholders.
-    """
+    """Refuse, with a ValueError, a model whose class names are transformers' placeholders."""
     names = model.config.id2label or {}
     if all(name == f"LABEL_{index}" for index, name in names.items()):
         raise ValueError(
@@ -100,16 +88,9 @@ def save_repository(
     card: ModelCard,
     include_backbone: bool = True,
 ) -> None:
-    """Write a Hub repository's files: weights, config, the model's code, image processor and card.
+    """Write a Hub repository's files into a new folder: weights, config, the model's code, image processor and card.
 
     Folders of this machine that the config names are not written.
-
-    Args:
-        folder: A new or empty folder.
-        model: The model.
-        image_processor: Does what evaluation did.
-        card: Has a licence.
-        include_backbone: As in `save_pretrained`.
 
     Raises:
         ValueError: the card has no licence, the classes have no names, or the backbone is left out and cannot be
@@ -135,11 +116,7 @@ def save_repository(
 
 
 def image_processor_of(model: PreTrainedModel) -> BaseImageProcessor:
-    """The image processor in the folder or repository that a model was loaded from.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The image processor in the folder or repository that a model was loaded from; a ValueError without one."""
     try:
         return AutoImageProcessor.from_pretrained(model.name_or_path or os.devnull)
     except (OSError, ValueError) as error:
@@ -150,11 +127,7 @@ def image_processor_of(model: PreTrainedModel) -> BaseImageProcessor:
 
 
 def card_of(model: PreTrainedModel) -> ModelCard:
-    """The model card in the folder or repository that a model was loaded from.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The model card in the folder or repository that a model was loaded from; a ValueError without one."""
     path = None
     if model.name_or_path:
         path = cached_file(
@@ -203,13 +176,7 @@ def upload_repository(
 ) -> CommitInfo:
     """Make all files of a folder one commit of a model repository on the Hub; the repository is made if need be.
 
-    Args:
-        folder: What `save_repository` wrote.
-        repo_id: The repository, as owner/name.
-        private: True: make a new repository private, and refuse one that is public.
-        token: None: the machine's login.
-        revision: The branch; it is made if need be. None: main.
-        commit_message: First line of the commit.
+    The arguments are those of `publish`.
 
     Raises:
         PermissionError: there is no token, or it has not the right to write there.
@@ -240,11 +207,7 @@ def upload_repository(
 
 @contextmanager
 def explained_upload_errors(repo_id: str) -> Iterator[None]:
-    """Turn what a Hub client raises in an upload into one sentence, without addresses, which may hold signatures.
-
-    Raises:
-        PermissionError, FileNotFoundError, ConnectionError, OSError, ValueError: see `upload_repository`.
-    """
+    """Turn what a Hub client raises in an upload into one sentence, without addresses, which may hold signatures."""
     try:
         yield
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
@@ -284,20 +247,3 @@ def _explain_status(status: int, message: str | None, repo_id: str) -> Exception
         reason = " ".join((message or f"status {status}").split())
         return ValueError(f"The Hub refused the upload to {repo_id}: {reason}.")
     return OSError(f"The upload to {repo_id} broke off, for the Hub failed (status {status}). {_TRY_AGAIN}.")
-
-
-__all__ = [
-    "CARD_FILE",
-    "GALLERY_FOLDER",
-    "card_of",
-    "check_class_names",
-    "check_license",
-    "check_repo_id",
-    "explained_upload_errors",
-    "find_token",
-    "image_processor_of",
-    "is_hub_id",
-    "list_files",
-    "save_repository",
-    "upload_repository",
-]

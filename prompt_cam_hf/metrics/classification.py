@@ -83,6 +83,3 @@ def build_compute_metrics() -> Callable[[EvalPrediction], dict[str, float]]:
         return {name: report[name] for name in ("top1", "top5", "macro_accuracy")}
 
     return compute_metrics
-
-
-__all__ = ["ClassificationReport", "build_compute_metrics"]

@@ -120,13 +120,9 @@ def deletion(
 ) -> FaithfulnessCurve:
     """Follow the probability of a class while an image loses its pixels, the map's strongest first.
 
+    All but the last two arguments are those of `insertion`.
+
     Args:
-        model: As in `insertion`.
-        pixel_values: As in `insertion`.
-        maps: As in `insertion`.
-        classes: As in `insertion`.
-        preset: As in `insertion`.
-        batch_size: As in `insertion`.
         image_mean: The mean of each channel in the image processor. Needed for deletion to black.
         image_std: The standard deviation of each channel in the image processor. Needed for deletion to black.
 
@@ -160,11 +156,7 @@ def blur(pixel_values: torch.Tensor) -> torch.Tensor:
 def black(
     pixel_values: torch.Tensor, image_mean: Sequence[float] | None, image_std: Sequence[float] | None
 ) -> torch.Tensor:
-    """Black images as an image processor would normalise them, of the shape of `pixel_values`.
-
-    Raises:
-        ValueError: `image_mean` or `image_std` does not have one number for each channel.
-    """
+    """Black images as an image processor would normalise them, of the shape of `pixel_values`."""
     channels = pixel_values.shape[1]
     if image_mean is None or image_std is None or not len(image_mean) == len(image_std) == channels:
         raise ValueError(
@@ -201,6 +193,3 @@ def _follow(
     counts = torch.arange(num_steps + 1) * step
     curve = probabilities_after_replacing(model, first, last, ranks, counts, classes, batch_size)
     return classes.cpu(), curve, area_under_curve(curve), num_steps
-
-
-__all__ = ["PRESETS", "FaithfulnessCurve", "Preset", "black", "blur", "deletion", "insertion"]

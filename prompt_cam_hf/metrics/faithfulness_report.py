@@ -12,7 +12,7 @@ from typing import Any
 import evaluate
 
 from prompt_cam_hf.metrics.faithfulness import deletion, insertion
-from prompt_cam_hf.metrics.metric_info import as_batch, metric_info
+from prompt_cam_hf.metrics.metric_info import MAP_COLUMNS, as_batch, metric_info
 from prompt_cam_hf.metrics.scoring import Scorer
 
 _DESCRIPTION = "Insertion and deletion (Petsiuk et al., BMVC 2018) of a classifier's maps, by a protocol with a name."
@@ -40,13 +40,7 @@ class FaithfulnessReport(evaluate.Metric):
     """Mean insertion and deletion of maps (n, rows, cols) for classes (n,) of a model's images; see `inputs`."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return metric_info(
-            _DESCRIPTION,
-            _INPUTS_DESCRIPTION,
-            predictions=("float32", 2),
-            references=("int64", 0),
-            pixel_values=("float32", 3),
-        )
+        return metric_info(_DESCRIPTION, _INPUTS_DESCRIPTION, **MAP_COLUMNS)
 
     def _compute(
         self,
@@ -72,6 +66,3 @@ class FaithfulnessReport(evaluate.Metric):
             "insertion_per_image": inserted.auc.numpy(),
             "deletion_per_image": deleted.auc.numpy(),
         }
-
-
-__all__ = ["FaithfulnessReport"]

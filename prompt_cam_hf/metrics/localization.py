@@ -172,15 +172,3 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 def _known(scores: np.ndarray, on_mask: np.ndarray) -> np.ndarray:
     """The scores, NaN where no patch is on the mask."""
     return np.where(on_mask.any(axis=-1), scores, np.nan)
-
-
-__all__ = [
-    "PATCH_SHARE",
-    "chance_level",
-    "patch_mask",
-    "pointing_game",
-    "region_iou",
-    "relevance_mass_accuracy",
-    "relevance_rank_accuracy",
-    "top_k_intersection",
-]

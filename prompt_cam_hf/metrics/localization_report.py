@@ -9,18 +9,15 @@ from typing import Any
 import evaluate
 import numpy as np
 
-from prompt_cam_hf.metrics.localization import (
-    PATCH_SHARE,
-    chance_level,
-    patch_mask,
-    pointing_game,
-    region_iou,
-    relevance_mass_accuracy,
-    relevance_rank_accuracy,
-    top_k_intersection,
-)
+from prompt_cam_hf.metrics import localization
 from prompt_cam_hf.metrics.metric_info import metric_info
 
+_METRICS = (
+    localization.pointing_game,
+    localization.relevance_mass_accuracy,
+    localization.relevance_rank_accuracy,
+    localization.region_iou,
+)
 _DESCRIPTION = "Localisation of maps against masks: five metrics, and what chance would reach."
 
 _INPUTS_DESCRIPTION = """
@@ -44,27 +41,19 @@ class LocalizationReport(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return metric_info(_DESCRIPTION, _INPUTS_DESCRIPTION, predictions=("float32", 2), references=("bool", 2))
 
-    def _compute(self, predictions: Any, references: Any, k: int = 3, share: float = PATCH_SHARE) -> dict[str, float]:
+    def _compute(
+        self, predictions: Any, references: Any, k: int = 3, share: float = localization.PATCH_SHARE
+    ) -> dict[str, float]:
         found = []
         for one_map, one_mask in zip(predictions, references, strict=True):
             values, mask = np.stack(list(one_map)), np.stack(list(one_mask)).astype(bool)
-            patches = patch_mask(mask, values.shape, share)
+            patches = localization.patch_mask(mask, values.shape, share)
             if not patches.any():
                 continue
-            found.append(
-                {
-                    "pointing_game": pointing_game(values, patches),
-                    "relevance_mass_accuracy": relevance_mass_accuracy(values, patches),
-                    "relevance_rank_accuracy": relevance_rank_accuracy(values, patches),
-                    "top_k_intersection": top_k_intersection(values, patches, k),
-                    "region_iou": region_iou(values, patches),
-                    "chance": chance_level(patches),
-                }
-            )
+            scores = {metric.__name__: metric(values, patches) for metric in _METRICS}
+            scores["top_k_intersection"] = localization.top_k_intersection(values, patches, k)
+            found.append({**scores, "chance": localization.chance_level(patches)})
         if not found:
             raise ValueError("No mask has a patch, so there is nothing to be found; check the masks.")
         means = {name: float(np.nanmean([scores[name] for scores in found])) for name in found[0]}
         return {**means, "num_images": len(found)}
-
-
-__all__ = ["LocalizationReport"]

@@ -8,14 +8,13 @@ import evaluate
 import numpy as np
 import torch
 
+# The columns of a metric of maps: one map, one class and the pixel values for each image.
+MAP_COLUMNS = {"predictions": ("float32", 2), "references": ("int64", 0), "pixel_values": ("float32", 3)}
+
 
 def metric_info(description: str, inputs: str, **columns: tuple[str, int]) -> evaluate.MetricInfo:
-    """Describe a metric.
-
-    Args:
-        description: What it measures, in a sentence.
-        inputs: The arguments of its `compute`, and what that returns.
-        **columns: For each argument that has one entry an image, the type of its numbers and its number of axes.
+    """Describe a metric; `columns` are the arguments that have one entry an image: the type of its numbers, and its
+    axes.
     """
     features = datasets.Features()
     for name, (dtype, axes) in columns.items():
@@ -30,6 +29,3 @@ def as_batch(model: Any, predictions: Any, references: Any, pixel_values: Any) -
     images, maps, classes = (torch.as_tensor(np.asarray(values)) for values in (pixel_values, predictions, references))
     device = getattr(model, "device", "cpu")
     return images.to(device), maps.to(device), classes
-
-
-__all__ = ["as_batch", "metric_info"]

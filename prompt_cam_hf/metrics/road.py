@@ -106,20 +106,11 @@ def road(
 
 
 def impute(image: torch.Tensor, removed: np.ndarray, noise_image: torch.Tensor) -> torch.Tensor:
-    """Fill holes by noisy linear imputation.
+    """Fill holes (`removed`, with at least one pixel left) by noisy linear imputation.
 
-    Args:
-        image: (channels, height, width), normalised.
-        removed: (height, width), boolean, with at least one pixel left.
-        noise_image: (channels, height, width), added where pixels are filled in.
-
-    Returns:
-        The image, on the CPU, in the precision of `image`.
+    Image and noise are (channels, height, width); the answer is on the CPU, in the precision of `image`.
     """
     pixels = image.detach().cpu().double().permute(1, 2, 0).numpy().copy()
     noise = noise_image.double().permute(1, 2, 0).numpy()
     pixels[removed] = solve_exactly(*hole_system(pixels, removed, _NEIGHBOUR_WEIGHTS)) + noise[removed]
     return torch.from_numpy(pixels).permute(2, 0, 1).to(image.dtype)
-
-
-__all__ = ["DIAGONAL_WEIGHT", "DIRECT_WEIGHT", "NOISE", "PERCENTILES", "RoadCurves", "impute", "road"]

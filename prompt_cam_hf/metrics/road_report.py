@@ -10,7 +10,7 @@ from typing import Any
 
 import evaluate
 
-from prompt_cam_hf.metrics.metric_info import as_batch, metric_info
+from prompt_cam_hf.metrics.metric_info import MAP_COLUMNS, as_batch, metric_info
 from prompt_cam_hf.metrics.road import PERCENTILES, road
 from prompt_cam_hf.metrics.scoring import Scorer
 
@@ -38,13 +38,7 @@ class RoadReport(evaluate.Metric):
     """Mean ROAD of maps (n, rows, cols) for classes (n,) of a model's images; see `inputs`."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return metric_info(
-            _DESCRIPTION,
-            _INPUTS_DESCRIPTION,
-            predictions=("float32", 2),
-            references=("int64", 0),
-            pixel_values=("float32", 3),
-        )
+        return metric_info(_DESCRIPTION, _INPUTS_DESCRIPTION, **MAP_COLUMNS)
 
     def _compute(
         self,
@@ -65,6 +59,3 @@ class RoadReport(evaluate.Metric):
             "lerf_curve": found.lerf.mean(dim=0).numpy(),
             "road_per_image": found.combined.numpy(),
         }
-
-
-__all__ = ["RoadReport"]

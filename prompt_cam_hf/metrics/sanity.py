@@ -131,14 +131,16 @@ def randomisation_stages(model: nn.Module) -> Iterator[tuple[str, list[nn.Parame
         else:
             group = name.removesuffix(".weight").removesuffix(".bias").split(".")[-1].replace("_", " ")
         groups.setdefault(group, []).append(parameter)
-    last_ones = [f"layer {index}" for index in reversed(range(len(lists[layers])))] + ["embeddings"]
-    first_ones = [group for group in ("class prompts", "classifier") if group in groups]
-    between = [group for group in groups if group not in first_ones + last_ones]
     # Prompts of the inner layers come behind the norm that ends the network.
-    between.sort(key=lambda group: "prompts" in group)
-    for group in first_ones + between + last_ones:
-        if group in groups:
-            yield group, groups[group]
+    places = {"class prompts": 0, "classifier": 1, "embeddings": 5}
+
+    def place(group: str) -> tuple[int, int]:
+        if group.startswith("layer "):
+            return 4, -int(group.removeprefix("layer "))
+        return places.get(group, 3 if "prompts" in group else 2), 0
+
+    for group in sorted(groups, key=place):
+        yield group, groups[group]
 
 
 @torch.no_grad()
@@ -148,23 +150,12 @@ def _shuffle(parameter: nn.Parameter, generator: torch.Generator) -> None:
 
 
 def random_class_similarity(
-    model: Scorer,
-    pixel_values: torch.Tensor,
-    explain: Explainer,
-    classes: torch.Tensor | None = None,
-    seed: int = 0,
+    model: Scorer, pixel_values: torch.Tensor, explain: Explainer, classes: torch.Tensor | None = None, seed: int = 0
 ) -> torch.Tensor:
     """Spearman's rank correlation of a class's map with that of a random other class, (batch,), float64; low is good.
 
-    The random class is neither the class itself nor its runner-up; see `other_classes`. Maps that do not change with
-    the class do not explain it.
-
-    Args:
-        model: The classifier, in evaluation mode.
-        pixel_values: (batch, channels, height, width).
-        explain: Makes the maps, as in `parameter_randomisation`.
-        classes: (batch,), such as the true classes. None: the predicted classes.
-        seed: The seed for choosing the random class.
+    The random class, drawn by `seed`, is neither the class itself nor its runner-up; see `other_classes`. Maps that do
+    not change with the class do not explain it. The other arguments are those of `parameter_randomisation`.
 
     Raises:
         ValueError: classes do not fit, or the model has fewer than three classes.
@@ -211,17 +202,8 @@ def head_stability(
 ) -> Stability:
     """Compare the ranking of a Prompt-CAM's heads with that of the image under noise, and mirrored.
 
-    Args:
-        model: The model, in evaluation mode.
-        pixel_values: As in `map_stability`.
-        image_std: As in `map_stability`.
-        classes: As in `map_stability`.
-        noise_std: As in `map_stability`.
-        seed: As in `map_stability`.
-        method: As in `prompt_cam_hf.explanations.ranking.rank_heads`.
-
-    Raises:
-        ValueError: `map_stability` or `rank_heads` would refuse the arguments.
+    `method` is that of `prompt_cam_hf.explanations.ranking.rank_heads`; all else, errors included, is as in
+    `map_stability`.
     """
 
     def places(model: PromptCAMForImageClassification, images: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
@@ -257,15 +239,3 @@ def _stability(
         noisy_predictions == predictions,
         mirrored_predictions == predictions,
     )
-
-
-__all__ = [
-    "RandomisationTest",
-    "Stability",
-    "head_stability",
-    "map_stability",
-    "parameter_randomisation",
-    "random_class_similarity",
-    "randomisation_stages",
-    "rank_correlation",
-]

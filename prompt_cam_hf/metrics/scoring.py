@@ -27,11 +27,7 @@ def class_logits(model: Scorer, pixel_values: torch.Tensor) -> torch.Tensor:
 
 
 def class_probability(logits: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """The softmax probability of one class an image, (batch,), from (batch, num_labels) and (batch,).
-
-    Raises:
-        ValueError: a class is not one of the model's.
-    """
+    """The softmax probability of one class an image, (batch,), from (batch, num_labels) and (batch,)."""
     check_class_numbers(classes, logits.shape[1], "classes")
     return logits.softmax(dim=-1).gather(-1, classes[:, None])[:, 0]
 
@@ -80,11 +76,7 @@ def pixel_ranks(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def check_one_map_an_image(maps: torch.Tensor, pixel_values: torch.Tensor) -> None:
-    """Check that there is one map for each image.
-
-    Raises:
-        ValueError: there are more or fewer maps than images.
-    """
+    """Refuse, with a ValueError, another number of maps than of images."""
     if len(maps) != len(pixel_values):
         raise ValueError(f"There are {len(maps)} maps for {len(pixel_values)} images; give one an image.")
 
@@ -123,14 +115,3 @@ def probabilities_after_replacing(
 def area_under_curve(curve: torch.Tensor) -> torch.Tensor:
     """The area under curves (..., points), by the trapezoid rule: (sum - first / 2 - last / 2) / (points - 1)."""
     return (curve.sum(-1) - curve[..., 0] / 2 - curve[..., -1] / 2) / (curve.shape[-1] - 1)
-
-
-__all__ = [
-    "area_under_curve",
-    "asked_classes",
-    "check_one_map_an_image",
-    "class_logits",
-    "class_probability",
-    "pixel_ranks",
-    "probabilities_after_replacing",
-]

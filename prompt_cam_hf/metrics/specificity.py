@@ -12,13 +12,7 @@ from numpy.typing import ArrayLike
 from torch import nn
 
 from prompt_cam_hf.metrics.localization import relevance_mass_accuracy
-from prompt_cam_hf.metrics.scoring import (
-    Explainer,
-    Scorer,
-    asked_classes,
-    class_logits,
-    class_probability,
-)
+from prompt_cam_hf.metrics.scoring import Explainer, Scorer, asked_classes, class_logits, class_probability
 
 
 class ClassSpecificity(NamedTuple):
@@ -85,12 +79,7 @@ def class_specificity(
 
 
 def other_classes(logits: torch.Tensor, classes: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """The runner-up and a random one of the remaining classes, each (batch,).
-
-    Args:
-        logits: (batch, num_labels).
-        classes: (batch,), the classes that are not meant.
-        seed: As in `class_specificity`.
+    """The runner-up and a random one of the remaining classes, each (batch,), from logits (batch, num_labels).
 
     Raises:
         ValueError: there are fewer than three classes.
@@ -170,6 +159,3 @@ def counterfactual_change(
         torch.stack([values.argmax(dim=1) for values in logits], dim=1).cpu(),
         mass,
     )
-
-
-__all__ = ["ClassSpecificity", "CounterfactualChange", "class_specificity", "counterfactual_change", "other_classes"]

@@ -10,20 +10,13 @@ from pathlib import Path
 
 from .archives import Source
 from .facts import FACTS, DatasetFacts
-from .image_folder import MANIFEST, write_image_folder
+from .image_folder import write_image_folder
 from .layouts import LAYOUTS
 from .plan import Plan, make_plan
 
 
 def open_source(dataset: str, source: str | os.PathLike) -> Source:
-    """Open the downloaded folder or archive of a data set.
-
-    Args:
-        dataset: A key of `FACTS`.
-        source: The folder or archive.
-
-    Returns:
-        The files, to be used in a `with` statement.
+    """Open the downloaded folder or archive of a data set of `FACTS`, to be used in a `with` statement.
 
     Raises:
         FileNotFoundError: there is no such folder or archive.
@@ -81,15 +74,4 @@ def prepare(
     return plan
 
 
-__all__ = [
-    "FACTS",
-    "LAYOUTS",
-    "MANIFEST",
-    "DatasetFacts",
-    "Plan",
-    "Source",
-    "make_plan",
-    "open_source",
-    "prepare",
-    "write_image_folder",
-]
+__all__ = ["FACTS", "DatasetFacts", "Plan", "make_plan", "open_source", "prepare", "write_image_folder"]

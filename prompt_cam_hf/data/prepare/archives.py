@@ -23,15 +23,11 @@ _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, E
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a data set.
+    """One file of a data set: its path within the folder or archive, with slashes, and its size in bytes.
 
-    Attributes:
-        path: Within the folder or archive, with slashes.
-        size: In bytes.
-        location: The file itself, or the archive that holds it.
-        in_archive: Which of these it is.
-        position: The archive's number and the place in it; reading in this order passes through each archive once.
-        content: Reads it.
+    `location` is the file itself, or the archive that holds it; `position` is the archive's number and the place in
+    it:
+    reading in this order passes through each archive once.
     """
 
     path: str
@@ -50,14 +46,7 @@ class SourceFile:
         return f"{self.path} in {self.location}" if self.in_archive else str(self.location)
 
     def read(self) -> bytes:
-        """Read all of it.
-
-        Returns:
-            The content.
-
-        Raises:
-            ValueError: the archive is damaged, or the content is longer or shorter than `size`.
-        """
+        """Read all of it; raises ValueError where the archive is damaged, or the content has not `size` bytes."""
         with _damage_named(self):
             content = self.content()
         if len(content) != self.size:
@@ -80,19 +69,17 @@ class Source:
 
     Extracted files are preferred: archives are opened only where something is missing without them. Hidden files and
     what macOS adds to archives are passed over.
+
+    Args:
+        path: The folder or archive.
+        list_names: Names of files that are read while an archive is indexed, and kept in memory.
+
+    Raises:
+        FileNotFoundError: there is no such folder or archive.
+        ValueError: it is a file of another kind.
     """
 
     def __init__(self, path: str | os.PathLike, list_names: Collection[str] = ()):
-        """Index a folder, or note an archive.
-
-        Args:
-            path: The folder or archive.
-            list_names: Names of files that are read while an archive is indexed, and kept in memory.
-
-        Raises:
-            FileNotFoundError: there is no such folder or archive.
-            ValueError: it is a file of another kind.
-        """
         self.path = Path(path).expanduser()
         self._list_names = frozenset(list_names)
         self._by_path: dict[str, list[SourceFile]] = {}
@@ -115,17 +102,7 @@ class Source:
         self._stack.close()
 
     def with_suffixes(self, suffixes: Collection[str]) -> list[SourceFile]:
-        """List the files with certain endings; archives are opened where there are none without them.
-
-        Args:
-            suffixes: The endings, in lower case, with the dot.
-
-        Returns:
-            The files, sorted by path.
-
-        Raises:
-            ValueError: an archive is damaged.
-        """
+        """List the files with these endings, sorted by path; archives are opened where there are none without."""
         found = self._with_suffixes(suffixes)
         if not found:
             self._index_archives()
@@ -133,19 +110,11 @@ class Source:
         return sorted(found, key=lambda file: file.path)
 
     def find(self, path: str, folder: str | None = None) -> SourceFile | None:
-        """Find a file by its path.
+        """Find a file by the end of its path, below whatever other folders, or exactly below `folder`.
 
-        Of several, an extracted one goes before those in archives, and then the one the fewest folders deep.
-
-        Args:
-            path: The end of the path, below whatever other folders.
-            folder: If given, the file must lie at `path` below this very folder.
-
-        Returns:
-            The file, or None where there is none.
-
-        Raises:
-            ValueError: two are equally deep, or an archive is damaged.
+        Of several, an extracted one goes before those in archives, and then the one the fewest folders deep. The
+        answer
+        is None where there is none; two that are equally deep are a ValueError, and so is a damaged archive.
         """
         found = self._find(path, folder)
         if not found and self._archives:
@@ -158,18 +127,10 @@ class Source:
         return first[0] if first else None
 
     def require(self, path: str, folder: str | None = None, hint: str = "") -> SourceFile:
-        """Find a file that has to be there.
-
-        Args:
-            path: As for `find`.
-            folder: As for `find`.
-            hint: Where to get the file, for the message.
-
-        Returns:
-            The file.
+        """Find a file that has to be there, as `find` does.
 
         Raises:
-            FileNotFoundError: there is none.
+            FileNotFoundError: there is none; the message ends in `hint`, which says where to get it.
             ValueError: as in `find`.
         """
         if (file := self.find(path, folder)) is None:
@@ -261,6 +222,3 @@ def _safe_path(name: str, archive: Path) -> str:
             f"{archive} holds a file named {name!r}, which leads out of the folder; do not use this archive."
         )
     return str(path)
-
-
-__all__ = ["ARCHIVE_SUFFIXES", "Source", "SourceFile"]

@@ -121,5 +121,3 @@ FACTS: Mapping[str, DatasetFacts] = {
         num_images={"train": (75_750,), "test": (25_250,)},
     ),
 }
-
-__all__ = ["FACTS", "DatasetFacts"]

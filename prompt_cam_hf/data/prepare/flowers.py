@@ -21,5 +21,3 @@ bee balm, ball moss, foxglove, bougainvillea, camellia, mallow, mexican petunia,
 trumpet creeper, blackberry lily
 """
 FLOWER_NAMES = tuple(name.strip() for name in _NAMES.split(","))
-
-__all__ = ["FLOWER_NAMES"]

@@ -28,11 +28,6 @@ def write_image_folder(plan: Plan, source: Source, destination: Path) -> None:
     Extracted images are hard-linked, and copied where the file system cannot link; those in archives are copied. An
     image that is there already, with the right size, stays as it is.
 
-    Args:
-        plan: Of `make_plan`.
-        source: That the plan was made from.
-        destination: A new folder, or one that an interrupted run of the same plan left.
-
     Raises:
         FileExistsError: `destination` holds something that the plan does not, or another file in an image's place.
         OSError: there is too little space, or writing failed.
@@ -139,6 +134,3 @@ def _write(path: Path, content: bytes) -> None:
 def _write_manifest(plan: Plan, destination: Path) -> None:
     rows = [(i.split, i.class_folder, i.path, i.source.size, i.source.path) for i in plan.images]
     _write(destination / MANIFEST, pd.DataFrame(rows, columns=_COLUMNS).to_csv(index=False).encode())
-
-
-__all__ = ["MANIFEST", "write_image_folder"]

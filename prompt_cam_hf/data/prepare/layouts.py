@@ -8,7 +8,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -29,9 +29,8 @@ class Listed(NamedTuple):
         split: "train", "validation" or "test".
         number: The class's place in the data set's own order, from 1, or None where it has no order of its own.
         class_name: The class.
-        path: The image's path, below whatever other folders.
+        path: The image's path, below whatever other folders, or exactly below `folder` where that is given.
         where: The list and the line, for messages.
-        folder: If given, `path` is exactly below this folder.
     """
 
     split: str
@@ -44,15 +43,9 @@ class Listed(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How one data set is read.
+    """How one data set is read: by `read(source, **options)`, from these lists, with these default options."""
 
-    Attributes:
-        read: The reader, called as `read(source, **options)`.
-        list_names: What the lists are called that it reads.
-        options: The options that it takes, with their defaults.
-    """
-
-    read: Callable[..., list[Listed]]
+    read: Callable[..., Iterable[Listed]]
     list_names: Collection[str] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -113,7 +106,7 @@ def _spaced(name: str) -> str:
 # --- One reader for each data set ----------------------------------------------------------------------------------
 
 
-def _read_cub(source: Source) -> list[Listed]:
+def _read_cub(source: Source) -> Iterator[Listed]:
     images = source.require("images.txt")
     path_of = _table(images, r"(\d+)\s+(\S.*)", "an image number and a path")
     beside = {
@@ -127,21 +120,19 @@ def _read_cub(source: Source) -> list[Listed]:
         if unlike := sorted(numbers.keys() ^ path_of.keys()):
             has, lacks = (images.path, name) if unlike[0] in path_of else (name, images.path)
             raise ValueError(f"The image {unlike[0]} stands in {has} and not in {lacks}; download the lists again.")
-    return [
-        Listed(
+    for image, path in path_of.items():
+        where = f"{images.path}, image {image}"
+        yield Listed(
             "train" if is_train[image] == "1" else "test",
             int(class_of[image]),
-            _spaced(_class_name(names, int(class_of[image]), f"{images.path}, image {image}")),
+            _spaced(_class_name(names, int(class_of[image]), where)),
             f"images/{path}",
-            f"{images.path}, image {image}",
+            where,
             images.folder,
         )
-        for image, path in path_of.items()
-    ]
 
 
-def _read_pet(source: Source) -> list[Listed]:
-    listed = []
+def _read_pet(source: Source) -> Iterator[Listed]:
     names: dict[int, str] = {}
     form = "an image's name, ending in _NUMBER, and three numbers"
     for name, split in (("trainval.txt", "train"), ("test.txt", "test")):
@@ -150,15 +141,13 @@ def _read_pet(source: Source) -> list[Listed]:
         ):
             if names.setdefault(int(number), breed) != breed:
                 raise ValueError(f"{where}: the class {number} is called {breed}, and {names[int(number)]} before.")
-            listed.append(Listed(split, int(number), _spaced(breed), f"images/{breed}{image}.jpg", where))
-    return listed
+            yield Listed(split, int(number), _spaced(breed), f"images/{breed}{image}.jpg", where)
 
 
-def _read_cars(source: Source) -> list[Listed]:
+def _read_cars(source: Source) -> Iterator[Listed]:
     meta = source.require("cars_meta.mat", hint="it is in the devkit")
     (names,) = _mat(meta, "class_names")
     class_names = dict(enumerate(map(str, names), 1))
-    listed = []
     hint = "the labels of the test images are a download of their own, beside the devkit"
     for name, split in (("cars_train_annos.mat", "train"), ("cars_test_annos_withlabels.mat", "test")):
         annotations = source.require(name, hint=hint if split == "test" else "it is in the devkit")
@@ -169,12 +158,10 @@ def _read_cars(source: Source) -> list[Listed]:
             where = f"{annotations.path}, row {number}"
             label = int(row["class"])
             image = f"cars_{split}/{row['fname']}"
-            listed.append(Listed(split, label, _class_name(class_names, label, where), image, where))
-    return listed
+            yield Listed(split, label, _class_name(class_names, label, where), image, where)
 
 
-def _read_dogs(source: Source) -> list[Listed]:
-    listed = []
+def _read_dogs(source: Source) -> Iterator[Listed]:
     for split in ("train", "test"):
         file = source.require(f"{split}_list.mat")
         paths, labels = _mat(file, "file_list", "labels")
@@ -185,15 +172,13 @@ def _read_dogs(source: Source) -> list[Listed]:
             match = re.fullmatch(r"n\d+-(.+)/[^/]+", path)
             if match is None:
                 raise ValueError(f"{where}: wanted is nNUMBER-BREED/IMAGE, got {path!r}.")
-            listed.append(Listed(split, int(label), _spaced(match[1]), f"Images/{path}", where))
-    return listed
+            yield Listed(split, int(label), _spaced(match[1]), f"Images/{path}", where)
 
 
-def _read_flowers(source: Source) -> list[Listed]:
+def _read_flowers(source: Source) -> Iterator[Listed]:
     label_file, split_file = source.require("imagelabels.mat"), source.require("setid.mat")
     (labels,) = _mat(label_file, "labels")
     names = dict(enumerate(FLOWER_NAMES, 1))
-    listed = []
     for key, split in (("trnid", "train"), ("valid", "validation"), ("tstid", "test")):
         for image in map(int, _mat(split_file, key)[0]):
             where = f"{split_file.path}, {key}"
@@ -201,39 +186,33 @@ def _read_flowers(source: Source) -> list[Listed]:
                 raise ValueError(f"{where}: there is no image {image}; {label_file.path} has {len(labels)} labels.")
             label = int(labels[image - 1])
             path = f"jpg/image_{image:05}.jpg"
-            listed.append(Listed(split, label, _class_name(names, label, label_file.path), path, where))
-    return listed
+            yield Listed(split, label, _class_name(names, label, label_file.path), path, where)
 
 
-def _read_food101(source: Source) -> list[Listed]:
+def _read_food101(source: Source) -> Iterator[Listed]:
     class_list = source.require("meta/classes.txt")
     numbers = {name: number for number, (_, (name,)) in enumerate(_rows(class_list, r"(\S+)", "a class name"), 1)}
-    listed = []
     for split in ("train", "test"):
         file = source.require(f"{split}.txt", class_list.folder)
         for where, (path, name) in _rows(file, r"(([^/\s]+)/\S+)", "CLASS/IMAGE without .jpg"):
             if name not in numbers:
                 raise ValueError(f"{where}: the class {name} is not in {class_list.path}.")
-            listed.append(Listed(split, numbers[name], _spaced(name), f"images/{path}.jpg", where))
-    return listed
+            yield Listed(split, numbers[name], _spaced(name), f"images/{path}.jpg", where)
 
 
-def _read_insects2(source: Source) -> list[Listed]:
+def _read_insects2(source: Source) -> Iterator[Listed]:
     hint = "its authors keep it in the repository https://github.com/xpwu95/IP102"
     names = _table(source.require("classes.txt", hint=hint), r"(\d+)\s+(\S.*)", "a class number and a name")
     train = source.require("train.txt")
-    listed = []
     for name, split in (("train.txt", "train"), ("val.txt", "validation"), ("test.txt", "test")):
         rows = _rows(source.require(name, train.folder), r"(\S+)\s+(\d+)", "an image and a class number from 0")
         for where, (image, label) in rows:
             number = int(label) + 1  # the lists count from 0, classes.txt from 1
-            listed.append(Listed(split, number, _class_name(names, number, where), f"images/{image}", where))
-    return listed
+            yield Listed(split, number, _class_name(names, number, where), f"images/{image}", where)
 
 
-def _read_fish_vista(source: Source) -> list[Listed]:
+def _read_fish_vista(source: Source) -> Iterator[Listed]:
     train = source.require("classification_train.csv")
-    listed = []
     for name, split in (("train", "train"), ("val", "validation"), ("test", "test")):
         file = source.require(f"classification_{name}.csv", train.folder)
         for number, row in enumerate(csv.DictReader(io.StringIO(_text(file))), 2):
@@ -243,18 +222,16 @@ def _read_fish_vista(source: Source) -> list[Listed]:
                 raise ValueError(f"{where}: nothing in the column standardized_species or file_name.")
             # `file_name` has the folder on the Hub; the data set's own instructions move all images into one.
             found = path if source.find(path) else f"Images/{PurePosixPath(path).name}"
-            listed.append(Listed(split, None, species, found, where))
-    return listed
+            yield Listed(split, None, species, found, where)
 
 
 def _read_inaturalist(
     source: Source, taxa: Mapping[str, Collection[str]], without: Mapping[str, Collection[str]]
-) -> list[Listed]:
+) -> Iterator[Listed]:
     full, mini = source.find("train.json"), source.find("train_mini.json")
     if full and mini:
         raise ValueError(f"{source.path} holds both train.json and train_mini.json; keep the one to train on.")
     train = full or mini or source.require("train.json")
-    listed: list[Listed] = []
     # The test images of the competition have no public labels: its validation images are the ones to test on.
     for file, split in ((train, "train"), (source.require("val.json"), "test")):
         try:
@@ -277,43 +254,35 @@ def _read_inaturalist(
             and not any(entry[rank] in names for rank, names in without.items())
         )
         order = {category: number for number, category in enumerate(chosen, 1)}
-        listed += [
-            Listed(split, order[category], categories[category]["name"], path_of[image], f"{file.path}, image {image}")
-            for image, category in labels
-            if category in order
-        ]
-    return listed
+        for image, category in labels:
+            if category in order:
+                name = categories[category]["name"]
+                yield Listed(split, order[category], name, path_of[image], f"{file.path}, image {image}")
 
 
-def _read_birds525(source: Source) -> list[Listed]:
-    listed = []
+def _read_birds525(source: Source) -> Iterator[Listed]:
     for file in source.with_suffixes(image_suffixes()):
         *_, split, name, _ = ("", "", *PurePosixPath(file.path).parts)
         if split in SPLIT_NAMES:
             # One species has two spaces in its name in some splits and one in others.
             name = " ".join(name.split())
-            listed.append(Listed(SPLIT_NAMES[split], None, name, file.path, file.path, ""))
-    return listed
+            yield Listed(SPLIT_NAMES[split], None, name, file.path, file.path, "")
 
 
-def _read_medicinal_leaf(source: Source, test_fraction: float, seed: int) -> list[Listed]:
+def _read_medicinal_leaf(source: Source, test_fraction: float, seed: int) -> Iterator[Listed]:
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction is {test_fraction}; it has to be between 0 and 1.")
     of_class: dict[str, list[str]] = {}
     for file in source.with_suffixes(image_suffixes()):
         of_class.setdefault(PurePosixPath(file.path).parent.name, []).append(file.path)
     random = np.random.default_rng(seed)
-    listed = []
     for name, paths in sorted(of_class.items()):
         if len(paths) < 2:
             raise ValueError(f"The class {name!r} has one image only, {paths[0]}; train and test need one each.")
         num_test = min(len(paths) - 1, max(1, round(test_fraction * len(paths))))
         test = set(random.permutation(len(paths))[:num_test].tolist())
-        listed += [
-            Listed("test" if place in test else "train", None, name, path, path, "")
-            for place, path in enumerate(paths)
-        ]
-    return listed
+        for place, path in enumerate(paths):
+            yield Listed("test" if place in test else "train", None, name, path, path, "")
 
 
 _BUTTERFLIES = ("Hedylidae", "Hesperiidae", "Lycaenidae", "Nymphalidae", "Papilionidae", "Pieridae", "Riodinidae")
@@ -340,5 +309,3 @@ LAYOUTS: Mapping[str, Layout] = {
     "medicinal_leaf": Layout(_read_medicinal_leaf, options={"test_fraction": 0.2, "seed": 0}),
     "food101": Layout(_read_food101, ("classes.txt", "train.txt", "test.txt")),
 }
-
-__all__ = ["LAYOUTS", "Layout", "Listed"]

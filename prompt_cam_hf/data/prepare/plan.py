@@ -25,14 +25,7 @@ _DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 class PlannedImage(NamedTuple):
-    """An image, and its place: `split`/`class_folder`/`file_name`.
-
-    Attributes:
-        split: "train", "validation" or "test".
-        class_folder: The folder of its class.
-        file_name: Its name there.
-        source: The file to link or copy.
-    """
+    """An image, and its place: `split`/`class_folder`/`file_name`."""
 
     split: str
     class_folder: str
@@ -47,24 +40,14 @@ class PlannedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be written.
-
-    Attributes:
-        facts: Of the data set.
-        images: In the order of their lists.
-        num_missing: How many listed images were left out.
-    """
+    """What is to be written, in the order of the lists, and how many listed images are left out."""
 
     facts: DatasetFacts
     images: list[PlannedImage]
     num_missing: int = 0
 
     def count(self) -> dict[str, dict[str, int]]:
-        """Count the images.
-
-        Returns:
-            The number of images by split and, within it, by class folder; both in order.
-        """
+        """Count the images by split and, within it, by class folder; both in order."""
         counted = Counter((image.split, image.class_folder) for image in self.images)
         return {
             split: {folder: number for (of_split, folder), number in sorted(counted.items()) if of_split == split}
@@ -73,11 +56,7 @@ class Plan:
         }
 
     def summary(self) -> str:
-        """Say what will be done.
-
-        Returns:
-            One paragraph.
-        """
+        """Say what will be done, in one paragraph."""
         counts = self.count()
         num_classes = len({folder for folders in counts.values() for folder in folders})
         splits = ", ".join(f"{split} {sum(folders.values()):,}" for split, folders in counts.items())
@@ -97,18 +76,12 @@ def make_plan(
     skip_missing: bool = False,
     facts: DatasetFacts | None = None,
 ) -> Plan:
-    """Read the lists of a data set, find every listed image and check the numbers.
+    """Read the lists of a data set, find every listed image and check the numbers, of the published `facts` by
+    default.
 
-    Args:
-        dataset: A key of `FACTS`.
-        source: Its files.
-        options: For the reader of the data set; a value of None stands for its default. Where they choose other
-            classes than the published ones, numbers are not checked.
-        skip_missing: Leave out listed images that are not there.
-        facts: The numbers to check; the published ones by default.
-
-    Returns:
-        The images, each with its place.
+    The options are for the reader of the data set; None stands for the default. Where they choose other classes
+    than the
+    published ones, numbers are not checked.
 
     Raises:
         FileNotFoundError: a list or, without `skip_missing`, a listed image is not there.
@@ -119,7 +92,7 @@ def make_plan(
     chosen = {name: value for name, value in options.items() if value is not None}
     if unknown := [name for name in chosen if name not in layout.options]:
         raise ValueError(f"{facts.title} takes no option {unknown[0]}.")
-    listed = layout.read(source, **{**layout.options, **chosen})
+    listed = list(layout.read(source, **{**layout.options, **chosen}))
     if not listed:
         raise ValueError(f"{source.path} holds no images of {facts.title}.")
     class_folders = _class_folders(listed)
@@ -209,6 +182,3 @@ def _check_places(images: Iterable[PlannedImage]) -> None:
         other = taken.setdefault(str(image.path).lower(), image)
         if other is not image:
             raise ValueError(f"{other.source} and {image.source} would both be kept as {image.path}.")
-
-
-__all__ = ["SPLITS", "Plan", "PlannedImage", "make_plan"]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The script that made the embedded backbone: a tiny ViT, pre-trained on drawn birds that belong to no class.
 
-    python training/provenance/pretrain_birds.py OUTPUT_DIR
+    python docs/provenance/pretrain_birds.py OUTPUT_DIR
 
 Three tasks, all on birds of `other_birds_dataset`. They ask for attributes, never for classes:
 
