@@ -45,7 +45,6 @@ class Parts:
     size: int
 
     def __len__(self) -> int:
-        """The number of parts."""
         return -(-self.total // self.size)
 
     def places(self, number: int) -> range:

@@ -186,9 +186,6 @@ def load_recipe(path: str | os.PathLike, **overrides: Any) -> Recipe:
         path: The file, in YAML.
         **overrides: Keys that win over the file.
 
-    Returns:
-        The recipe.
-
     Raises:
         FileNotFoundError: there is no such file.
         TypeError, ValueError: the file has other lines than `key: value`, a key is unknown, there twice or missing,

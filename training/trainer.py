@@ -68,7 +68,6 @@ class EpochSampler(Sampler[int]):
         return math.ceil(self.num_samples / self.batch_size) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        """Run through the epoch."""
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples)
         return iter(np.resize(order, len(self)).tolist())
 

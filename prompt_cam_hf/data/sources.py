@@ -78,9 +78,6 @@ def _named_splits(names: Iterable[str], origin: str) -> dict[str, str]:
     return {split: found[split] for split in ("train", "validation", "test") if split in found}
 
 
-# --- Folders of images -----------------------------------------------------------------------------------------
-
-
 def _visible_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
 
@@ -123,9 +120,6 @@ def _read_class_folders(folder: Path, class_names: list[str]) -> SourceSplit:
     if empty:
         raise ValueError(f"No images of the class {some_of(empty)} in {folder}; add some or remove the empty folder.")
     return SourceSplit(image_rows(files), labels, class_names)
-
-
-# --- Tables ------------------------------------------------------------------------------------------------------
 
 
 def _read_csv(path: Path) -> datasets.Dataset:
@@ -227,9 +221,6 @@ def _check_complete(missing: list[bool], where: str, column: str) -> None:
         )
 
 
-# --- Data sets of the datasets library ---------------------------------------------------------------------------
-
-
 def _load_dataset(source: str, name: str | None, revision: str | None) -> datasets.DatasetDict:
     missing = f"There is no folder or file {source}"
     if not Path(source).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
@@ -253,9 +244,6 @@ def _read_dataset_dict(
         else:
             read[split] = _read_columns(table, f"{origin}, split {name}", None, image_column, label_column)
     return read
-
-
-# --- All of them -------------------------------------------------------------------------------------------------
 
 
 def read_source(

@@ -81,9 +81,6 @@ def read_taxonomy(path: str | os.PathLike) -> Taxonomy:
         path: The file, in UTF-8. The first row names the levels, from the classes up: `species,genus,family,order`.
             Every other row is a class with the nodes that it belongs to.
 
-    Returns:
-        The tree.
-
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the header is wrong, a cell is missing, a class is there twice, or a node has two parents.

@@ -35,7 +35,6 @@ class Mean:
     num_images: int
 
     def __str__(self) -> str:
-        """Value and interval."""
         if np.isnan(self.low):
             return f"{self.value:.3f}"
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"

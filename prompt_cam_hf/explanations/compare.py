@@ -84,7 +84,6 @@ class Comparison(Result):
         return tuple(dict.fromkeys(head for heads in orders for head in heads))[:count]
 
     def __repr__(self) -> str:
-        """One line."""
         names = " and ".join(traits.label for traits in self.classes)
         return f"<Comparison of {names} on {self.explanation.source or 'an image'}>"
 

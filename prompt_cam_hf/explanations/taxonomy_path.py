@@ -60,7 +60,6 @@ class TaxonomyPath(Result):
         return not self.conflicts
 
     def __str__(self) -> str:
-        """A line for each level."""
         lines = [f"{self.source or 'image'}: {'a path of the tree' if self.consistent else 'no path of the tree'}"]
         for level, explanation in self.explanations.items():
             conflict = f", which {self.conflicts[level]}" if level in self.conflicts else ""
