@@ -37,8 +37,7 @@ class SourceSplit(NamedTuple):
     """One split as it was found.
 
     `images` has the one column `image`, undecoded; `labels` is the class name of each row; `class_names` are all
-    classes
-    in the order of their numbers, where the source gives one.
+    classes in the order of their numbers, where the source gives one.
     """
 
     images: datasets.Dataset

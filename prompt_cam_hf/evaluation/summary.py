@@ -21,9 +21,8 @@ _BOOTSTRAP_BATCH = 50
 class Mean:
     """A metric of a model, or of one of its maps ("" for the model itself), over images.
 
-    `low` and `high` are the ends of the 95 % bootstrap interval of the mean, NaN with one image; `num_images`
-    counts the
-    images on which the metric could be measured.
+    `low` and `high` are the ends of the 95 % bootstrap interval of the mean, NaN with one image; `num_images` counts
+    the images on which the metric could be measured.
     """
 
     model: str
