@@ -165,13 +165,9 @@ def _check_column(table: datasets.Dataset, where: str, option: str, column: str)
 
 
 def read_images(table: datasets.Dataset, where: str, folder: Path | None, column: str) -> datasets.Dataset:
-    """Take the images out of a table, without opening any, as the one column `image`.
+    """Take the images or their paths out of a column of a table, without opening any, as the one column `image`.
 
-    Args:
-        table: With a column of images or their paths.
-        where: What the table is called, for messages.
-        folder: That paths start from; None for that of the process.
-        column: The column.
+    Paths start from `folder`, None for that of the process; `where` is what messages call the table.
 
     Raises:
         ValueError: the column is missing, holds something else, or has empty rows.

@@ -238,8 +238,7 @@ def remove_trait(
         class_name: The name or number of the class whose traits are shown; None: the one predicted before.
         image_processor: For a loaded model.
         method: How the region is filled; see `remove_region`.
-        kind: As in `explain`.
-        interpolate_pos_encoding: As in the model's `forward`.
+        kind, interpolate_pos_encoding: As in `explain`.
 
     Raises:
         ValueError: the region does not fit the image, or `explain` refuses an argument.
