@@ -54,16 +54,9 @@ RESULTS_FILE = "results.json"
 
 # What may change when a run is resumed: where it lies and how it runs, not what it computes.
 _CHANGEABLE_KEYS = {
-    "cache_dir",
-    "dataloader_num_workers",
-    "eval_batch_size",
-    "hub_license",
-    "hub_model_id",
-    "hub_private_repo",
-    "include_backbone",
-    "output_dir",
-    "resume_from_checkpoint",
-}
+    "cache_dir", "dataloader_num_workers", "eval_batch_size", "hub_license", "hub_model_id", "hub_private_repo",
+    "include_backbone", "output_dir", "resume_from_checkpoint",
+}  # fmt: skip
 
 _METRICS = {"top1": "top-1", "top5": "top-5", "macro_accuracy": "macro accuracy"}
 

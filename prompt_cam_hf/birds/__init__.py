@@ -21,20 +21,7 @@ from .dataset import bird_spec, birds_dataset, other_birds_dataset, row_spec
 from .drawing import draw_bird, unpack_masks
 
 __all__ = [
-    "BIRD_CLASSES",
-    "COLOURS",
-    "PARTS",
-    "PATTERNS",
-    "TRAIT_PARTS",
-    "BirdSpec",
-    "bird_spec",
-    "birds_dataset",
-    "counterfactual",
-    "draw_bird",
-    "matching_classes",
-    "other_birds_dataset",
-    "part_values",
-    "row_spec",
-    "split_value",
-    "unpack_masks",
-]
+    "BIRD_CLASSES", "COLOURS", "PARTS", "PATTERNS", "TRAIT_PARTS", "BirdSpec", "bird_spec", "birds_dataset",
+    "counterfactual", "draw_bird", "matching_classes", "other_birds_dataset", "part_values", "row_spec",
+    "split_value", "unpack_masks",
+]  # fmt: skip

@@ -83,18 +83,10 @@ def _curve(*points: tuple[float, float]) -> np.ndarray:
 def _body_frame(pose: Pose) -> dict[str, np.ndarray]:
     h = pose.plump / 2
     drop, end = pose.wing_drop, 0.32 - pose.wing_length
-    wing = _curve(
-        (0.33, -0.28 * h),
-        (0.24, -0.68 * h),
-        (0.02, -0.84 * h),
-        (-0.26, -0.66 * h + drop / 2),
-        (end + 0.06, -0.24 * h + drop),
-        (end, -0.02 * h + drop),
-        (end + 0.12, 0.14 * h + drop),
-        (-0.2, 0.4 * h + drop / 2),
-        (0.08, 0.5 * h),
-        (0.27, 0.2 * h),
-    )
+    upper = [(0.33, -0.28 * h), (0.24, -0.68 * h), (0.02, -0.84 * h), (-0.26, -0.66 * h + drop / 2)]
+    tip = [(end + 0.06, -0.24 * h + drop), (end, -0.02 * h + drop), (end + 0.12, 0.14 * h + drop)]
+    lower = [(-0.2, 0.4 * h + drop / 2), (0.08, 0.5 * h), (0.27, 0.2 * h)]
+    wing = _curve(*upper, *tip, *lower)
     left = pose.bar_place - 0.04
     edges = [(0.0, -1.0), (-0.02, -0.4), (0.0, 0.1), (0.06, 0.6)]
     bar = np.array([(left + x, y * h) for x, y in edges] + [(left + 0.145 + x, y * h) for x, y in reversed(edges)])
