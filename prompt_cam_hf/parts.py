@@ -45,7 +45,6 @@ class Parts:
     size: int
 
     def __len__(self) -> int:
-        """The number of parts."""
         return -(-self.total // self.size)
 
     def places(self, number: int) -> range:
@@ -113,9 +112,8 @@ class Parts:
     def finish(self, table: str, contents: Mapping[str, bytes | None]) -> None:
         """Write the results, each of them as a whole, then remove the parts.
 
-        `table` is the result that holds the rows of all parts; `contents` are the others in the order of writing,
-        None for
-        one that the run does not have and that an earlier run may have left.
+        `table` is the result that holds the rows of all parts; `contents` are the others in the order of writing, None
+        for one that the run does not have and that an earlier run may have left.
         """
         with replacing(self.out / table) as partial, pq.ParquetWriter(partial, self.schema) as writer:
             for rows in self.tables():

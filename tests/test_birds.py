@@ -10,6 +10,7 @@ import pytest
 
 from prompt_cam_hf import birds
 from prompt_cam_hf.birds import BIRD_CLASSES, PARTS, TRAIT_PARTS, BirdSpec, dataset, drawing, raster
+from prompt_cam_hf.birds import classes as bird_classes
 
 
 def pixels(spec, size=96):
@@ -38,8 +39,8 @@ def test_classes_differ_in_one_or_two_traits_and_share_most_values():
 
 @pytest.mark.parametrize("part", TRAIT_PARTS)
 def test_fillers_share_neither_colour_nor_pattern_with_a_class(part):
-    fillers = [birds.split_value(value) for value in birds.filler_values(part)]
-    classes = [birds.split_value(value) for value in birds.class_values(part)]
+    fillers = [birds.split_value(value) for value in bird_classes.filler_values(part)]
+    classes = [birds.split_value(value) for value in bird_classes.class_values(part)]
     assert {colour for _, colour in fillers}.isdisjoint(colour for _, colour in classes)
     assert ({pattern for pattern, _ in fillers} - {"plain"}).isdisjoint(pattern for pattern, _ in classes)
     assert len(fillers) >= 7
@@ -48,26 +49,26 @@ def test_fillers_share_neither_colour_nor_pattern_with_a_class(part):
 def test_a_bird_carries_its_own_class_traits_and_no_other_class_value():
     rng = np.random.default_rng(0)
     for index in range(900):
-        spec = birds.sample_spec(rng, index % 18)
+        spec = bird_classes.sample_spec(rng, index % 18)
         assert birds.matching_classes(spec.values) == (spec.label,)
         bird = BIRD_CLASSES[spec.label]
         for part in set(TRAIT_PARTS) - set(bird.parts):
-            assert spec.values[part] not in birds.class_values(part)
+            assert spec.values[part] not in bird_classes.class_values(part)
 
 
 def test_parts_outside_the_class_are_coloured_as_a_rule():
     rng = np.random.default_rng(0)
-    specs = [birds.sample_spec(rng, index % 18) for index in range(900)]
+    specs = [bird_classes.sample_spec(rng, index % 18) for index in range(900)]
     for part in TRAIT_PARTS:
         values = [spec.values[part] for spec in specs if part not in BIRD_CLASSES[spec.label].parts]
         assert 0.6 < np.mean([value is not None for value in values]) < 0.8
-        assert {value for value in values if value} == set(birds.filler_values(part))
+        assert {value for value in values if value} == set(bird_classes.filler_values(part))
 
 
 def test_a_wing_bar_never_has_the_colour_of_its_wing():
     rng = np.random.default_rng(0)
-    specs = [birds.sample_spec(rng, index % 18) for index in range(900)]
-    specs += [birds.sample_other_spec(rng) for _ in range(900)]
+    specs = [bird_classes.sample_spec(rng, index % 18) for index in range(900)]
+    specs += [bird_classes.sample_other_spec(rng) for _ in range(900)]
     for spec in specs:
         if spec.values["wing"]:
             assert birds.split_value(spec.values["wing"])[1] != spec.values["wing-bar"]
@@ -75,7 +76,7 @@ def test_a_wing_bar_never_has_the_colour_of_its_wing():
 
 def test_birds_for_pre_training_have_every_value_but_no_class():
     rng = np.random.default_rng(0)
-    specs = [birds.sample_other_spec(rng) for _ in range(4000)]
+    specs = [bird_classes.sample_other_spec(rng) for _ in range(4000)]
     assert all(birds.matching_classes(spec.values) == () and spec.label is None for spec in specs)
     alone = {bird.traits[0] for bird in BIRD_CLASSES if len(bird.traits) == 1}
     seen = {(part, value) for spec in specs for part, value in spec.values.items() if value}
@@ -89,7 +90,7 @@ def test_birds_for_pre_training_have_every_value_but_no_class():
 def test_images_are_the_same_everywhere():
     digest = hashlib.sha256()
     for index in range(36):
-        for spec in (birds.bird_spec("train", index), birds.other_bird_spec(index)):
+        for spec in (birds.bird_spec("train", index), dataset.other_bird_spec(index)):
             image, bits = drawing.draw_bits(spec, 96)
             assert image.shape == (96, 96, 3) and image.dtype == np.uint8
             assert bits.shape == (96, 96) and bits.dtype == np.uint16
@@ -232,14 +233,14 @@ def test_data_set_is_drawn_once(cache_dir, monkeypatch):
 def test_other_birds_have_no_label(cache_dir):
     data = birds.other_birds_dataset(4, size=32, num_proc=1, cache_dir=cache_dir)
     assert set(data.column_names) == {"image", "masks", "seed", "values"}
-    assert [birds.row_spec(row) for row in data] == [birds.other_bird_spec(index) for index in range(4)]
+    assert [birds.row_spec(row) for row in data] == [dataset.other_bird_spec(index) for index in range(4)]
 
 
 def test_splits_share_no_seed():
     splits = [
         {birds.bird_spec(split, index).seed for index in range(400)} for split in ("train", "validation", "test")
     ]
-    splits.append({birds.other_bird_spec(index).seed for index in range(400)})
+    splits.append({dataset.other_bird_spec(index).seed for index in range(400)})
     splits.append({birds.bird_spec("train", index, seed=1).seed for index in range(400)})
     assert len(set().union(*splits)) == 400 * len(splits)
 
@@ -255,7 +256,7 @@ def test_splits_share_no_seed():
         (lambda: birds.birds_dataset("train", per_class=0), "0 birds were asked for"),
         (lambda: birds.other_birds_dataset(4, size=16), "size is 16 pixels.*at least 32"),
         (lambda: birds.draw_bird(birds.bird_spec("train", 0), 31), "size is 31 pixels.*at least 32"),
-        (lambda: birds.sample_spec(np.random.default_rng(0), 18), "label is 18.*0 to 17"),
+        (lambda: bird_classes.sample_spec(np.random.default_rng(0), 18), "label is 18.*0 to 17"),
         (lambda: birds.counterfactual(birds.bird_spec("train", 0), "belly"), "'belly' is not a part.*crown"),
         (lambda: birds.counterfactual(birds.bird_spec("train", 0), "wing", "mauve"), "'mauve' is not.*turquoise"),
         (

@@ -104,9 +104,6 @@ def cache_features(
         batch_size: Images a step and process.
         num_workers: Processes that read images, for each process that computes.
 
-    Returns:
-        The features of all images.
-
     Raises:
         ValueError: a prompt enters the first layer, so that nothing is fixed.
         OSError: the disk is too full.

@@ -18,6 +18,7 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
+# What may stand under the key `trainer`, as far as the recipe's own keys do not decide it.
 _TRAINER = {argument.name for argument in dataclasses.fields(TrainingArguments)}
 
 
@@ -185,9 +186,6 @@ def load_recipe(path: str | os.PathLike, **overrides: Any) -> Recipe:
         path: The file, in YAML.
         **overrides: Keys that win over the file.
 
-    Returns:
-        The recipe.
-
     Raises:
         FileNotFoundError: there is no such file.
         TypeError, ValueError: the file has other lines than `key: value`, a key is unknown, there twice or missing,
@@ -255,18 +253,10 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 def _trainer_settings(recipe: Recipe) -> dict[str, Any]:
     """The `TrainingArguments` that the recipe's own keys, or the training program, decide."""
     checkpointing = {"activation_checkpointing", "gradient_checkpointing"} & _TRAINER
-    same = (
-        "output_dir",
-        "learning_rate",
-        "weight_decay",
-        "num_train_epochs",
-        "seed",
-        "bf16",
-        "fp16",
-        "dataloader_num_workers",
-    )
+    same = ("learning_rate", "weight_decay", "num_train_epochs", "seed", "bf16", "fp16", "dataloader_num_workers")
     return {
         **{name: getattr(recipe, name) for name in same},
+        "output_dir": recipe.output_dir,
         "optim": "adamw_torch" if recipe.optimizer == "adamw" else "sgd",
         "optim_args": f"momentum={recipe.momentum}" if recipe.optimizer == "sgd" else None,
         "per_device_train_batch_size": recipe.train_batch_size,

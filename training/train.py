@@ -54,16 +54,9 @@ RESULTS_FILE = "results.json"
 
 # What may change when a run is resumed: where it lies and how it runs, not what it computes.
 _CHANGEABLE_KEYS = {
-    "cache_dir",
-    "dataloader_num_workers",
-    "eval_batch_size",
-    "hub_license",
-    "hub_model_id",
-    "hub_private_repo",
-    "include_backbone",
-    "output_dir",
-    "resume_from_checkpoint",
-}
+    "cache_dir", "dataloader_num_workers", "eval_batch_size", "hub_license", "hub_model_id", "hub_private_repo",
+    "include_backbone", "output_dir", "resume_from_checkpoint",
+}  # fmt: skip
 
 _METRICS = {"top1": "top-1", "top5": "top-5", "macro_accuracy": "macro accuracy"}
 
@@ -108,7 +101,9 @@ class Run:
             self._open_folder(folder)
         trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
         best_epoch = self._restore_best_epoch(folder)
-        reports = {name: _report(trainer, dataset) for name, dataset in self._evaluated_splits().items()}
+        test = None if self.data.test is None else ImageDataset(self.data.test, self.image_processor)
+        splits = {"validation": trainer.eval_dataset, "test": test}
+        reports = {name: _report(trainer, split) for name, split in splits.items() if split is not None}
         model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
         model = model.model if isinstance(model, LinearProbe) else model
         result = TrainResult(model, self.image_processor, folder, best_epoch, self._metrics(reports))
@@ -132,21 +127,9 @@ class Run:
         load_trained_parameters(self.trainer.model, folder / f"checkpoint-{best_step}")
         return best_step * self.recipe.num_train_epochs // state.max_steps
 
-    def _evaluated_splits(self) -> dict[str, Dataset]:
-        splits: dict[str, Dataset] = {}
-        if self.data.validation is not None:
-            splits["validation"] = self.trainer.eval_dataset
-        if self.data.test is not None:
-            splits["test"] = ImageDataset(self.data.test, self.image_processor)
-        return splits
-
     def _metrics(self, reports: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
         num_classes = len(self.data.id2label)
-        chance = {
-            "top1": 1 / num_classes,
-            "top5": min(5, num_classes) / num_classes,
-            "macro_accuracy": 1 / num_classes,
-        }
+        chance = dict.fromkeys(_METRICS, 1 / num_classes) | {"top5": min(5, num_classes) / num_classes}
         return {name: {key: report[key] for key in _METRICS} for name, report in reports.items()} | {"chance": chance}
 
     def _save(self, result: TrainResult, reports: dict[str, dict[str, Any]]) -> None:

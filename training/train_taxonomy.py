@@ -86,7 +86,9 @@ def train_taxonomy(recipe: Recipe, taxonomy: Taxonomy, data: ImageData | None = 
     finished = on_main_process(partial(_open_folder, folder, taxonomy, recipes, recipe.resume_from_checkpoint))
     images = data or on_main_process(partial(load_data, recipe))
     taxonomy.check_classes(images.id2label.values())
-    on_main_process(partial(_write_taxonomy, folder, taxonomy))
+    if PartialState().is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / TAXONOMY_FILE, taxonomy.to_csv().encode())
     for level in levels:
         if level not in finished:
             if PartialState().is_main_process:
@@ -135,14 +137,7 @@ def evaluate_paths(
 ) -> dict[str, float]:
     """Count the images whose whole path is right, and those whose predictions form a path of the tree, right or not.
 
-    Where there are several processes, each of them evaluates its share.
-
-    Args:
-        model: With a prompt set for each level.
-        dataset: Images with the numbers of their leaf classes.
-        id2label: The leaf classes.
-        taxonomy: The tree.
-        batch_size: Images that go through the network at once.
+    The data set has the numbers of the leaf classes. Where there are several processes, each evaluates its share.
 
     Returns:
         `num_images`; `all_levels_right` and `consistent`, shares from 0 to 1.
@@ -207,11 +202,6 @@ def _check_same_tree(before: Taxonomy, now: Taxonomy, folder: Path) -> None:
                     f"The run in {folder} has {name!r} in the {level} {old!r}, the taxonomy says {new!r}; a run that "
                     "is resumed keeps its tree, but may get new levels."
                 )
-
-
-def _write_taxonomy(folder: Path, taxonomy: Taxonomy) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / TAXONOMY_FILE, taxonomy.to_csv().encode())
 
 
 def _put_together(folder: Path, runs: list[Path]) -> TaxonomyResult:

@@ -68,7 +68,6 @@ class EpochSampler(Sampler[int]):
         return math.ceil(self.num_samples / self.batch_size) * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        """Run through the epoch."""
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples)
         return iter(np.resize(order, len(self)).tolist())
 
@@ -202,23 +201,13 @@ class _Report(ProgressCallback):
                 self.training_bar.mininterval = _LOG_FILE_INTERVAL
 
     def on_prediction_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        eval_dataloader: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *rest: Any, **kwargs: Any
     ) -> None:
         if sys.stderr.isatty():
-            super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
+            super().on_prediction_step(args, state, control, *rest, **kwargs)
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         if not logs or "loss" not in logs:
             return

@@ -11,41 +11,17 @@ from .classes import (
     PARTS,
     PATTERNS,
     TRAIT_PARTS,
-    BirdClass,
     BirdSpec,
-    class_values,
     counterfactual,
-    filler_values,
     matching_classes,
     part_values,
-    sample_other_spec,
-    sample_spec,
     split_value,
 )
-from .dataset import bird_spec, birds_dataset, other_bird_spec, other_birds_dataset, row_spec
+from .dataset import bird_spec, birds_dataset, other_birds_dataset, row_spec
 from .drawing import draw_bird, unpack_masks
 
 __all__ = [
-    "BIRD_CLASSES",
-    "COLOURS",
-    "PARTS",
-    "PATTERNS",
-    "TRAIT_PARTS",
-    "BirdClass",
-    "BirdSpec",
-    "bird_spec",
-    "birds_dataset",
-    "class_values",
-    "counterfactual",
-    "draw_bird",
-    "filler_values",
-    "matching_classes",
-    "other_bird_spec",
-    "other_birds_dataset",
-    "part_values",
-    "row_spec",
-    "sample_other_spec",
-    "sample_spec",
-    "split_value",
-    "unpack_masks",
-]
+    "BIRD_CLASSES", "COLOURS", "PARTS", "PATTERNS", "TRAIT_PARTS", "BirdSpec", "bird_spec", "birds_dataset",
+    "counterfactual", "draw_bird", "matching_classes", "other_birds_dataset", "part_values", "row_spec",
+    "split_value", "unpack_masks",
+]  # fmt: skip

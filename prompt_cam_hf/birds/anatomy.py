@@ -83,48 +83,21 @@ def _curve(*points: tuple[float, float]) -> np.ndarray:
 def _body_frame(pose: Pose) -> dict[str, np.ndarray]:
     h = pose.plump / 2
     drop, end = pose.wing_drop, 0.32 - pose.wing_length
-    wing = _curve(
-        (0.33, -0.28 * h),
-        (0.24, -0.68 * h),
-        (0.02, -0.84 * h),
-        (-0.26, -0.66 * h + drop / 2),
-        (end + 0.06, -0.24 * h + drop),
-        (end, -0.02 * h + drop),
-        (end + 0.12, 0.14 * h + drop),
-        (-0.2, 0.4 * h + drop / 2),
-        (0.08, 0.5 * h),
-        (0.27, 0.2 * h),
-    )
+    upper = [(0.33, -0.28 * h), (0.24, -0.68 * h), (0.02, -0.84 * h), (-0.26, -0.66 * h + drop / 2)]
+    tip = [(end + 0.06, -0.24 * h + drop), (end, -0.02 * h + drop), (end + 0.12, 0.14 * h + drop)]
+    lower = [(-0.2, 0.4 * h + drop / 2), (0.08, 0.5 * h), (0.27, 0.2 * h)]
+    wing = _curve(*upper, *tip, *lower)
     left = pose.bar_place - 0.04
     edges = [(0.0, -1.0), (-0.02, -0.4), (0.0, 0.1), (0.06, 0.6)]
     bar = np.array([(left + x, y * h) for x, y in edges] + [(left + 0.145 + x, y * h) for x, y in reversed(edges)])
     feathers = [
-        smooth_open(
-            np.array(
-                [
-                    (-0.02 - k * 0.04, y * h),
-                    (end / 2 - 0.06, (y + 0.02) * h + drop * 0.6),
-                    (end + gap, y_end * h + drop),
-                ]
-            )
-        )
+        [(-0.02 - k * 0.04, y * h), (end / 2 - 0.06, (y + 0.02) * h + drop * 0.6), (end + gap, y_end * h + drop)]
         for k, (y, y_end, gap) in enumerate([(-0.42, -0.3, 0.14), (-0.12, -0.12, 0.08), (0.2, 0.06, 0.14)])
     ]
     # The tail has its own direction about the rump.
     width, length = pose.tail_width / 2, pose.tail_length
-    fan = np.array(
-        [
-            (0.12, -0.1),
-            (-0.1, -0.085),
-            (-length, -width),
-            (-length - 0.03, -width * 0.55),
-            (-length + pose.tail_fork, 0),
-            (-length - 0.03, width * 0.55),
-            (-length, width),
-            (-0.1, 0.085),
-            (0.12, 0.1),
-        ]
-    )
+    half = [(0.12, -0.1), (-0.1, -0.085), (-length, -width), (-length - 0.03, -width * 0.55)]
+    fan = np.array([*half, (-length + pose.tail_fork, 0), *((x, -y) for x, y in reversed(half))])
     vanes = [np.array([(-0.06, 0.03 * k), (-length, width * 0.52 * k)]) for k in (-1, 0, 1)]
     rump = np.array([-0.44, -0.06])
     return {
@@ -138,7 +111,7 @@ def _body_frame(pose: Pose) -> dict[str, np.ndarray]:
             (0.3, 0.45 * h), (0.36, 1.2 * h), (-0.1, 1.3 * h), (-0.6, 0.7 * h), (-0.34, 0.4 * h), (-0.02, 0.62 * h)
         ),
         "tail": rotated(fan, -pose.tail_lift) + rump,
-        **{f"feather {k}": line for k, line in enumerate(feathers)},
+        **{f"feather {k}": smooth_open(np.array(line)) for k, line in enumerate(feathers)},
         **{f"vane {k}": rotated(line, -pose.tail_lift) + rump for k, line in enumerate(vanes)},
     }
 
@@ -150,6 +123,7 @@ def _head_frame(pose: Pose) -> dict[str, np.ndarray]:
     depth = pose.beak_depth / 2
     upper = np.array([(0.8 * r, -0.02 * r - depth), (0.86 * r + pose.beak_length * 0.5, -depth * 0.72), tip])
     lower = np.array([tip, (0.86 * r + pose.beak_length * 0.42, depth * 1.0), (0.78 * r, 0.16 * r + depth)])
+    head = [(1.0, 0.06), (0.8, -0.62), (0.12, -1), (-0.66, -0.76), (-1, 0), (-0.72, 0.72), (0.06, 0.98), (0.8, 0.62)]
     cap = r * np.array(
         [(1.05, -0.42), (0.4, -0.5), (-0.35, -0.46), (-1.15, 0.12), (-1.4, -0.6), (-0.4, -1.5), (1.0, -1.2)]
     )
@@ -162,17 +136,7 @@ def _head_frame(pose: Pose) -> dict[str, np.ndarray]:
         ]
     )
     return {
-        "head": r
-        * _curve(
-            (1.0, 0.06),
-            (0.8, -0.62),
-            (0.12, -1.0),
-            (-0.66, -0.76),
-            (-1.0, 0.0),
-            (-0.72, 0.72),
-            (0.06, 0.98),
-            (0.8, 0.62),
-        ),
+        "head": r * _curve(*head),
         "crown": cap,
         "crest": crest,
         "throat": r

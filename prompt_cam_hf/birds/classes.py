@@ -181,8 +181,7 @@ def counterfactual(spec: BirdSpec, part: str, value: str | None = None) -> BirdS
     """Give one trait part of a bird another value, or with None its natural tint.
 
     Drawn at the same size, the two images differ in pixels of that part's mask only. The new label is that of the
-    class
-    that the bird belongs to now, None where it carries the traits of no class, or of several.
+    class that the bird belongs to now, None where it carries the traits of no class, or of several.
 
     Raises:
         ValueError: the part carries no traits, or cannot take the value.

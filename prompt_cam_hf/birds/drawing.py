@@ -15,15 +15,10 @@ from .scenery import Scenery, paint_wash, scenery
 # Plumage without a trait: browns, greys and olives, none close to a colour of COLOURS.
 _TINTS = np.array(
     [
-        (150, 116, 84),
-        (136, 134, 132),
-        (134, 130, 88),
-        (184, 158, 120),
-        (116, 126, 138),
-        (160, 112, 88),
+        (150, 116, 84), (136, 134, 132), (134, 130, 88), (184, 158, 120), (116, 126, 138), (160, 112, 88),
         (168, 164, 150),
     ]
-)
+)  # fmt: skip
 _HORN = np.array([(66, 62, 62), (112, 100, 84), (88, 84, 92)])
 _LEGS = np.array([(70, 64, 66), (150, 112, 96), (120, 104, 72)])
 # How a natural part differs from the plumage: a factor on the tint, and a share of cream mixed in.

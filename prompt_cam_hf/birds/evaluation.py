@@ -147,14 +147,9 @@ def measure_removal(
     reading: BirdReading,
     seed: int = 0,
 ) -> dict[str, dict[str, float]]:
-    """Measure what becomes of correct predictions when a place, or a trait, is taken out of the image.
+    """Measure what becomes of correct predictions when a place, or a trait, is taken out of the birds that were read.
 
-    Args:
-        model: The model that gave the reading.
-        image_processor: Its image processor.
-        birds: The birds that were read.
-        reading: Of `read_birds`.
-        seed: Draws the places and parts that the traits are compared with.
+    The seed draws the places and parts that the traits are compared with.
 
     Returns:
         `accuracy_left`, on the birds that were classified correctly: after blurring the first head's three

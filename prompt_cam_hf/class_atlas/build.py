@@ -73,14 +73,11 @@ def atlas(
         top_heads: How many of an image's most important heads count as its top heads, from 1 to the number of heads.
         num_examples: How many images are named and shown for each class, at least 0; with very many classes the page
             shows fewer.
-        method: How heads are ranked; see `rank_heads`.
-        blur: As in `rank_heads`.
+        method, blur: How heads are ranked; see `rank_heads`.
         batch_size: Images that go through the network at once.
         overwrite: Replace the results of an earlier run in `out`.
-        name: The configuration of a data set on the Hub.
-        revision: The revision of a data set on the Hub.
-        image_column: The column of images or paths.
-        label_column: The column of class names or numbers.
+        name, revision: The configuration and the revision of a data set on the Hub.
+        image_column, label_column: The columns of images or paths, and of class names or numbers.
 
     Returns:
         The files, and the numbers in them.

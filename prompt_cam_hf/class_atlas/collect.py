@@ -134,9 +134,8 @@ def collect(
 ) -> Iterator[list[dict[str, Any]]]:
     """Run the model on the images at some places and record what `ROW_SCHEMA` lists.
 
-    The maps and the ranking of an image are those of its predicted class. The maps of each image whose prediction
-    is its
-    label, or that has no label, are added to `sums`.
+    The maps and the ranking of an image are those of its predicted class. The maps of each image whose prediction is
+    its label, or that has no label, are added to `sums`.
 
     Yields:
         The rows of a batch. Columns that are null in a row are missing from it.

@@ -47,8 +47,7 @@ class Example:
     """An image that is shown.
 
     `index` is its place in the data, from 0; `number` its predicted class, of which `clearness` (in `collect`) says
-    how
-    good an example it is; `head_order` has the most important head first.
+    how good an example it is; `head_order` has the most important head first.
     """
 
     index: int
@@ -164,8 +163,7 @@ def summarize(
     """Read the rows once for the classes, and once more for examples of the most frequent confusions.
 
     The numbers say how many of an image's heads count as its top heads, and how many examples of each class,
-    confusions,
-    and examples of each confusion are kept.
+    confusions, and examples of each confusion are kept.
     """
     numbers = {name: number for number, name in names.items()}
     classes = [ClassSummary(number, name, *np.zeros((4, heads))) for number, name in sorted(names.items())]

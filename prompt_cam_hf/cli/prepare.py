@@ -42,19 +42,20 @@ def prepare(
     Images are hard-linked where they lie extracted on the same disk, else copied. The same command goes on after an
     interruption. docs/datasets.md has the sources, the licences, and what is unknown.
     """
-    from prompt_cam_hf.data.prepare import make_plan, open_source, write_image_folder
+    from prompt_cam_hf.data.prepare import prepare as prepare_dataset
 
     with one_sentence_errors():
-        options = {
-            "taxa": _parse_ranks(taxa),
-            "without": _parse_ranks(without),
-            "test_fraction": test_fraction,
-            "seed": seed,
-        }
-        with open_source(dataset, source) as opened:
-            plan = make_plan(dataset, opened, options=options, skip_missing=skip_missing)
-            say(f"{plan.summary()}\nFrom {source} into {destination}.")
-            write_image_folder(plan, opened, destination.expanduser())
+        plan = prepare_dataset(
+            dataset,
+            source,
+            destination,
+            taxa=_parse_ranks(taxa),
+            without=_parse_ranks(without),
+            test_fraction=test_fraction,
+            seed=seed,
+            skip_missing=skip_missing,
+            announce=lambda summary: say(f"{summary}\nFrom {source} into {destination}."),
+        )
     _print_counts(plan)
 
 

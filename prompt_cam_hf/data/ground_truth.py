@@ -143,8 +143,7 @@ def point_mask(
     """Mark discs around the points of parts, by default of all that are visible, in an image of (height, width).
 
     The radius is in pixels of the image, by default `POINT_RADIUS` of the side of a square as large as the box, so
-    that a
-    bird has the same share of itself marked in a small and in a large image.
+    that a bird has the same share of itself marked in a small and in a large image.
     """
     left, top, right, bottom = annotation.box
     if radius is None:

@@ -163,9 +163,6 @@ def build_image_processor(
         image_mean: Subtracted from red, green and blue, after pixels were scaled to 0..1.
         image_std: By which red, green and blue are divided then.
 
-    Returns:
-        The image processor.
-
     Raises:
         ValueError: a size is below one pixel, or the statistics are not three numbers.
     """

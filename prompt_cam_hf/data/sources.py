@@ -37,8 +37,7 @@ class SourceSplit(NamedTuple):
     """One split as it was found.
 
     `images` has the one column `image`, undecoded; `labels` is the class name of each row; `class_names` are all
-    classes
-    in the order of their numbers, where the source gives one.
+    classes in the order of their numbers, where the source gives one.
     """
 
     images: datasets.Dataset
@@ -76,9 +75,6 @@ def _named_splits(names: Iterable[str], origin: str) -> dict[str, str]:
     if "train" not in found:
         raise ValueError(f"{origin} has no train split; it has {', '.join(sorted(names))}.")
     return {split: found[split] for split in ("train", "validation", "test") if split in found}
-
-
-# --- Folders of images -----------------------------------------------------------------------------------------
 
 
 def _visible_folders(folder: Path) -> list[Path]:
@@ -125,9 +121,6 @@ def _read_class_folders(folder: Path, class_names: list[str]) -> SourceSplit:
     return SourceSplit(image_rows(files), labels, class_names)
 
 
-# --- Tables ------------------------------------------------------------------------------------------------------
-
-
 def _read_csv(path: Path) -> datasets.Dataset:
     try:
         # As text, so that a class may be called NA and keep its leading zeros.
@@ -172,13 +165,9 @@ def _check_column(table: datasets.Dataset, where: str, option: str, column: str)
 
 
 def read_images(table: datasets.Dataset, where: str, folder: Path | None, column: str) -> datasets.Dataset:
-    """Take the images out of a table, without opening any, as the one column `image`.
+    """Take the images or their paths out of a column of a table, without opening any, as the one column `image`.
 
-    Args:
-        table: With a column of images or their paths.
-        where: What the table is called, for messages.
-        folder: That paths start from; None for that of the process.
-        column: The column.
+    Paths start from `folder`, None for that of the process; `where` is what messages call the table.
 
     Raises:
         ValueError: the column is missing, holds something else, or has empty rows.
@@ -227,9 +216,6 @@ def _check_complete(missing: list[bool], where: str, column: str) -> None:
         )
 
 
-# --- Data sets of the datasets library ---------------------------------------------------------------------------
-
-
 def _load_dataset(source: str, name: str | None, revision: str | None) -> datasets.DatasetDict:
     missing = f"There is no folder or file {source}"
     if not Path(source).exists() and not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
@@ -253,9 +239,6 @@ def _read_dataset_dict(
         else:
             read[split] = _read_columns(table, f"{origin}, split {name}", None, image_column, label_column)
     return read
-
-
-# --- All of them -------------------------------------------------------------------------------------------------
 
 
 def read_source(

@@ -187,10 +187,8 @@ def load_image_data(
               column `split` divides it. A Parquet file may hold the images themselves.
             - the id of a data set on the Hub, or a folder of Parquet files laid out like one.
             - a `datasets.Dataset` (all of it train) or `DatasetDict`.
-        name: Configuration of a data set on the Hub.
-        revision: Branch, tag or commit of a data set on the Hub.
-        image_column: Column of images or paths.
-        label_column: Column of class names or numbers.
+        name, revision: Configuration, and branch, tag or commit, of a data set on the Hub.
+        image_column, label_column: Columns of images or paths, and of class names or numbers.
         validation_fraction: Share of each class (0 or more, below 1) that is held out of train where there is no
             validation split, at least one image and never the last; 0 holds nothing out.
         seed: Draws the images that are held out.

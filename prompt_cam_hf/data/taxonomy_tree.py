@@ -75,14 +75,10 @@ class Taxonomy:
 
 
 def read_taxonomy(path: str | os.PathLike) -> Taxonomy:
-    """Read a tree from a CSV file.
+    """Read a tree from a CSV file in UTF-8.
 
-    Args:
-        path: The file, in UTF-8. The first row names the levels, from the classes up: `species,genus,family,order`.
-            Every other row is a class with the nodes that it belongs to.
-
-    Returns:
-        The tree.
+    The first row names the levels, from the classes up: `species,genus,family,order`. Every other row is a class with
+    the nodes that it belongs to.
 
     Raises:
         FileNotFoundError: there is no such file.

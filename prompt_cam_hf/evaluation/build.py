@@ -82,8 +82,7 @@ def evaluate(
         protocol: What is measured, and how. None: `Protocol()`.
         ground_truth: Where the traits of an image's class are. None: localisation is not measured.
         split: "train", "validation" or "test". None: the last of these that the data have.
-        image_column: The column of images or paths.
-        label_column: The column of class names or numbers.
+        image_column, label_column: The columns of images or paths, and of class names or numbers.
         overwrite: Replace the results of an earlier run in `out` once there are new ones, and drop the parts of an
             unfinished run with other settings.
         device: Where the models are loaded to. None: the best device there is; of several processes, each takes its

@@ -21,9 +21,8 @@ _BOOTSTRAP_BATCH = 50
 class Mean:
     """A metric of a model, or of one of its maps ("" for the model itself), over images.
 
-    `low` and `high` are the ends of the 95 % bootstrap interval of the mean, NaN with one image; `num_images`
-    counts the
-    images on which the metric could be measured.
+    `low` and `high` are the ends of the 95 % bootstrap interval of the mean, NaN with one image; `num_images` counts
+    the images on which the metric could be measured.
     """
 
     model: str
@@ -35,7 +34,6 @@ class Mean:
     num_images: int
 
     def __str__(self) -> str:
-        """Value and interval."""
         if np.isnan(self.low):
             return f"{self.value:.3f}"
         return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"

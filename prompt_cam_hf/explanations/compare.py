@@ -84,7 +84,6 @@ class Comparison(Result):
         return tuple(dict.fromkeys(head for heads in orders for head in heads))[:count]
 
     def __repr__(self) -> str:
-        """One line."""
         names = " and ".join(traits.label for traits in self.classes)
         return f"<Comparison of {names} on {self.explanation.source or 'an image'}>"
 
@@ -185,10 +184,7 @@ def compare(
         classes: Names or numbers of two classes or more.
         true: In place of `classes`: the true class of a misclassified image, which is compared with the predicted one.
         image_processor: For a loaded model.
-        kind: As in `explain`.
-        method: As in `explain`.
-        blur: As in `explain`.
-        interpolate_pos_encoding: As in the model's `forward`.
+        kind, method, blur, interpolate_pos_encoding: As in `explain`.
 
     Raises:
         ValueError: there are fewer than two classes, the prediction is the true class, or `explain` refuses an

@@ -144,7 +144,6 @@ class Explanation(Result):
         return self.scores[:_TOP_CLASSES]
 
     def __repr__(self) -> str:
-        """One line."""
         asked = ", ".join(traits.label for traits in self.classes)
         return (
             f"<Explanation of {self.source or 'an image'}: {self.prediction.label} "

@@ -69,8 +69,8 @@ class MapStyle:
     """What the maps of a figure have in common.
 
     They cover the `box` of the image (from `map_box`; None: all of it). `vmax` is the value of the brightest colour
-    where
-    the scale is "figure"; with "head" each map has one of its own. `outline` marks what reaches half of the scale.
+    where the scale is "figure"; with "head" each map has one of its own. `outline` marks what reaches half of the
+    scale.
     """
 
     image: Image.Image

@@ -200,8 +200,7 @@ def strong_region(
     """Find the pixels, (height, width), bool, where a map has at least the share `level` of its highest value.
 
     Attention is often so sharp that only one patch of a trait reaches half of the highest value, though the trait
-    covers
-    several. `size` and `box` are as in `resize_map`.
+    covers several. `size` and `box` are as in `resize_map`.
 
     Raises:
         ValueError: the map has no value above 0, or `level` is not above 0 and below 1.

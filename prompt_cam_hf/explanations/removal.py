@@ -30,7 +30,7 @@ _LAPLACE = {(-1, 0): 1.0, (1, 0): 1.0, (0, -1): 1.0, (0, 1): 1.0}
 
 
 def remove_region(image: Image.Image, mask: np.ndarray, method: RemovalMethod = "inpaint") -> Image.Image:
-    """Remove a region from an image by filling it; pixels outside it do not change.
+    """Remove a region from an image by filling it; pixels outside it, and the size, do not change.
 
     - "blur": a Gaussian blur whose standard deviation is half the root of the region's area. It spreads the region's
       colours and does not remove them.
@@ -41,9 +41,6 @@ def remove_region(image: Image.Image, mask: np.ndarray, method: RemovalMethod = 
         image: The image, upright as `open_image` gives it.
         mask: (height, width), bool; True where the image is filled.
         method: See above.
-
-    Returns:
-        The image, RGB, of the same size.
 
     Raises:
         ValueError: the mask has another shape or type or holds no pixel or all pixels, or `method` is unknown.
@@ -148,7 +145,6 @@ class Removal(Result):
         return [(score, after[score.label]) for score in self.before.scores if score.label in wanted]
 
     def __repr__(self) -> str:
-        """One line."""
         before, after = self.before.prediction, self.after.prediction
         return (
             f"<Removal from {self.before.source or 'an image'}: {before.label} ({before.probability:.1%}) became "
@@ -156,7 +152,6 @@ class Removal(Result):
         )
 
     def __str__(self) -> str:
-        """The scores before and after."""
         before, after = self.before.prediction, self.after.prediction
         change = "stays" if before.label == after.label else "becomes"
         rows = [
@@ -243,8 +238,7 @@ def remove_trait(
         class_name: The name or number of the class whose traits are shown; None: the one predicted before.
         image_processor: For a loaded model.
         method: How the region is filled; see `remove_region`.
-        kind: As in `explain`.
-        interpolate_pos_encoding: As in the model's `forward`.
+        kind, interpolate_pos_encoding: As in `explain`.
 
     Raises:
         ValueError: the region does not fit the image, or `explain` refuses an argument.

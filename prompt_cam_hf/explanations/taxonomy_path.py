@@ -60,7 +60,6 @@ class TaxonomyPath(Result):
         return not self.conflicts
 
     def __str__(self) -> str:
-        """A line for each level."""
         lines = [f"{self.source or 'image'}: {'a path of the tree' if self.consistent else 'no path of the tree'}"]
         for level, explanation in self.explanations.items():
             conflict = f", which {self.conflicts[level]}" if level in self.conflicts else ""
@@ -116,10 +115,7 @@ def explain_path(
         image: An image: a path, bytes or a PIL image, of any size and shape.
         taxonomy: The tree, or its file; None: the one that was saved with the model.
         image_processor: For a loaded model.
-        kind: As in `explain`.
-        method: As in `explain`.
-        blur: As in `explain`.
-        interpolate_pos_encoding: As in `explain`.
+        kind, method, blur, interpolate_pos_encoding: As in `explain`.
 
     Raises:
         ValueError: the model's prompt sets are not levels of the tree, or `explain` refuses an argument.

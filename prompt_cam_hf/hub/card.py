@@ -161,14 +161,8 @@ def read_card_facts(
 ) -> CardFacts:
     """Gather what training and evaluation left in a folder, what the model itself tells, and what is given.
 
-    Args:
-        folder: Where results.json, recipe.yaml and evaluation.json are looked for; each may be missing.
-        repo_id: The repository, as owner/name.
-        model: The model in that folder.
-        image_processor: Its image processor.
-        prompts_only: The repository will not contain the backbone.
-        evaluation_folder: Where evaluation.json is, if not in `folder`.
-        **given: Further fields of `CardFacts`, such as license; they replace what was found.
+    In the folder, results.json, recipe.yaml and evaluation.json are looked for; each may be missing, and the last may
+    be in `evaluation_folder`. Fields of `CardFacts` that are given, such as license, replace what was found.
 
     Raises:
         ValueError: a file is not what training or evaluation writes.

@@ -107,9 +107,7 @@ def convert_official_checkpoint(
 
     Args:
         path: The pickled file, with the key `model_state_dict`.
-        image_size: As in `convert_official_state_dict`.
-        num_attention_heads: As in `convert_official_state_dict`.
-        id2label: As in `convert_official_state_dict`.
+        image_size, num_attention_heads, id2label: As in `convert_official_state_dict`.
 
     Returns:
         The model, and an image processor that does the official preprocessing.

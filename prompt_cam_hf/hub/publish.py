@@ -39,9 +39,8 @@ _DOTS_PER_INCH = 120
 class Publication:
     """A repository that was uploaded, or would be.
 
-    `files` has the size in bytes of each file; `prompts_only` says that they do not contain the backbone;
-    `commit_url` is
-    None in a dry run.
+    `files` has the size in bytes of each file; `prompts_only` says that they do not contain the backbone; `commit_url`
+    is None in a dry run.
     """
 
     repo_id: str

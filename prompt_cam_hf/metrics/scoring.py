@@ -90,16 +90,10 @@ def probabilities_after_replacing(
     classes: torch.Tensor,
     batch_size: int,
 ) -> torch.Tensor:
-    """The probability of a class when its image's first pixels are replaced, float32, (batch, numbers), on the CPU.
+    """The probability of a class when its image's first pixels are replaced, float32, (batch, counts), on the CPU.
 
-    Args:
-        model: The classifier.
-        original: (batch, channels, height, width), pixel_values with no pixel replaced.
-        replacement: The same with all pixels replaced.
-        ranks: (batch, height, width), each pixel's place in the order of replacement (`pixel_ranks`).
-        counts: (numbers,), how many pixels to replace; each is one evaluation of the model for every image.
-        classes: (batch,), the class asked about.
-        batch_size: The number of images that go through the model at once, of the same image or of several.
+    The pixel values `original` become those of `replacement`, both (batch, channels, height, width), in the order of
+    `ranks` (`pixel_ranks`), as many as each number in `counts` says: one evaluation of the model for every image.
     """
     ranks, counts = ranks.to(original.device), counts.to(original.device)
     evaluations = torch.arange(len(original) * len(counts), device=original.device)

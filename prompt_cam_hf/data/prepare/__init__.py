@@ -5,7 +5,7 @@
 """
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from .archives import Source
@@ -13,23 +13,6 @@ from .facts import FACTS, DatasetFacts
 from .image_folder import write_image_folder
 from .layouts import LAYOUTS
 from .plan import Plan, make_plan
-
-
-def open_source(dataset: str, source: str | os.PathLike) -> Source:
-    """Open the downloaded folder or archive of a data set of `FACTS`, to be used in a `with` statement.
-
-    Raises:
-        FileNotFoundError: there is no such folder or archive.
-        ValueError: there is no such data set, or it is read from the Hub as it is.
-    """
-    if dataset not in FACTS:
-        raise ValueError(f"There is no data set {dataset!r}; there are {', '.join(FACTS)}.")
-    if hub_id := FACTS[dataset].hub_id:
-        raise ValueError(
-            f"{FACTS[dataset].title} needs no preparing: training reads it from the Hub as {hub_id}, with the recipe "
-            f"dino_{dataset}.yaml."
-        )
-    return Source(source, LAYOUTS[dataset].list_names)
 
 
 def prepare(
@@ -43,6 +26,7 @@ def prepare(
     seed: int | None = None,
     skip_missing: bool = False,
     facts: DatasetFacts | None = None,
+    announce: Callable[[str], None] | None = None,
 ) -> Plan:
     """Make an image folder (`train/`, `test/`, `validation/` where there is one) of a downloaded data set.
 
@@ -59,19 +43,26 @@ def prepare(
         seed: Draws the images to test on, 0 by default (Medicinal Leaf only).
         skip_missing: Leave out listed images that are not there.
         facts: The numbers of classes and images to check; the published ones by default.
-
-    Returns:
-        What was done.
+        announce: Is told what will be done, before anything is written.
 
     Raises:
-        FileNotFoundError, ValueError: as in `open_source` and `make_plan`.
+        FileNotFoundError, ValueError: there is no such folder, archive or data set; or as in `make_plan`.
         FileExistsError, OSError: as in `write_image_folder`.
     """
+    if dataset not in FACTS:
+        raise ValueError(f"There is no data set {dataset!r}; there are {', '.join(FACTS)}.")
+    if hub_id := FACTS[dataset].hub_id:
+        raise ValueError(
+            f"{FACTS[dataset].title} needs no preparing: training reads it from the Hub as {hub_id}, with the recipe "
+            f"dino_{dataset}.yaml."
+        )
     options = {"taxa": taxa, "without": without, "test_fraction": test_fraction, "seed": seed}
-    with open_source(dataset, source) as opened:
+    with Source(source, LAYOUTS[dataset].list_names) as opened:
         plan = make_plan(dataset, opened, options=options, skip_missing=skip_missing, facts=facts)
+        if announce:
+            announce(plan.summary())
         write_image_folder(plan, opened, Path(destination).expanduser())
     return plan
 
 
-__all__ = ["FACTS", "DatasetFacts", "Plan", "make_plan", "open_source", "prepare", "write_image_folder"]
+__all__ = ["FACTS", "DatasetFacts", "Plan", "prepare"]

@@ -113,8 +113,7 @@ class Source:
         """Find a file by the end of its path, below whatever other folders, or exactly below `folder`.
 
         Of several, an extracted one goes before those in archives, and then the one the fewest folders deep. The
-        answer
-        is None where there is none; two that are equally deep are a ValueError, and so is a damaged archive.
+        answer is None where there is none; two that are equally deep are a ValueError, and so is a damaged archive.
         """
         found = self._find(path, folder)
         if not found and self._archives:

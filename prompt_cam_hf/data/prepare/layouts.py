@@ -50,9 +50,6 @@ class Layout:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-# --- Lists ---------------------------------------------------------------------------------------------------------
-
-
 def _text(file: SourceFile) -> str:
     try:
         return file.read().decode("utf-8-sig")
@@ -101,9 +98,6 @@ def _mat(file: SourceFile, *keys: str) -> list[np.ndarray]:
 
 def _spaced(name: str) -> str:
     return name.replace("_", " ")
-
-
-# --- One reader for each data set ----------------------------------------------------------------------------------
 
 
 def _read_cub(source: Source) -> Iterator[Listed]:

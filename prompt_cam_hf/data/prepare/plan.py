@@ -79,9 +79,8 @@ def make_plan(
     """Read the lists of a data set, find every listed image and check the numbers, of the published `facts` by
     default.
 
-    The options are for the reader of the data set; None stands for the default. Where they choose other classes
-    than the
-    published ones, numbers are not checked.
+    The options are for the reader of the data set; None stands for the default. Where they choose other classes than
+    the published ones, numbers are not checked.
 
     Raises:
         FileNotFoundError: a list or, without `skip_missing`, a listed image is not there.
