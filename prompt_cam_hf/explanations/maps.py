@@ -49,12 +49,11 @@ def trait_maps(
 
     Example:
         >>> from PIL import Image
-        >>> from transformers import AutoImageProcessor
-        >>> from prompt_cam_hf import PromptCAMForImageClassification, trait_maps
-        >>> model = PromptCAMForImageClassification.from_pretrained("my_model")
-        >>> image_processor = AutoImageProcessor.from_pretrained("my_model")
-        >>> pixel_values = image_processor(Image.open("bird.jpg"), return_tensors="pt")["pixel_values"]
-        >>> maps = trait_maps(model, pixel_values, kind="evidence")
+        >>> from transformers import pipeline
+        >>> from prompt_cam_hf import trait_maps
+        >>> pipe = pipeline("image-classification", model="my_model")
+        >>> pixel_values = pipe.image_processor(Image.open("bird.jpg"), return_tensors="pt")["pixel_values"]
+        >>> maps = trait_maps(pipe.model, pixel_values, kind="evidence")
         >>> maps[0, 0].sum(dim=(-2, -1))  # the evidence in each head for the predicted class, in logits
     """
     check_kind(kind)

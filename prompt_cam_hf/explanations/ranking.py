@@ -77,12 +77,11 @@ def rank_heads(
 
     Example:
         >>> from PIL import Image
-        >>> from transformers import AutoImageProcessor
-        >>> from prompt_cam_hf import PromptCAMForImageClassification, rank_heads
-        >>> model = PromptCAMForImageClassification.from_pretrained("my_model")
-        >>> image_processor = AutoImageProcessor.from_pretrained("my_model")
-        >>> pixel_values = image_processor(Image.open("bird.jpg"), return_tensors="pt")["pixel_values"]
-        >>> ranking = rank_heads(model, pixel_values, method="exact")
+        >>> from transformers import pipeline
+        >>> from prompt_cam_hf import rank_heads
+        >>> pipe = pipeline("image-classification", model="my_model")
+        >>> pixel_values = pipe.image_processor(Image.open("bird.jpg"), return_tensors="pt")["pixel_values"]
+        >>> ranking = rank_heads(pipe.model, pixel_values, method="exact")
         >>> ranking.order[0, : ranking.sufficient[0]]  # the heads that suffice for the prediction
     """
     check_ranking(model, method, blur)
