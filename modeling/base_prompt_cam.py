@@ -90,7 +90,7 @@ class PromptedModel(PreTrainedModel):
         backbone: str | os.PathLike | PreTrainedModel,
         *,
         id2label: dict[int, str],
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         **kwargs: Any,
     ) -> _Model:
         """A model with new, untrained prompts on a pre-trained vision transformer.
@@ -99,7 +99,7 @@ class PromptedModel(PreTrainedModel):
             backbone: A Hub id, a folder, or a loaded transformers model, which is copied and left as it is. Models
                 with a head or a second tower (ViTForImageClassification, CLIPModel) are taken for their vision part.
             id2label: Class names, numbered from 0.
-            dtype: Precision of all weights; training wants float32.
+            dtype: Precision of all weights, by name too; "auto" is the backbone's own. Training wants float32.
             **kwargs: The Hub keywords of `from_pretrained` (revision, subfolder, cache_dir, local_files_only ...), and
                 fields of the configuration.
 
@@ -118,7 +118,7 @@ class PromptedModel(PreTrainedModel):
             backbone_subfolder=hub.get("subfolder") or None,
             **config_fields,
         )
-        model = cls._from_config(config, dtype=dtype)
+        model = cls._from_config(config, dtype=source.dtype if dtype == "auto" else dtype)
         adopt_backbone(model, source)
         return model.eval()
 
