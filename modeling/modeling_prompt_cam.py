@@ -100,7 +100,7 @@ class PromptCAMForImageClassification(PromptSetsModel):
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         hub, _ = split_hub_keywords(kwargs)
         # The configuration would take the precision, "auto" included, for a field of its own.
-        dtype = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
+        dtype: dict[str, Any] = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
         with explained_load_errors(path, kwargs.get("revision")):
             if not isinstance(config, PreTrainedConfig):
                 config, kwargs = PromptCAMConfig.from_pretrained(config or path, return_unused_kwargs=True, **kwargs)
