@@ -13,6 +13,7 @@ from transformers import initialization as init
 from .backbone_prompt_cam import (
     RotaryPositions,
     backbone_layers,
+    build_backbone,
     embed,
     grid_size,
     image_size,
@@ -127,11 +128,18 @@ class PromptedModel(PreTrainedModel):
         return self.backbone.get_input_embeddings()
 
     def train(self: _Model, mode: bool = True) -> _Model:
-        """Set the mode of prompts and classifier; a frozen backbone always stays frozen and in evaluation mode."""
+        """Set the mode of prompts and classifier; a frozen backbone always stays frozen and in evaluation mode.
+
+        Modules that were put into the backbone later, such as PEFT's adapters, are not the backbone's own.
+        """
         super().train(mode)
         if self.config.freeze_backbone:
             # Loading a checkpoint puts new, trainable parameters in place of the frozen ones, then calls eval().
-            self.backbone.requires_grad_(False).eval()
+            for name, module in self.backbone.named_modules():
+                if name in self._backbone_modules and isinstance(module, self._backbone_modules[name]):
+                    module.training = False
+                    for parameter in module.parameters(recurse=False):
+                        parameter.requires_grad_(False)
         return self
 
     @torch.no_grad()
@@ -149,6 +157,12 @@ class PromptedModel(PreTrainedModel):
         rotary = self._rotary(tokens, self._grid_of(pixel_values))
         return self._run_layers(range(self.config.fixed_prefix_layers), tokens, rotary, LayerRecord())
 
+    def _add_backbone(self, config: PreTrainedConfig) -> None:
+        """Make the backbone, frozen if it is to be, and note what its own modules are."""
+        self.backbone = build_backbone(config)
+        self._backbone_modules = {name: type(module) for name, module in self.backbone.named_modules()}
+        self.backbone.requires_grad_(not self.config.freeze_backbone)
+
     @property
     def _num_layers(self) -> int:
         return self.config.backbone_config.num_hidden_layers
@@ -162,7 +176,7 @@ class PromptedModel(PreTrainedModel):
         return grid_size(self.backbone.config, height, width)
 
     def _embed(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
-        return embed(self.backbone, pixel_values.to(self.classifier.weight.dtype), interpolate_pos_encoding)
+        return embed(self.backbone, pixel_values.to(self.dtype), interpolate_pos_encoding)
 
     def _rotary(self, tokens: torch.Tensor, grid: tuple[int, int]) -> RotaryPositions | None:
         return rotary_positions(self.backbone, tokens, grid, num_prefix_tokens(self.backbone.config))
@@ -187,7 +201,7 @@ class PromptedModel(PreTrainedModel):
                 f"prefix_hidden_states hold {num_tokens} tokens an image; a grid of {grid[0]}x{grid[1]} patches makes "
                 f"{expected}. Give the grid as patch_grid=(rows, columns)."
             )
-        return prefix_hidden_states.to(self.classifier.weight.dtype), grid, self.config.fixed_prefix_layers
+        return prefix_hidden_states.to(self.dtype), grid, self.config.fixed_prefix_layers
 
     def _run_layers(
         self, indices: range, hidden: torch.Tensor, rotary: RotaryPositions | None, record: LayerRecord

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Finding a backbone, saving a Prompt-CAM without one, and one sentence for what goes wrong on the Hub."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -144,10 +145,13 @@ def prompts_state_dict(model: PreTrainedModel, state_dict: dict[str, torch.Tenso
     """All weights but the backbone's, after making sure that the backbone can be found again.
 
     Raises:
-        ValueError: the backbone is not frozen, has no name, or has other weights than were loaded under that name.
+        ValueError: the backbone is not frozen, is quantised, has no name, or has other weights than were loaded under
+            that name.
     """
     config, backbone = model.config, cast(PreTrainedModel, model.backbone)
     keep = "save with include_backbone=True"
+    if getattr(model, "hf_quantizer", None):
+        raise ValueError(f"The backbone is quantised, so it is not the one that its name stands for; {keep}.")
     if not config.freeze_backbone:
         raise ValueError(
             f"The backbone was trained too (freeze_backbone=False), so leaving it out would lose it; {keep}."
@@ -165,6 +169,31 @@ def prompts_state_dict(model: PreTrainedModel, state_dict: dict[str, torch.Tenso
         )
     state_dict = model.state_dict() if state_dict is None else state_dict
     return {name: tensor for name, tensor in state_dict.items() if not name.startswith("backbone.")}
+
+
+@contextmanager
+def names_that_torchao_reads(quantizer: Any) -> Iterator[None]:
+    """Save a quantised model so that it loads: torchao splits each name that it lists at a dot, and prompts have none.
+
+    Args:
+        quantizer: The model's, of any kind; None where there is none.
+    """
+    list_weights = quantizer and quantizer.get_state_dict_and_metadata
+
+    def list_readable(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        weights, metadata = list_weights(model)
+        if "tensor_names" in metadata:
+            names = [name for name in json.loads(metadata["tensor_names"]) if "." in name]
+            metadata["tensor_names"] = json.dumps(names)
+        return weights, metadata
+
+    if quantizer:
+        quantizer.get_state_dict_and_metadata = list_readable
+    try:
+        yield
+    finally:
+        if quantizer:
+            del quantizer.get_state_dict_and_metadata
 
 
 def complete_state_dict(
@@ -287,6 +316,7 @@ __all__ = [
     "explained_load_errors",
     "find_cause",
     "load_backbone",
+    "names_that_torchao_reads",
     "prompts_state_dict",
     "split_hub_keywords",
     "tell_reason",

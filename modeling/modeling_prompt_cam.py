@@ -20,7 +20,6 @@ from .backbone_prompt_cam import (
     attend,
     attention_weights,
     backbone_layers,
-    build_backbone,
     final_norm,
     finish_layer,
     project,
@@ -31,6 +30,7 @@ from .checkpoint_prompt_cam import (
     check_same_prompts,
     complete_state_dict,
     explained_load_errors,
+    names_that_torchao_reads,
     prompts_state_dict,
     split_hub_keywords,
 )
@@ -58,11 +58,9 @@ class PromptCAMForImageClassification(PromptSetsModel):
         # Configs are shared objects, so the model gets its own, and its backbone the vision part of that one.
         config = copy.deepcopy(config)
         super().__init__(config)
-        self.backbone = build_backbone(config.vision)
+        self._add_backbone(config.vision)
         self._add_prompt_sets()
         self.gradient_checkpointing = False
-        if config.freeze_backbone:
-            self.backbone.requires_grad_(False)
         self.post_init()
 
     @torch.no_grad()
@@ -150,7 +148,8 @@ class PromptCAMForImageClassification(PromptSetsModel):
         self.config.backbone_in_checkpoint = include_backbone
         self.config.custom_pipelines = PIPELINES
         try:
-            super().save_pretrained(save_directory, *args, **kwargs)
+            with names_that_torchao_reads(getattr(self, "hf_quantizer", None)):
+                super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config.backbone_in_checkpoint = True
             del self.config.custom_pipelines

@@ -198,8 +198,18 @@ class PromptSetsModel(PromptedModel, PromptParts):
     def train(self: _Model, mode: bool = True) -> _Model:
         """Set the mode of prompts and classifier; a frozen backbone always stays frozen and in evaluation mode.
 
-        Of several prompt sets, the one in use is trained.
+        Of several prompt sets, the one in use is trained. Modules that were put into the backbone later, such as
+        PEFT's adapters, are not the backbone's own.
+
+        Raises:
+            ValueError: PEFT is to save the prompts as modules, which they are not.
         """
+        for adapter in getattr(self, "peft_config", {}).values():
+            if prompts := {"class_prompts", "agnostic_prompts"}.intersection(adapter.modules_to_save or ()):
+                raise ValueError(
+                    f"PEFT saves modules, and {min(prompts)} is a parameter: leave it out of modules_to_save, let "
+                    "it be trained with requires_grad_(True), and save the merged model."
+                )
         super().train(mode)
         for parts in (self, *self.other_prompts) if len(self.other_prompts) else ():
             if parts is not self._parts_in_use:

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from conftest import ID2LABEL, assert_computed, random_images, tiny_backbone_config, tiny_model
-from transformers import AutoConfig, AutoModelForImageClassification
+from transformers import AutoConfig, AutoModelForImageClassification, Trainer, TrainingArguments
 
 from prompt_cam_hf import PromptCAMConfig, PromptCAMForImageClassification
 from prompt_cam_hf.modeling.backbone_prompt_cam import build_backbone
@@ -138,3 +138,103 @@ def test_a_file_that_is_no_configuration_is_refused(text, tmp_path):
     for loaded in (PromptCAMConfig, PromptCAMForImageClassification):
         with pytest.raises((ValueError, OSError)):
             loaded.from_pretrained(tmp_path)
+
+
+def train_a_little(model, folder, **arguments):
+    """Three steps of transformers' own Trainer."""
+    data = [{"pixel_values": image, "labels": index % 5} for index, image in enumerate(random_images(8))]
+    defaults = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.05,
+        "report_to": [],
+        "use_cpu": True,
+    }
+    trainer = Trainer(model, TrainingArguments(folder, **{**defaults, **arguments}), train_dataset=data)
+    trainer.train()
+
+
+def lora(model, **fields):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, **fields))
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov2"])
+def test_lora_in_a_frozen_backbone_trains_alone_is_saved_loaded_and_merged(family, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "model")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    adapted = lora(model, lora_dropout=0.1)
+    train_a_little(adapted, tmp_path / "run")
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    assert all(parameter.abs().max() > 0 for name, parameter in adapted.named_parameters() if "lora_B" in name)
+    adapted.save_pretrained(tmp_path / "adapter")
+
+    images = random_images()
+    expected = adapted.eval()(images, trait_classes="all")
+    fresh = PromptCAMForImageClassification.from_pretrained(tmp_path / "model")
+    assert (fresh(images).logits - expected.logits).abs().max() > 1e-3
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter")
+    merged = loaded.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    reloaded = PromptCAMForImageClassification.from_pretrained(tmp_path / "merged")
+    for each in (loaded, merged, reloaded):
+        output = each(images, trait_classes="all")
+        assert_computed((output.logits, output.trait_maps), (expected.logits, expected.trait_maps))
+    changed = {name for name, tensor in reloaded.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if name.endswith(("q_proj.weight", "v_proj.weight"))}
+    with pytest.raises(ValueError, match="has no name to fetch it by"):
+        merged.save_pretrained(tmp_path / "prompts", include_backbone=False)
+
+
+def test_lora_and_prompts_train_together(tmp_path):
+    model = tiny_model()
+    before = model.class_prompts.clone()
+    adapted = lora(model, modules_to_save=["classifier"])
+    model.class_prompts.requires_grad_(True)
+    train_a_little(adapted, tmp_path / "run")
+    assert not torch.equal(model.class_prompts, before)
+    expected = adapted.eval()(random_images()).logits
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    loaded = PromptCAMForImageClassification.from_pretrained(tmp_path / "merged")
+    assert_computed(loaded(random_images()).logits, expected)
+    assert not any(parameter.requires_grad for parameter in loaded.backbone.parameters())
+
+
+def test_lora_s_dropout_is_on_in_training_and_the_frozen_backbone_s_is_not():
+    model = tiny_model(backbone_fields={"hidden_dropout_prob": 0.1})
+    adapted = lora(model, lora_dropout=0.1).train()
+    modes = {name: module.training for name, module in adapted.named_modules() if isinstance(module, torch.nn.Dropout)}
+    assert {training for name, training in modes.items() if "lora_" in name} == {True}
+    assert {training for name, training in modes.items() if "lora_" not in name} == {False}
+
+
+def test_prompts_are_no_modules_that_peft_could_save():
+    adapted = lora(tiny_model(), modules_to_save=["class_prompts"])
+    with pytest.raises(ValueError, match="class_prompts is a parameter: leave it out of modules_to_save"):
+        adapted.train()
+
+
+@pytest.mark.parametrize("backbone_elsewhere", [False, True])
+def test_quantised_weights_are_saved_and_loaded(backbone_folder, backbone_elsewhere, tmp_path):
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import TorchAoConfig
+
+    model = PromptCAMForImageClassification.from_backbone(backbone_folder, id2label=ID2LABEL)
+    model.save_pretrained(tmp_path / "float", include_backbone=not backbone_elsewhere)
+    quantised = PromptCAMForImageClassification.from_pretrained(
+        tmp_path / "float", quantization_config=TorchAoConfig(Int8WeightOnlyConfig())
+    )
+    images = random_images()
+    expected, output = (each(images, trait_classes="all") for each in (model, quantised))
+    difference = (output.logits - expected.logits).abs().max()
+    assert 0 < difference < 0.02 * expected.logits.abs().max()
+    torch.testing.assert_close(output.trait_maps, expected.trait_maps, atol=0.01, rtol=0.05)
+    quantised.save_pretrained(tmp_path / "int8")
+    loaded = PromptCAMForImageClassification.from_pretrained(tmp_path / "int8")
+    assert_computed(loaded(images).logits, output.logits)
+    with pytest.raises(ValueError, match="The backbone is quantised"):
+        quantised.save_pretrained(tmp_path / "prompts", include_backbone=False)
