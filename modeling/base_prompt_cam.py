@@ -157,6 +157,15 @@ class PromptedModel(PreTrainedModel):
         rotary = self._rotary(tokens, self._grid_of(pixel_values))
         return self._run_layers(range(self.config.fixed_prefix_layers), tokens, rotary, LayerRecord())
 
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The loss that `config.problem_type` names; cross-entropy takes probabilities (mixup) too."""
+        several = self.config.problem_type == "multi_label_classification"
+        labels, logits = labels.to(logits.device), logits.float()
+        labels = labels.float() if several or labels.is_floating_point() else labels.long()
+        if labels.is_floating_point() and not several:
+            return nn.functional.cross_entropy(logits, labels)
+        return self.loss_function(labels, logits, self.config)
+
     def _add_backbone(self, config: PreTrainedConfig) -> None:
         """Make the backbone, frozen if it is to be, and note what its own modules are."""
         self.backbone = build_backbone(config)

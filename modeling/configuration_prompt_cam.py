@@ -151,6 +151,8 @@ class PromptCAMConfig(PreTrainedConfig):
         prompt_dropout: Probability of dropping a prompt's element in training, one mask for the whole batch.
         drop_path_rate: Stochastic depth of the last layer; the first has none and it grows linearly between.
         freeze_backbone: Train prompts and classifier only.
+        problem_type: "single_label_classification" (the default), or "multi_label_classification" where an image may
+            show several classes, or none.
         prompt_sets: Several prompt sets on one backbone: the `name` of each with its settings, in the order in which
             their weights are saved. `None`: there is one set.
         prompts_in_use: The name of the prompt set in use, whose settings are also this configuration's own.
@@ -206,6 +208,12 @@ class PromptCAMConfig(PreTrainedConfig):
             kwargs.pop("custom_pipelines", None)
         self.backbone_config = _own_backbone_config(self.backbone_config)
         super().__post_init__(**kwargs)
+        self.problem_type = self.problem_type or "single_label_classification"
+        if self.problem_type == "regression":
+            raise ValueError(
+                "Prompt-CAM tells classes apart: problem_type is single_label_classification or "
+                "multi_label_classification, not regression."
+            )
         self._check_labels()
         self._check_prompts()
         self._check_prompt_sets()

@@ -171,7 +171,8 @@ class PromptCAMForImageClassification(PromptSetsModel):
 
         Args:
             pixel_values: (batch, channels, height, width), from the image processor.
-            labels: (batch,), class numbers; with them the loss is returned.
+            labels: (batch,) or (batch, 1), class numbers; (batch, num_labels), probabilities, or 0 and 1 where
+                `config.problem_type` is "multi_label_classification". With them the loss is returned.
             output_trait_maps: Return the last layer's attention, of the classes in `trait_classes`.
             trait_classes: None: the predicted class. "all": every class. A tensor: these classes, (batch, k) or, the
                 same for every image, (k,).
@@ -200,7 +201,7 @@ class PromptCAMForImageClassification(PromptSetsModel):
             trait_classes = find_trait_classes(trait_classes, logits)
             trait_maps = self.trait_maps(state, trait_classes)
         return PromptCAMOutput(
-            loss=None if labels is None else nn.functional.cross_entropy(logits.float(), labels.to(logits.device)),
+            loss=None if labels is None else self._loss(logits, labels),
             logits=logits,
             hidden_states=record.hidden_states,
             attentions=record.attentions,

@@ -238,3 +238,48 @@ def test_quantised_weights_are_saved_and_loaded(backbone_folder, backbone_elsewh
     assert_computed(loaded(images).logits, output.logits)
     with pytest.raises(ValueError, match="The backbone is quantised"):
         quantised.save_pretrained(tmp_path / "prompts", include_backbone=False)
+
+
+@pytest.mark.parametrize("labels", [[1, 4], [[1], [4]], [[0, 0.25, 0, 0, 0.75], [1, 0, 0, 0, 0]]], ids=str)
+def test_loss_of_one_class_an_image(model, labels):
+    labels = torch.tensor(labels)
+    output = model(random_images(), labels=labels)
+    log_shares = output.logits.log_softmax(-1)
+    shares = labels if labels.is_floating_point() else torch.nn.functional.one_hot(labels.flatten(), 5)
+    torch.testing.assert_close(output.loss, -(log_shares * shares).sum(-1).mean())
+    as_int = labels if labels.is_floating_point() else labels.int()
+    torch.testing.assert_close(model(random_images(), labels=as_int).loss, output.loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.long])
+def test_loss_of_several_classes_an_image(model, dtype):
+    model.config.problem_type = "multi_label_classification"
+    labels = torch.tensor([[0, 1, 0, 0, 1], [0, 0, 0, 0, 0]], dtype=dtype)
+    output = model(random_images(), labels=labels)
+    shares = output.logits.sigmoid()
+    expected = -(labels * shares.log() + (1 - labels) * (1 - shares).log()).mean()
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_other_losses(model, tmp_path):
+    before = model.config.to_dict()
+    model(random_images(), labels=torch.tensor([1, 4]))
+    assert model.config.to_dict() == before
+    model.loss_function = lambda labels, logits, config: logits.sum() * 0 + 7
+    assert model(random_images(), labels=torch.tensor([1, 4])).loss.item() == 7
+    with pytest.raises(ValueError, match="not regression"):
+        tiny_model(problem_type="regression")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not regression"):
+        PromptCAMForImageClassification.from_pretrained(tmp_path, problem_type="regression")
+    loaded = PromptCAMForImageClassification.from_pretrained(tmp_path, problem_type="multi_label_classification")
+    loaded.save_pretrained(tmp_path)
+    assert PromptCAMConfig.from_pretrained(tmp_path).problem_type == "multi_label_classification"
+
+
+def test_label_smoothing_in_trainer(model, tmp_path):
+    trainer = Trainer(model, TrainingArguments(tmp_path, label_smoothing_factor=0.1, report_to=[], use_cpu=True))
+    labels = torch.tensor([1, 4])
+    loss = trainer.compute_loss(model, {"pixel_values": random_images(), "labels": labels})
+    expected = torch.nn.functional.cross_entropy(model(random_images()).logits, labels, label_smoothing=0.1)
+    torch.testing.assert_close(loss, expected)

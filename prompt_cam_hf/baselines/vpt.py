@@ -162,7 +162,7 @@ class VPTForImageClassification(PromptedModel):
         tokens = final_norm(self.backbone)(tokens[:, -prefix_tokens - math.prod(grid) :])
         logits = self.classifier(tokens[:, 0] if prefix_tokens else tokens.mean(dim=1))
         return ImageClassifierOutput(
-            loss=None if labels is None else nn.functional.cross_entropy(logits.float(), labels.to(logits.device)),
+            loss=None if labels is None else self._loss(logits, labels),
             logits=logits,
             attentions=record.attentions,
         )
