@@ -260,6 +260,18 @@ class PromptCAMConfig(PreTrainedConfig):
         return loaded
 
     @property
+    def output_attentions(self) -> bool:
+        """Whether `forward` returns attention; the weights are computed beside any fused attention."""
+        return bool(self._output_attentions)
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool) -> None:
+        self._output_attentions = value
+
+    def validate_output_attentions(self) -> None:
+        """Every attention implementation will do; transformers' own check wants an eager one."""
+
+    @property
     def class_names(self) -> dict[int, str]:
         """The names of the classes by their numbers, `id2label`."""
         return cast(dict[int, str], self.id2label)

@@ -161,8 +161,8 @@ class PromptCAMForImageClassification(PromptSetsModel):
         labels: torch.Tensor | None = None,
         output_trait_maps: bool = False,
         trait_classes: torch.Tensor | Literal["all"] | None = None,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         interpolate_pos_encoding: bool = False,
         prefix_hidden_states: torch.Tensor | None = None,
         patch_grid: tuple[int, int] | None = None,
@@ -176,8 +176,9 @@ class PromptCAMForImageClassification(PromptSetsModel):
             output_trait_maps: Return the last layer's attention, of the classes in `trait_classes`.
             trait_classes: None: the predicted class. "all": every class. A tensor: these classes, (batch, k) or, the
                 same for every image, (k,).
-            output_attentions: Return the attention of every layer, and the trait maps of all classes.
-            output_hidden_states: Return the hidden states between the layers.
+            output_attentions: Return the attention of every layer, and the trait maps of all classes. None: as
+                `config.output_attentions` says.
+            output_hidden_states: Return the hidden states between the layers. None: as the configuration says.
             interpolate_pos_encoding: Adapt the position encoding to images of another size than the backbone's.
             prefix_hidden_states: (batch, tokens, hidden_size) from `encode_prefix`, in place of pixel_values.
             patch_grid: Rows and columns of patches in prefix_hidden_states, where they are not the backbone's own.
@@ -185,6 +186,10 @@ class PromptCAMForImageClassification(PromptSetsModel):
         Raises:
             ValueError: an argument's shape, size or class number is wrong.
         """
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
         record = LayerRecord(output_hidden_states, output_attentions)
         tokens, grid, first_layer = self._enter(
             pixel_values, interpolate_pos_encoding, prefix_hidden_states, patch_grid

@@ -283,3 +283,30 @@ def test_label_smoothing_in_trainer(model, tmp_path):
     loss = trainer.compute_loss(model, {"pixel_values": random_images(), "labels": labels})
     expected = torch.nn.functional.cross_entropy(model(random_images()).logits, labels, label_smoothing=0.1)
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("switch", ["output_attentions", "output_hidden_states"])
+def test_outputs_that_the_configuration_asks_for(model, switch, tmp_path):
+    images, returned = random_images(), switch.removeprefix("output_")
+    expected = model(images, **{switch: True}).get(returned)
+    assert len(expected) >= 3 and model(images).get(returned) is None
+    setattr(model.config, switch, True)
+    model.save_pretrained(tmp_path)
+    for each in (
+        model,
+        PromptCAMForImageClassification.from_pretrained(tmp_path),
+        tiny_model(model.backbone.config.model_type, **model.config.prompt_fields(), **{switch: True}),
+    ):
+        assert each.backbone.config._attn_implementation == "sdpa"
+        assert_computed(each(images).get(returned), expected)
+        assert each(images, **{switch: False}).get(returned) is None
+
+
+def test_tuples_that_the_configuration_asks_for(model, tmp_path):
+    expected = model(random_images())
+    model.config.return_dict = False
+    model.save_pretrained(tmp_path)
+    for each in (model, PromptCAMForImageClassification.from_pretrained(tmp_path)):
+        (logits,) = each(random_images())
+        assert_computed(logits, expected.logits)
+        assert_computed(each(random_images(), return_dict=True).logits, expected.logits)
