@@ -123,9 +123,21 @@ class PromptedModel(PreTrainedModel):
         adopt_backbone(model, source)
         return model.eval()
 
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """Look at every module: transformers passes by those of custom code whose own parameters were all loaded.
+
+        The model itself sets its classifier's too, which may be missing or of another shape; loaded ones stay.
+        """
+        super()._initialize_weights(module)
+
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's patch embedding."""
         return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the backbone's patch embedding."""
+        name = next(name for name, module in self.backbone.named_modules() if module is self.get_input_embeddings())
+        self.backbone.set_submodule(name, value)
 
     def train(self: _Model, mode: bool = True) -> _Model:
         """Set the mode of prompts and classifier; a frozen backbone always stays frozen and in evaluation mode.

@@ -65,9 +65,11 @@ class PromptCAMForImageClassification(PromptSetsModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The prompts' own initialisation; transformers' would pass them over."""
+        """The prompts' own initialisation; modules that a subclass adds get transformers' own."""
         if isinstance(module, PromptParts):
             init_prompts(self.backbone.config, module.classifier, module.class_prompts, module.agnostic_prompts)
+        elif all(module is not parts.classifier for parts in (self, *self.other_prompts)):
+            super()._init_weights(module)
 
     @classmethod
     def from_pretrained(

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT
 """What tools and users do to any transformers model, done to a Prompt-CAM: it works, or is refused in a sentence."""
 
+import copy
 import logging
 
 import pytest
 import torch
 from conftest import ID2LABEL, assert_computed, random_images, tiny_backbone_config, tiny_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageClassification, Trainer, TrainingArguments
 
 from prompt_cam_hf import PromptCAMConfig, PromptCAMForImageClassification
@@ -310,3 +312,60 @@ def test_tuples_that_the_configuration_asks_for(model, tmp_path):
         (logits,) = each(random_images())
         assert_computed(logits, expected.logits)
         assert_computed(each(random_images(), return_dict=True).logits, expected.logits)
+
+
+PARTS = ["class_prompts", "agnostic_prompts", "classifier.weight", "classifier.bias"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "of another shape"])
+@pytest.mark.parametrize("part", [*PARTS, "backbone.embeddings.cls_token", "other_prompts.0.classifier.weight"])
+def test_weights_that_a_folder_lacks_are_initialised(model, part, damage, tmp_path):
+    if part.startswith("other_prompts"):
+        if not model.config.freeze_backbone:
+            pytest.skip("A trained backbone has one prompt set.")
+        model.add_prompts("other", id2label=ID2LABEL)
+    if part == "agnostic_prompts" and model.agnostic_prompts is None:
+        pytest.skip("A Shallow model has none.")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    saved = {name: tensor.clone() for name, tensor in weights.items()}
+    if damage == "missing":
+        del weights[part]
+    else:
+        weights[part] = torch.ones(7)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    # Freed memory is what an uninitialised tensor shows.
+    rubbish = [torch.full((size,), 4e25) for size in (1, 32, 32, 32, 160, 320, 320) for _ in range(50)]
+    del rubbish
+    loaded = PromptCAMForImageClassification.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    bound = (6 / (3 * 8 * 8 + 32)) ** 0.5 if "prompts" in part.rpartition(".")[2] else 0.2
+    for name, tensor in loaded.state_dict().items():
+        if name == part:
+            assert tensor.abs().max() <= bound and (tensor.any() or part == "classifier.bias")
+        elif name in saved:
+            assert torch.equal(tensor, saved[name])
+
+
+def test_modules_of_a_subclass_are_initialised(tmp_path):
+    class WithHead(PromptCAMForImageClassification):
+        def __init__(self, config):
+            super().__init__(config)
+            self.head = torch.nn.Linear(300, 300)
+            self.post_init()
+
+    tiny_model().save_pretrained(tmp_path)
+    head = WithHead.from_pretrained(tmp_path).head
+    assert 0.015 < head.weight.std() < 0.025 and not head.bias.any()
+
+
+def test_input_embeddings_can_be_replaced(family):
+    model = tiny_model(family)
+    before, images = model(random_images()).logits, random_images()
+    replaced = copy.deepcopy(model.get_input_embeddings())
+    model.set_input_embeddings(replaced)
+    assert model.get_input_embeddings() is replaced
+    assert_computed(model(images).logits, before)
+    with torch.no_grad():
+        for parameter in replaced.parameters():
+            parameter *= -1
+    assert (model(images).logits - before).abs().max() > 1e-3
