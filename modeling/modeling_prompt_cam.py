@@ -28,13 +28,16 @@ from .base_prompt_cam import LayerRecord, init_prompts
 from .checkpoint_prompt_cam import (
     PIPELINES,
     check_same_prompts,
+    check_shapes,
     complete_state_dict,
     explained_load_errors,
+    find_weights,
     names_that_torchao_reads,
     prompts_state_dict,
+    read_shapes,
     split_hub_keywords,
 )
-from .configuration_prompt_cam import PromptCAMConfig
+from .configuration_prompt_cam import PromptCAMConfig, only_value_errors
 from .outputs_prompt_cam import (
     LastLayerState,
     PromptCAMOutput,
@@ -91,8 +94,9 @@ class PromptCAMForImageClassification(PromptSetsModel):
             **kwargs: Passed on.
 
         Raises:
-            ValueError: the configuration asks for other prompts than the checkpoint has, or the backbone's weights are
-                not those that the prompts were trained with.
+            ValueError: the configuration or the weights are damaged or do not fit each other, the configuration asks
+                for other prompts than the checkpoint has, or the backbone's weights are not those that the prompts
+                were trained with.
             OSError: the checkpoint or its backbone cannot be found.
         """
         path = pretrained_model_name_or_path
@@ -101,20 +105,26 @@ class PromptCAMForImageClassification(PromptSetsModel):
         hub, _ = split_hub_keywords(kwargs)
         # The configuration would take the precision, "auto" included, for a field of its own.
         dtype: dict[str, Any] = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
-        with explained_load_errors(path, kwargs.get("revision")):
-            if not isinstance(config, PreTrainedConfig):
-                config, kwargs = PromptCAMConfig.from_pretrained(config or path, return_unused_kwargs=True, **kwargs)
-                kwargs |= hub
-            kwargs |= dtype
-            saved = PromptCAMConfig.from_pretrained(path, **hub)
-            config = cast(PromptCAMConfig, config)
-            check_same_prompts(config, saved, path)
-            if saved.backbone_in_checkpoint:
-                return super().from_pretrained(path, *model_args, config=config, **kwargs)
-        state_dict = complete_state_dict(path, config, backbone, variant=kwargs.pop("variant", None), **hub)
-        config.backbone_in_checkpoint = True
-        kwargs = {key: value for key, value in kwargs.items() if key not in hub}
-        loaded = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
+        with only_value_errors(path):
+            with explained_load_errors(path, kwargs.get("revision")):
+                if not isinstance(config, PreTrainedConfig):
+                    config, kwargs = PromptCAMConfig.from_pretrained(
+                        config or path, return_unused_kwargs=True, **kwargs
+                    )
+                    kwargs |= hub
+                kwargs |= dtype
+                saved = PromptCAMConfig.from_pretrained(path, **hub)
+                config = cast(PromptCAMConfig, config)
+                check_same_prompts(config, saved, path)
+                files, ignore = find_weights(path, kwargs.get("variant"), **hub), kwargs.get("ignore_mismatched_sizes")
+                if saved.backbone_in_checkpoint:
+                    check_shapes(cls, config, read_shapes(files), path, bool(ignore))
+                    return super().from_pretrained(path, *model_args, config=config, **kwargs)
+            state_dict = complete_state_dict(path, files, config, backbone, **hub)
+            check_shapes(cls, config, {name: each.shape for name, each in state_dict.items()}, path, bool(ignore))
+            config.backbone_in_checkpoint = True
+            kwargs = {key: value for key, value in kwargs.items() if key not in {*hub, "variant"}}
+            loaded = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info adds a report
         model.name_or_path = model.config.name_or_path = str(path)
         return loaded

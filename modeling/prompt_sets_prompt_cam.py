@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
-from transformers.utils import cached_file
 
 from .backbone_prompt_cam import fingerprint_backbone
 from .base_prompt_cam import PromptedModel, init_prompts
+from .checkpoint_prompt_cam import find_weights, read_prompts
 from .configuration_prompt_cam import SEVERAL_SETS_NEED_A_FROZEN_BACKBONE, PromptCAMConfig, check_prompt_names
 
 _PARTS = ("class_prompts", "agnostic_prompts", "classifier")
@@ -136,7 +135,7 @@ class PromptSetsModel(PromptedModel, PromptParts):
             fingerprint, state_dict = _fingerprint(other), other.state_dict()
         else:
             fingerprint = saved.backbone_fingerprint
-            state_dict = load_file(str(cached_file(path, "model.safetensors", **hub)))
+            state_dict = read_prompts(path, find_weights(path, **hub))
         own = _fingerprint(self)
         if fingerprint is None or fingerprint != own:
             raise ValueError(

@@ -2,11 +2,12 @@
 """What tools and users do to any transformers model, done to a Prompt-CAM: it works, or is refused in a sentence."""
 
 import copy
+import json
 import logging
 
 import pytest
 import torch
-from conftest import ID2LABEL, assert_computed, random_images, tiny_backbone_config, tiny_model
+from conftest import ID2LABEL, assert_computed, assert_stored, random_images, tiny_backbone_config, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageClassification, Trainer, TrainingArguments
 
@@ -80,7 +81,7 @@ def test_what_a_tool_saved_in_a_configuration_is_kept_and_what_a_user_misspells_
             build_backbone(tiny_backbone_config()), id2label=ID2LABEL, clas_prompt_layer=0
         )
     model.save_pretrained(tmp_path / "model")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'clas_prompt_layer'"):
+    with pytest.raises(ValueError, match="unexpected keyword argument 'clas_prompt_layer'"):
         PromptCAMForImageClassification.from_pretrained(tmp_path / "model", clas_prompt_layer=0)
 
 
@@ -350,7 +351,7 @@ def test_modules_of_a_subclass_are_initialised(tmp_path):
     class WithHead(PromptCAMForImageClassification):
         def __init__(self, config):
             super().__init__(config)
-            self.head = torch.nn.Linear(300, 300)
+            self.head = torch.nn.Linear(150, 150)
             self.post_init()
 
     tiny_model().save_pretrained(tmp_path)
@@ -369,3 +370,100 @@ def test_input_embeddings_can_be_replaced(family):
         for parameter in replaced.parameters():
             parameter *= -1
     assert (model(images).logits - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize("include_backbone", [True, False])
+def test_shards(backbone_folder, include_backbone, sets, tmp_path):
+    model = PromptCAMForImageClassification.from_backbone(backbone_folder, id2label=ID2LABEL)
+    if sets == 2:
+        model.add_prompts("other", id2label=ID2LABEL)
+    model.save_pretrained(tmp_path / "saved", include_backbone=include_backbone, max_shard_size="1KB")
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
+    for auto in (PromptCAMForImageClassification, AutoModelForImageClassification):
+        loaded = auto.from_pretrained(tmp_path / "saved")
+        assert_stored(loaded, model)
+    single = PromptCAMForImageClassification.from_backbone(backbone_folder, id2label=ID2LABEL)
+    single.load_prompts(tmp_path / "saved", "other")
+    assert torch.equal(single.other_prompts[0].class_prompts, (model, *model.other_prompts)[-1].class_prompts)
+
+
+@pytest.mark.parametrize("variant", ["fp16", None])
+def test_variants_of_prompts_alone(backbone_folder, variant, tmp_path):
+    model = PromptCAMForImageClassification.from_backbone(backbone_folder, id2label=ID2LABEL)
+    for size in ("1KB", "1GB"):
+        folder = tmp_path / size
+        model.save_pretrained(folder, include_backbone=False, variant=variant, max_shard_size=size)
+        assert_stored(PromptCAMForImageClassification.from_pretrained(folder, variant=variant), model)
+
+
+def rewrite(folder, change):
+    """Change the weights of a saved model."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["backbone.layernorm.weight", "class_prompt", "other_prompts.x.class_prompts"])
+def test_prompts_alone_bring_no_weights_but_prompts(backbone_folder, name, tmp_path):
+    model = PromptCAMForImageClassification.from_backbone(backbone_folder, id2label=ID2LABEL)
+    model.save_pretrained(tmp_path / "prompts", include_backbone=False)
+    rewrite(tmp_path / "prompts", lambda weights: weights.update({name: torch.ones(32)}))
+    with pytest.raises(ValueError, match=f"is to hold prompts only, and holds the weight '{name}' too"):
+        PromptCAMForImageClassification.from_pretrained(tmp_path / "prompts")
+    with pytest.raises(ValueError, match="is to hold prompts only"):
+        model.load_prompts(tmp_path / "prompts", "other")
+
+
+def change_config(folder, fields, backbone_fields):
+    saved = json.loads((folder / "config.json").read_text())
+    saved["backbone_config"] |= backbone_fields
+    (folder / "config.json").write_text(json.dumps(saved | fields))
+
+
+@pytest.mark.parametrize("include_backbone", [True, False])
+@pytest.mark.parametrize(
+    ("fields", "backbone_fields", "message"),
+    [
+        ({}, {"hidden_size": 10**12}, "configuration|loaded"),
+        ({}, {"hidden_size": 2**16}, "but its configuration is that of a model of"),
+        ({}, {"num_hidden_layers": 999}, "too few for 999 layers"),
+        ({"num_agnostic_prompts": 10**9}, {}, "but its configuration is that of a model of"),
+        ({}, {"image_size": 10**6}, "but its configuration is that of a model of"),
+        ({}, {"intermediate_size": 49}, r"has the shape \(48,\), but its configuration asks for \(49,\)"),
+        ({"num_agnostic_prompts": 6}, {}, r"The weight agnostic_prompts of .* asks for \(2, 6, 32\)"),
+        ({}, {"hidden_act": "x"}, "cannot be loaded: .*KeyError"),
+        ({}, {"patch_size": 0}, "cannot be loaded: .*ZeroDivisionError"),
+        ({}, {"num_attention_heads": 0}, "cannot be loaded|hidden"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_the_weights_do_not_fit_takes_no_memory(
+    backbone_folder, include_backbone, fields, backbone_fields, message, tmp_path
+):
+    model = PromptCAMForImageClassification.from_backbone(backbone_folder, id2label=ID2LABEL)
+    model.save_pretrained(tmp_path / "model", include_backbone=include_backbone)
+    change_config(tmp_path / "model", fields, backbone_fields)
+    # What is refused here would be allocated otherwise.
+    with pytest.raises(ValueError, match=message) as caught:
+        PromptCAMForImageClassification.from_pretrained(tmp_path / "model")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("include_backbone", [True, False])
+@pytest.mark.parametrize("damage", ["empty", "cut", "text", "header", "gone", "pickle"])
+def test_damaged_weights_are_refused(backbone_folder, include_backbone, damage, tmp_path):
+    model = PromptCAMForImageClassification.from_backbone(backbone_folder, id2label=ID2LABEL)
+    model.save_pretrained(tmp_path / "model", include_backbone=include_backbone)
+    file = tmp_path / "model" / "model.safetensors"
+    content = file.read_bytes()
+    if damage in ("gone", "pickle"):
+        file.unlink()
+        if damage == "pickle":
+            (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'echo no'\ntR.")
+    else:
+        damaged = {"empty": b"", "cut": content[:-5], "text": b"x" * 99, "header": b"\xff" * 8 + content[8:]}
+        file.write_bytes(damaged[damage])
+    with pytest.raises((ValueError, OSError)) as caught:
+        PromptCAMForImageClassification.from_pretrained(tmp_path / "model")
+    assert type(caught.value) in (ValueError, OSError)
