@@ -53,15 +53,12 @@ class LayerRecord:
         self.hidden_states: tuple[torch.Tensor, ...] | None = () if hidden_states else None
         self.attentions: tuple[torch.Tensor, ...] | None = () if attentions else None
 
-    def add(self, hidden: torch.Tensor, weights: torch.Tensor | None = None, num_memory: int = 0) -> None:
-        """Note a layer's output, and its attention, whose last `num_memory` tokens before the layer's own are prompts.
-
-        Prompts stand first in what is recorded; as memory they were behind the queries.
-        """
+    def add(self, hidden: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Note a layer's output and its attention."""
         if self.hidden_states is not None:
             self.hidden_states += (hidden,)
         if self.attentions is not None and weights is not None:
-            self.attentions += (weights.roll(num_memory, dims=-1) if num_memory else weights,)
+            self.attentions += (weights,)
 
 
 class PromptedModel(PreTrainedModel):
@@ -237,7 +234,7 @@ class PromptedModel(PreTrainedModel):
                 hidden, weights = self._gradient_checkpointing_func(run_layer, *arguments)
             else:
                 hidden, weights = run_layer(*arguments)
-            record.add(hidden, weights, 0 if memory is None else memory.shape[1])
+            record.add(hidden, weights)
         return hidden
 
     def _join(

@@ -467,3 +467,63 @@ def test_damaged_weights_are_refused(backbone_folder, include_backbone, damage, 
     with pytest.raises((ValueError, OSError)) as caught:
         PromptCAMForImageClassification.from_pretrained(tmp_path / "model")
     assert type(caught.value) in (ValueError, OSError)
+
+
+def test_gradients_pass_through_the_attention_that_is_returned(model):
+    output = model.train()(random_images(), output_attentions=True)
+    for weights in output.attentions:
+        weights.retain_grad()
+    output.logits[:, 0].sum().backward()
+    assert all(weights.grad is not None and weights.grad.abs().max() > 0 for weights in output.attentions)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_in_trainer(model, reentrant, tmp_path):
+    plain = copy.deepcopy(model)
+    train_a_little(plain, tmp_path, optim="sgd")
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    train_a_little(model, tmp_path, optim="sgd", **options)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, plain.get_parameter(name), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_bf16_and_compile_in_trainer(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    plain = copy.deepcopy(model)
+    train_a_little(plain, tmp_path, optim="sgd")
+    train_a_little(model, tmp_path, optim="sgd", bf16=True, torch_compile=True, torch_compile_backend="aot_eager")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, plain.get_parameter(name), atol=0.02, rtol=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_with_trait_maps(model, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    class Maps(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixel_values):
+            output = self.model(pixel_values, trait_classes="all")
+            return output.logits, output.trait_maps
+
+    batch = {0: torch.export.Dim("batch")}
+    torch.onnx.export(
+        Maps(),
+        (random_images(2),),
+        tmp_path / "model.onnx",
+        dynamo=True,
+        dynamic_shapes=(batch,),
+        input_names=["pixels"],
+    )
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    images = random_images(3)
+    logits, maps = session.run(None, {"pixels": images.numpy()})
+    expected = model(images, trait_classes="all")
+    assert_computed((torch.tensor(logits), torch.tensor(maps)), (expected.logits, expected.trait_maps))
