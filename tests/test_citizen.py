@@ -4,6 +4,8 @@
 import copy
 import json
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -190,6 +192,22 @@ def test_lora_in_a_frozen_backbone_trains_alone_is_saved_loaded_and_merged(famil
     assert changed == {name for name in before if name.endswith(("q_proj.weight", "v_proj.weight"))}
     with pytest.raises(ValueError, match="has no name to fetch it by"):
         merged.save_pretrained(tmp_path / "prompts", include_backbone=False)
+
+
+def test_the_example_of_lora_runs(tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    page = Path(__file__).parents[1] / "docs" / "transformers.md"
+    (example,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model()
+    model.save_pretrained("my_model")
+    dataset = [{"pixel_values": image, "labels": index % 5} for index, image in enumerate(random_images(8))]
+    names = {"dataset": dataset}
+    exec(example, names)
+    merged = PromptCAMForImageClassification.from_pretrained("my_merged_model")
+    expected = names["adapted"].eval()(random_images()).logits
+    assert_computed(merged(random_images()).logits, expected)
+    assert not torch.equal(expected, model(random_images()).logits)
 
 
 def test_lora_and_prompts_train_together(tmp_path):
