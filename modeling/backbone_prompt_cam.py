@@ -360,10 +360,14 @@ def run_layer(
     `finish_layer`.
 
     Returns:
-        The updated queries (batch, queries, hidden size), and the attention weights (batch, heads, queries, tokens) or
-        None.
+        The updated queries (batch, queries, hidden size), and the attention weights (batch, heads, queries, tokens),
+        those of the memory first, or None.
     """
     projections = project(layer, config.num_attention_heads, queries, memory, query_rotary, memory_rotary)
+    if output_attentions and memory is not None:
+        # Before the weights are computed, so that the ones returned are those that gradients pass through.
+        keys, values = (each.roll(memory.shape[1], dims=-2) for each in projections[1:])
+        projections = projections._replace(keys=keys, values=values)
     contexts, weights = attend(layer, projections, config, output_attentions)
     return finish_layer(layer, queries, contexts, drop_path_rate), weights
 

@@ -13,6 +13,7 @@ from transformers import initialization as init
 from .backbone_prompt_cam import (
     RotaryPositions,
     backbone_layers,
+    build_backbone,
     embed,
     grid_size,
     image_size,
@@ -52,15 +53,12 @@ class LayerRecord:
         self.hidden_states: tuple[torch.Tensor, ...] | None = () if hidden_states else None
         self.attentions: tuple[torch.Tensor, ...] | None = () if attentions else None
 
-    def add(self, hidden: torch.Tensor, weights: torch.Tensor | None = None, num_memory: int = 0) -> None:
-        """Note a layer's output, and its attention, whose last `num_memory` tokens before the layer's own are prompts.
-
-        Prompts stand first in what is recorded; as memory they were behind the queries.
-        """
+    def add(self, hidden: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Note a layer's output and its attention."""
         if self.hidden_states is not None:
             self.hidden_states += (hidden,)
         if self.attentions is not None and weights is not None:
-            self.attentions += (weights.roll(num_memory, dims=-1) if num_memory else weights,)
+            self.attentions += (weights,)
 
 
 class PromptedModel(PreTrainedModel):
@@ -90,7 +88,7 @@ class PromptedModel(PreTrainedModel):
         backbone: str | os.PathLike | PreTrainedModel,
         *,
         id2label: dict[int, str],
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         **kwargs: Any,
     ) -> _Model:
         """A model with new, untrained prompts on a pre-trained vision transformer.
@@ -99,7 +97,7 @@ class PromptedModel(PreTrainedModel):
             backbone: A Hub id, a folder, or a loaded transformers model, which is copied and left as it is. Models
                 with a head or a second tower (ViTForImageClassification, CLIPModel) are taken for their vision part.
             id2label: Class names, numbered from 0.
-            dtype: Precision of all weights; training wants float32.
+            dtype: Precision of all weights, by name too; "auto" is the backbone's own. Training wants float32.
             **kwargs: The Hub keywords of `from_pretrained` (revision, subfolder, cache_dir, local_files_only ...), and
                 fields of the configuration.
 
@@ -118,20 +116,39 @@ class PromptedModel(PreTrainedModel):
             backbone_subfolder=hub.get("subfolder") or None,
             **config_fields,
         )
-        model = cls._from_config(config, dtype=dtype)
+        model = cls._from_config(config, dtype=source.dtype if dtype == "auto" else dtype)
         adopt_backbone(model, source)
         return model.eval()
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        """Look at every module: transformers passes by those of custom code whose own parameters were all loaded.
+
+        The model itself sets its classifier's too, which may be missing or of another shape; loaded ones stay.
+        """
+        super()._initialize_weights(module)
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's patch embedding."""
         return self.backbone.get_input_embeddings()
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the backbone's patch embedding."""
+        name = next(name for name, module in self.backbone.named_modules() if module is self.get_input_embeddings())
+        self.backbone.set_submodule(name, value)
+
     def train(self: _Model, mode: bool = True) -> _Model:
-        """Set the mode of prompts and classifier; a frozen backbone always stays frozen and in evaluation mode."""
+        """Set the mode of prompts and classifier; a frozen backbone always stays frozen and in evaluation mode.
+
+        Modules that were put into the backbone later, such as PEFT's adapters, are not the backbone's own.
+        """
         super().train(mode)
         if self.config.freeze_backbone:
             # Loading a checkpoint puts new, trainable parameters in place of the frozen ones, then calls eval().
-            self.backbone.requires_grad_(False).eval()
+            for name, module in self.backbone.named_modules():
+                if name in self._backbone_modules and isinstance(module, self._backbone_modules[name]):
+                    module.training = False
+                    for parameter in module.parameters(recurse=False):
+                        parameter.requires_grad_(False)
         return self
 
     @torch.no_grad()
@@ -149,6 +166,21 @@ class PromptedModel(PreTrainedModel):
         rotary = self._rotary(tokens, self._grid_of(pixel_values))
         return self._run_layers(range(self.config.fixed_prefix_layers), tokens, rotary, LayerRecord())
 
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The loss that `config.problem_type` names; cross-entropy takes probabilities (mixup) too."""
+        several = self.config.problem_type == "multi_label_classification"
+        labels, logits = labels.to(logits.device), logits.float()
+        labels = labels.float() if several or labels.is_floating_point() else labels.long()
+        if labels.is_floating_point() and not several:
+            return nn.functional.cross_entropy(logits, labels)
+        return self.loss_function(labels, logits, self.config)
+
+    def _add_backbone(self, config: PreTrainedConfig) -> None:
+        """Make the backbone, frozen if it is to be, and note what its own modules are."""
+        self.backbone = build_backbone(config)
+        self._backbone_modules = {name: type(module) for name, module in self.backbone.named_modules()}
+        self.backbone.requires_grad_(not self.config.freeze_backbone)
+
     @property
     def _num_layers(self) -> int:
         return self.config.backbone_config.num_hidden_layers
@@ -162,7 +194,7 @@ class PromptedModel(PreTrainedModel):
         return grid_size(self.backbone.config, height, width)
 
     def _embed(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
-        return embed(self.backbone, pixel_values.to(self.classifier.weight.dtype), interpolate_pos_encoding)
+        return embed(self.backbone, pixel_values.to(self.dtype), interpolate_pos_encoding)
 
     def _rotary(self, tokens: torch.Tensor, grid: tuple[int, int]) -> RotaryPositions | None:
         return rotary_positions(self.backbone, tokens, grid, num_prefix_tokens(self.backbone.config))
@@ -187,7 +219,7 @@ class PromptedModel(PreTrainedModel):
                 f"prefix_hidden_states hold {num_tokens} tokens an image; a grid of {grid[0]}x{grid[1]} patches makes "
                 f"{expected}. Give the grid as patch_grid=(rows, columns)."
             )
-        return prefix_hidden_states.to(self.classifier.weight.dtype), grid, self.config.fixed_prefix_layers
+        return prefix_hidden_states.to(self.dtype), grid, self.config.fixed_prefix_layers
 
     def _run_layers(
         self, indices: range, hidden: torch.Tensor, rotary: RotaryPositions | None, record: LayerRecord
@@ -202,7 +234,7 @@ class PromptedModel(PreTrainedModel):
                 hidden, weights = self._gradient_checkpointing_func(run_layer, *arguments)
             else:
                 hidden, weights = run_layer(*arguments)
-            record.add(hidden, weights, 0 if memory is None else memory.shape[1])
+            record.add(hidden, weights)
         return hidden
 
     def _join(

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """Finding a backbone, saving a Prompt-CAM without one, and one sentence for what goes wrong on the Hub."""
 
+import json
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -19,9 +21,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.initialization import no_init_weights
 from transformers.utils import cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from .backbone_prompt_cam import backbone_class, fingerprint_backbone, vision_config
 from .configuration_prompt_cam import SUPPORTED_BACKBONES, PromptCAMConfig, check_backbone_family
@@ -41,6 +47,8 @@ PIPELINES = {
 NOT_ACCEPTED = "The Hub does not accept the token: log in with `hf auth login`, or set HF_TOKEN."
 _NOTHING_KEPT = "Nothing incomplete is kept: try again"
 _HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+_PROMPT_WEIGHT = re.compile(r"(other_prompts\.\d+\.)?(class_prompts|agnostic_prompts|classifier\.(weight|bias))")
 
 _Error = TypeVar("_Error", bound=BaseException)
 
@@ -159,10 +167,13 @@ def prompts_state_dict(model: PreTrainedModel, state_dict: dict[str, torch.Tenso
     """All weights but the backbone's, after making sure that the backbone can be found again.
 
     Raises:
-        ValueError: the backbone is not frozen, has no name, or has other weights than were loaded under that name.
+        ValueError: the backbone is not frozen, is quantised, has no name, or has other weights than were loaded under
+            that name.
     """
     config, backbone = model.config, cast(PreTrainedModel, model.backbone)
     keep = "save with include_backbone=True"
+    if getattr(model, "hf_quantizer", None):
+        raise ValueError(f"The backbone is quantised, so it is not the one that its name stands for; {keep}.")
     if not config.freeze_backbone:
         raise ValueError(
             f"The backbone was trained too (freeze_backbone=False), so leaving it out would lose it; {keep}."
@@ -182,29 +193,138 @@ def prompts_state_dict(model: PreTrainedModel, state_dict: dict[str, torch.Tenso
     return {name: tensor for name, tensor in state_dict.items() if not name.startswith("backbone.")}
 
 
+@contextmanager
+def names_that_torchao_reads(quantizer: Any) -> Iterator[None]:
+    """Save a quantised model so that it loads: torchao splits each name that it lists at a dot, and prompts have none.
+
+    Args:
+        quantizer: The model's, of any kind; None where there is none.
+    """
+    list_weights = quantizer and quantizer.get_state_dict_and_metadata
+
+    def list_readable(model: PreTrainedModel) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        weights, metadata = list_weights(model)
+        if "tensor_names" in metadata:
+            names = [name for name in json.loads(metadata["tensor_names"]) if "." in name]
+            metadata["tensor_names"] = json.dumps(names)
+        return weights, metadata
+
+    if quantizer:
+        quantizer.get_state_dict_and_metadata = list_readable
+    try:
+        yield
+    finally:
+        if quantizer:
+            del quantizer.get_state_dict_and_metadata
+
+
+def find_weights(path: str | os.PathLike, variant: str | None = None, **hub: Any) -> list[str]:
+    """The safetensors files of a checkpoint, one or its shards; none where it has no such files.
+
+    Args:
+        path: The checkpoint's Hub id or folder.
+        variant: As in transformers' from_pretrained.
+        **hub: Revision, token and the like.
+    """
+    suffix, optional = f".{variant}" if variant else "", {"_raise_exceptions_for_missing_entries": False, **hub}
+    whole = cached_file(path, f"model{suffix}.safetensors", **optional)
+    if whole is not None:
+        return [whole]
+    index = cached_file(path, f"model.safetensors.index{suffix}.json", **optional)
+    return [] if index is None else get_checkpoint_shard_files(path, index, **hub)[0]
+
+
+def read_shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
+    """The shape of each weight in these files by its name, without reading the weights."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as weights:
+            shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    return shapes
+
+
+def read_prompts(path: str | os.PathLike, files: list[str]) -> dict[str, torch.Tensor]:
+    """The weights of a prompts-only checkpoint by their names.
+
+    Args:
+        path: The checkpoint's Hub id or folder, for messages.
+        files: From `find_weights`.
+
+    Raises:
+        OSError: there are no files.
+        ValueError: there are other weights than those of prompts and classifiers.
+    """
+    if not files:
+        raise OSError(f"{path} has no model.safetensors.")
+    weights = {name: weight for file in files for name, weight in load_file(file).items()}
+    if strange := [name for name in sorted(weights) if not _PROMPT_WEIGHT.fullmatch(name)]:
+        raise ValueError(f"{path} is to hold prompts only, and holds the weight {strange[0]!r} too.")
+    return weights
+
+
+def check_shapes(
+    model_class: type[PreTrainedModel],
+    config: PromptCAMConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    path: str | os.PathLike,
+    ignore_mismatched: bool = False,
+) -> None:
+    """Refuse weights that are not the model's that the configuration describes, before any memory is taken for it.
+
+    Weights of other formats, and quantised ones, are left to transformers.
+
+    Args:
+        model_class: What is loaded.
+        config: Its configuration.
+        shapes: Of the weights, by their names.
+        path: The checkpoint's Hub id or folder, for messages.
+        ignore_mismatched: Weights of another shape are to be passed over.
+
+    Raises:
+        ValueError: a weight has another shape, or the model is far larger than the weights.
+    """
+    if not shapes or hasattr(config, "quantization_config"):
+        return
+    if config.vision.num_hidden_layers > len(shapes):
+        raise ValueError(f"{path} has {len(shapes)} weights, too few for {config.vision.num_hidden_layers} layers.")
+    with torch.device("meta"), no_init_weights():
+        blank = model_class(config)
+        own = blank.state_dict()
+        published = revert_weight_conversion(blank, dict(own))
+    needed, given = sum(weight.numel() for weight in own.values()), sum(map(math.prod, shapes.values()))
+    if needed > 2 * given:
+        raise ValueError(f"{path} has {given:,} numbers, but its configuration is that of a model of {needed:,}.")
+    expected = {name: tuple(weight.shape) for name, weight in {**published, **own}.items()}
+    for name in () if ignore_mismatched else sorted(expected.keys() & shapes.keys()):
+        if tuple(shapes[name]) != expected[name]:
+            raise ValueError(
+                f"The weight {name} of {path} has the shape {tuple(shapes[name])}, but its configuration asks for "
+                f"{expected[name]}."
+            )
+
+
 def complete_state_dict(
     path: str | os.PathLike,
+    files: list[str],
     config: PromptCAMConfig,
     backbone: str | os.PathLike | PreTrainedModel | None,
-    variant: str | None = None,
     **hub: Any,
 ) -> dict[str, torch.Tensor]:
     """The weights of a prompts-only checkpoint, together with those of the backbone that it names.
 
     Args:
         path: The checkpoint's Hub id or folder.
+        files: Its weights, from `find_weights`.
         config: Its configuration.
         backbone: Where the backbone is, if not where the configuration says.
-        variant: As in transformers' from_pretrained.
         **hub: Of the checkpoint: revision, token and the like.
 
     Raises:
         OSError: the weights or the backbone cannot be found.
-        ValueError: the backbone has other weights than the prompts were trained with.
+        ValueError: there are other weights than prompts, or the backbone has other weights than the prompts were
+            trained with.
     """
-    with explained_load_errors(path, hub.get("revision")):
-        file = f"model.{variant}.safetensors" if variant else "model.safetensors"
-        weights = load_file(str(cached_file(path, file, **hub)))
+    weights = read_prompts(path, files)
     if backbone is None:
         backbone = config.backbone_name_or_path or ""
         hub = {key: value for key, value in hub.items() if key not in ("revision", "subfolder")}
@@ -298,11 +418,16 @@ __all__ = [
     "adopt_backbone",
     "backbone_name",
     "check_same_prompts",
+    "check_shapes",
     "complete_state_dict",
     "explained_load_errors",
     "find_cause",
+    "find_weights",
     "load_backbone",
+    "names_that_torchao_reads",
     "prompts_state_dict",
+    "read_prompts",
+    "read_shapes",
     "split_hub_keywords",
     "tell_reason",
 ]

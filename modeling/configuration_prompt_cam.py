@@ -5,11 +5,16 @@ The variants (Deep, Shallow, interpolation) are those of Prompt-CAM (Chowdhury e
 """
 
 import copy
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, cast
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 class BackboneFamily(NamedTuple):
@@ -75,9 +80,32 @@ _TRANSFORMERS_KEYWORDS = {
     "name_or_path",
     "num_labels",
     "output_attentions",
+    "quantization_config",
     "torch_dtype",
     "use_cache",
 }
+# Far above what anyone trains, and low enough to be built at once: a damaged file asks for any number.
+_MOST_CLASSES = 1_000_000
+_MOST_LAYERS = 1_000
+
+
+@contextmanager
+def only_value_errors(what: object) -> Iterator[None]:
+    """Turn whatever damaged files make transformers raise into one sentence.
+
+    Args:
+        what: What is loaded.
+
+    Raises:
+        ValueError: an error other than ValueError and OSError, which pass, was raised.
+    """
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{what} cannot be loaded: {reason[:500]} ({type(error).__name__}).") from error
 
 
 def check_prompt_names(names: Iterable[str], sets: Iterable[str], owner: object = "This model") -> None:
@@ -127,6 +155,8 @@ class PromptCAMConfig(PreTrainedConfig):
         prompt_dropout: Probability of dropping a prompt's element in training, one mask for the whole batch.
         drop_path_rate: Stochastic depth of the last layer; the first has none and it grows linearly between.
         freeze_backbone: Train prompts and classifier only.
+        problem_type: "single_label_classification" (the default), or "multi_label_classification" where an image may
+            show several classes, or none.
         prompt_sets: Several prompt sets on one backbone: the `name` of each with its settings, in the order in which
             their weights are saved. `None`: there is one set.
         prompts_in_use: The name of the prompt set in use, whose settings are also this configuration's own.
@@ -149,8 +179,8 @@ class PromptCAMConfig(PreTrainedConfig):
     class_prompt_layer: int = -1
     num_agnostic_prompts: int | None = None
     first_prompt_layer: int = 0
-    prompt_dropout: float = 0.0
-    drop_path_rate: float = 0.0
+    prompt_dropout: float | int = 0.0
+    drop_path_rate: float | int = 0.0
     freeze_backbone: bool = True
     prompt_sets: list[dict] | None = None
     prompts_in_use: str = DEFAULT_NAME
@@ -165,6 +195,8 @@ class PromptCAMConfig(PreTrainedConfig):
                 f"PromptCAMConfig has no field {', '.join(map(repr, unknown))}; its fields are: {', '.join(_FIELDS)}."
             )
         num_labels = kwargs.get("num_labels")
+        if self.id2label is None and self.label2id is not None:
+            self.id2label = {int(index): name for name, index in self.label2id.items()}
         if self.id2label is None and num_labels is None:
             raise ValueError(
                 "PromptCAMConfig needs the class names, one prompt each: give id2label={0: 'first class', ...}."
@@ -173,23 +205,75 @@ class PromptCAMConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_labels={num_labels} contradicts id2label, which names {len(self.id2label)} classes."
             )
+        if num_labels is not None and num_labels > _MOST_CLASSES:
+            raise ValueError(f"num_labels={num_labels} is more than {_MOST_CLASSES:,}.")
         # With the installed package, `pipeline` is to work without permission to run code from the checkpoint.
         if not __name__.startswith("transformers_modules"):
             kwargs.pop("custom_pipelines", None)
         self.backbone_config = _own_backbone_config(self.backbone_config)
         super().__post_init__(**kwargs)
+        self.problem_type = self.problem_type or "single_label_classification"
+        if self.problem_type == "regression":
+            raise ValueError(
+                "Prompt-CAM tells classes apart: problem_type is single_label_classification or "
+                "multi_label_classification, not regression."
+            )
         self._check_labels()
         self._check_prompts()
         self._check_prompt_sets()
 
     @classmethod
+    @only_value_errors("The configuration")
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "PromptCAMConfig":
+        """Load a saved configuration, as transformers' own method does.
+
+        Raises:
+            ValueError: see `from_dict`.
+            OSError: it cannot be found, or is not JSON.
+        """
+        return super().from_pretrained(*args, **kwargs)
+
+    @classmethod
+    @only_value_errors("The configuration")
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "PromptCAMConfig":
-        """Build a configuration from saved fields; keywords override them and are checked just the same."""
-        overrides = {key: kwargs.pop(key) for key in _FIELDS if key in kwargs}
-        fields = {**config_dict, **overrides}
-        if "id2label" in overrides:
-            fields.pop("label2id", None)
-        return super().from_dict(fields, **kwargs)
+        """Build a configuration from saved fields; keywords override them and are checked just the same.
+
+        Saved fields that are not a configuration's own, as tools add them, are kept with a warning.
+
+        Raises:
+            ValueError: a field is wrong, or asks for code from the Hub.
+        """
+        _check_no_hub_kernels(config_dict)
+        own = {field.name for field in dataclasses.fields(cls)}
+        fields = {key: value for key, value in config_dict.items() if key in own | _TRANSFORMERS_KEYWORDS}
+        overrides = {key: kwargs.pop(key) for key in (own | {"num_labels"}) - {"dtype"} if key in kwargs}
+        # Either way of naming the classes decides over the other one, and over what was saved.
+        if overrides.keys() & {"id2label", "label2id"}:
+            fields |= {"id2label": None, "label2id": None}
+        elif fields.get("id2label") is not None:
+            fields["label2id"] = None
+        loaded = super().from_dict(fields | overrides, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        if unknown := sorted(config_dict.keys() - fields.keys()):
+            logger.warning_once(
+                f"The saved configuration has fields that PromptCAMConfig does not know: {', '.join(unknown)}."
+            )
+        for key in unknown:
+            if not (key.startswith("_") or hasattr(config, key)):
+                setattr(config, key, config_dict[key])
+        return loaded
+
+    @property
+    def output_attentions(self) -> bool:
+        """Whether `forward` returns attention; the weights are computed beside any fused attention."""
+        return bool(self._output_attentions)
+
+    @output_attentions.setter
+    def output_attentions(self, value: bool) -> None:
+        self._output_attentions = value
+
+    def validate_output_attentions(self) -> None:
+        """Every attention implementation will do; transformers' own check wants an eager one."""
 
     @property
     def class_names(self) -> dict[int, str]:
@@ -366,11 +450,26 @@ def _own_backbone_config(backbone_config: dict | PreTrainedConfig | None) -> Pre
         fields = _without_permissions(backbone_config)
         model_type = fields.pop("model_type", None)
         check_backbone_family(model_type)
+        layers = fields.get("num_hidden_layers")
+        if isinstance(layers, int) and layers > _MOST_LAYERS:
+            raise ValueError(f"backbone_config has num_hidden_layers={layers}, more than {_MOST_LAYERS:,}.")
         return AutoConfig.for_model(model_type, **fields)
     check_backbone_family(backbone_config.model_type)
     own = copy.deepcopy(backbone_config)
     own.__dict__ = _without_permissions(own.__dict__)
     return own
+
+
+def _check_no_hub_kernels(fields: dict[str, Any]) -> None:
+    """Refuse saved fields that name a repository's code to compute with; a caller may name one."""
+    for key, value in fields.items():
+        if str(key).endswith("_implementation") and "/" in str(value):
+            raise ValueError(
+                f"The saved configuration has {key}={value!r}, code from the Hub, which only the caller may ask for; "
+                "give it to from_pretrained."
+            )
+        if isinstance(value, dict):
+            _check_no_hub_kernels(value)
 
 
 def _without_permissions(fields: dict[str, Any]) -> dict[str, Any]:
@@ -391,4 +490,5 @@ __all__ = [
     "check_backbone_family",
     "check_prompt_names",
     "num_prefix_tokens",
+    "only_value_errors",
 ]

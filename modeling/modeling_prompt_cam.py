@@ -20,7 +20,6 @@ from .backbone_prompt_cam import (
     attend,
     attention_weights,
     backbone_layers,
-    build_backbone,
     final_norm,
     finish_layer,
     project,
@@ -29,12 +28,16 @@ from .base_prompt_cam import LayerRecord, init_prompts
 from .checkpoint_prompt_cam import (
     PIPELINES,
     check_same_prompts,
+    check_shapes,
     complete_state_dict,
     explained_load_errors,
+    find_weights,
+    names_that_torchao_reads,
     prompts_state_dict,
+    read_shapes,
     split_hub_keywords,
 )
-from .configuration_prompt_cam import PromptCAMConfig
+from .configuration_prompt_cam import PromptCAMConfig, only_value_errors
 from .outputs_prompt_cam import (
     LastLayerState,
     PromptCAMOutput,
@@ -58,18 +61,18 @@ class PromptCAMForImageClassification(PromptSetsModel):
         # Configs are shared objects, so the model gets its own, and its backbone the vision part of that one.
         config = copy.deepcopy(config)
         super().__init__(config)
-        self.backbone = build_backbone(config.vision)
+        self._add_backbone(config.vision)
         self._add_prompt_sets()
         self.gradient_checkpointing = False
-        if config.freeze_backbone:
-            self.backbone.requires_grad_(False)
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The prompts' own initialisation; transformers' would pass them over."""
+        """The prompts' own initialisation; modules that a subclass adds get transformers' own."""
         if isinstance(module, PromptParts):
             init_prompts(self.backbone.config, module.classifier, module.class_prompts, module.agnostic_prompts)
+        elif all(module is not parts.classifier for parts in (self, *self.other_prompts)):
+            super()._init_weights(module)
 
     @classmethod
     def from_pretrained(
@@ -91,27 +94,37 @@ class PromptCAMForImageClassification(PromptSetsModel):
             **kwargs: Passed on.
 
         Raises:
-            ValueError: the configuration asks for other prompts than the checkpoint has, or the backbone's weights are
-                not those that the prompts were trained with.
+            ValueError: the configuration or the weights are damaged or do not fit each other, the configuration asks
+                for other prompts than the checkpoint has, or the backbone's weights are not those that the prompts
+                were trained with.
             OSError: the checkpoint or its backbone cannot be found.
         """
         path = pretrained_model_name_or_path
         if path is None:
             return super().from_pretrained(None, *model_args, config=config, **kwargs)
         hub, _ = split_hub_keywords(kwargs)
-        with explained_load_errors(path, kwargs.get("revision")):
-            if not isinstance(config, PreTrainedConfig):
-                config, kwargs = PromptCAMConfig.from_pretrained(config or path, return_unused_kwargs=True, **kwargs)
-                kwargs |= hub
-            saved = PromptCAMConfig.from_pretrained(path, **hub)
-            config = cast(PromptCAMConfig, config)
-            check_same_prompts(config, saved, path)
-            if saved.backbone_in_checkpoint:
-                return super().from_pretrained(path, *model_args, config=config, **kwargs)
-        state_dict = complete_state_dict(path, config, backbone, variant=kwargs.pop("variant", None), **hub)
-        config.backbone_in_checkpoint = True
-        kwargs = {key: value for key, value in kwargs.items() if key not in hub}
-        loaded = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
+        # The configuration would take the precision, "auto" included, for a field of its own.
+        dtype: dict[str, Any] = {key: kwargs.pop(key) for key in ("dtype", "torch_dtype") if key in kwargs}
+        with only_value_errors(path):
+            with explained_load_errors(path, kwargs.get("revision")):
+                if not isinstance(config, PreTrainedConfig):
+                    config, kwargs = PromptCAMConfig.from_pretrained(
+                        config or path, return_unused_kwargs=True, **kwargs
+                    )
+                    kwargs |= hub
+                kwargs |= dtype
+                saved = PromptCAMConfig.from_pretrained(path, **hub)
+                config = cast(PromptCAMConfig, config)
+                check_same_prompts(config, saved, path)
+                files, ignore = find_weights(path, kwargs.get("variant"), **hub), kwargs.get("ignore_mismatched_sizes")
+                if saved.backbone_in_checkpoint:
+                    check_shapes(cls, config, read_shapes(files), path, bool(ignore))
+                    return super().from_pretrained(path, *model_args, config=config, **kwargs)
+            state_dict = complete_state_dict(path, files, config, backbone, **hub)
+            check_shapes(cls, config, {name: each.shape for name, each in state_dict.items()}, path, bool(ignore))
+            config.backbone_in_checkpoint = True
+            kwargs = {key: value for key, value in kwargs.items() if key not in {*hub, "variant"}}
+            loaded = super().from_pretrained(None, *model_args, config=config, state_dict=state_dict, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # output_loading_info adds a report
         model.name_or_path = model.config.name_or_path = str(path)
         return loaded
@@ -147,7 +160,8 @@ class PromptCAMForImageClassification(PromptSetsModel):
         self.config.backbone_in_checkpoint = include_backbone
         self.config.custom_pipelines = PIPELINES
         try:
-            super().save_pretrained(save_directory, *args, **kwargs)
+            with names_that_torchao_reads(getattr(self, "hf_quantizer", None)):
+                super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config.backbone_in_checkpoint = True
             del self.config.custom_pipelines
@@ -159,8 +173,8 @@ class PromptCAMForImageClassification(PromptSetsModel):
         labels: torch.Tensor | None = None,
         output_trait_maps: bool = False,
         trait_classes: torch.Tensor | Literal["all"] | None = None,
-        output_attentions: bool = False,
-        output_hidden_states: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         interpolate_pos_encoding: bool = False,
         prefix_hidden_states: torch.Tensor | None = None,
         patch_grid: tuple[int, int] | None = None,
@@ -169,12 +183,14 @@ class PromptCAMForImageClassification(PromptSetsModel):
 
         Args:
             pixel_values: (batch, channels, height, width), from the image processor.
-            labels: (batch,), class numbers; with them the loss is returned.
+            labels: (batch,) or (batch, 1), class numbers; (batch, num_labels), probabilities, or 0 and 1 where
+                `config.problem_type` is "multi_label_classification". With them the loss is returned.
             output_trait_maps: Return the last layer's attention, of the classes in `trait_classes`.
             trait_classes: None: the predicted class. "all": every class. A tensor: these classes, (batch, k) or, the
                 same for every image, (k,).
-            output_attentions: Return the attention of every layer, and the trait maps of all classes.
-            output_hidden_states: Return the hidden states between the layers.
+            output_attentions: Return the attention of every layer, and the trait maps of all classes. None: as
+                `config.output_attentions` says.
+            output_hidden_states: Return the hidden states between the layers. None: as the configuration says.
             interpolate_pos_encoding: Adapt the position encoding to images of another size than the backbone's.
             prefix_hidden_states: (batch, tokens, hidden_size) from `encode_prefix`, in place of pixel_values.
             patch_grid: Rows and columns of patches in prefix_hidden_states, where they are not the backbone's own.
@@ -182,6 +198,10 @@ class PromptCAMForImageClassification(PromptSetsModel):
         Raises:
             ValueError: an argument's shape, size or class number is wrong.
         """
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = bool(self.config.output_hidden_states)
         record = LayerRecord(output_hidden_states, output_attentions)
         tokens, grid, first_layer = self._enter(
             pixel_values, interpolate_pos_encoding, prefix_hidden_states, patch_grid
@@ -198,7 +218,7 @@ class PromptCAMForImageClassification(PromptSetsModel):
             trait_classes = find_trait_classes(trait_classes, logits)
             trait_maps = self.trait_maps(state, trait_classes)
         return PromptCAMOutput(
-            loss=None if labels is None else nn.functional.cross_entropy(logits.float(), labels.to(logits.device)),
+            loss=None if labels is None else self._loss(logits, labels),
             logits=logits,
             hidden_states=record.hidden_states,
             attentions=record.attentions,

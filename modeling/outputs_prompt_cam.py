@@ -15,7 +15,7 @@ class PromptCAMOutput(ImageClassifierOutput):
     """What a Prompt-CAM returns.
 
     Attributes:
-        loss: Cross-entropy, a scalar; where labels were given.
+        loss: Cross-entropy (of each class on its own, where images have several), a scalar; where labels were given.
         logits: (batch, num_labels), the class scores before the softmax.
         trait_maps: (batch, classes, heads, rows, cols), float32: the last layer's softmax attention from each class
             prompt to each patch. A map sums to less than 1; the rest fell on prompts and CLS.

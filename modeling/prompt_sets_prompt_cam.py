@@ -12,12 +12,11 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
-from transformers.utils import cached_file
 
 from .backbone_prompt_cam import fingerprint_backbone
 from .base_prompt_cam import PromptedModel, init_prompts
+from .checkpoint_prompt_cam import find_weights, read_prompts
 from .configuration_prompt_cam import SEVERAL_SETS_NEED_A_FROZEN_BACKBONE, PromptCAMConfig, check_prompt_names
 
 _PARTS = ("class_prompts", "agnostic_prompts", "classifier")
@@ -136,7 +135,7 @@ class PromptSetsModel(PromptedModel, PromptParts):
             fingerprint, state_dict = _fingerprint(other), other.state_dict()
         else:
             fingerprint = saved.backbone_fingerprint
-            state_dict = load_file(str(cached_file(path, "model.safetensors", **hub)))
+            state_dict = read_prompts(path, find_weights(path, **hub))
         own = _fingerprint(self)
         if fingerprint is None or fingerprint != own:
             raise ValueError(
@@ -198,8 +197,18 @@ class PromptSetsModel(PromptedModel, PromptParts):
     def train(self: _Model, mode: bool = True) -> _Model:
         """Set the mode of prompts and classifier; a frozen backbone always stays frozen and in evaluation mode.
 
-        Of several prompt sets, the one in use is trained.
+        Of several prompt sets, the one in use is trained. Modules that were put into the backbone later, such as
+        PEFT's adapters, are not the backbone's own.
+
+        Raises:
+            ValueError: PEFT is to save the prompts as modules, which they are not.
         """
+        for adapter in getattr(self, "peft_config", {}).values():
+            if prompts := {"class_prompts", "agnostic_prompts"}.intersection(adapter.modules_to_save or ()):
+                raise ValueError(
+                    f"PEFT saves modules, and {min(prompts)} is a parameter: leave it out of modules_to_save, let "
+                    "it be trained with requires_grad_(True), and save the merged model."
+                )
         super().train(mode)
         for parts in (self, *self.other_prompts) if len(self.other_prompts) else ():
             if parts is not self._parts_in_use:

@@ -22,7 +22,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils.generic import can_return_tuple
 
-from prompt_cam_hf.modeling.backbone_prompt_cam import build_backbone, final_norm, vision_config
+from prompt_cam_hf.modeling.backbone_prompt_cam import final_norm, vision_config
 from prompt_cam_hf.modeling.base_prompt_cam import LayerRecord, PromptedModel, init_prompts
 from prompt_cam_hf.modeling.configuration_prompt_cam import check_backbone_family, num_prefix_tokens
 
@@ -106,7 +106,7 @@ class VPTForImageClassification(PromptedModel):
     def __init__(self, config: VPTConfig):
         config = copy.deepcopy(config)  # configs are shared objects
         super().__init__(config)
-        self.backbone = build_backbone(config.vision)
+        self._add_backbone(config.vision)
         backbone = self.backbone.config
         self.prompts: nn.Parameter | None = None
         if config.num_prompts:
@@ -114,7 +114,6 @@ class VPTForImageClassification(PromptedModel):
             self.prompts = nn.Parameter(torch.empty(layers, config.num_prompts, backbone.hidden_size))
         self.classifier = nn.Linear(backbone.hidden_size, len(config.id2label or ()))
         self.gradient_checkpointing = False
-        self.backbone.requires_grad_(False)
         self.post_init()
 
     @torch.no_grad()
@@ -163,7 +162,7 @@ class VPTForImageClassification(PromptedModel):
         tokens = final_norm(self.backbone)(tokens[:, -prefix_tokens - math.prod(grid) :])
         logits = self.classifier(tokens[:, 0] if prefix_tokens else tokens.mean(dim=1))
         return ImageClassifierOutput(
-            loss=None if labels is None else nn.functional.cross_entropy(logits.float(), labels.to(logits.device)),
+            loss=None if labels is None else self._loss(logits, labels),
             logits=logits,
             attentions=record.attentions,
         )
