@@ -6,9 +6,10 @@ again, so each piece is looked up by the names it has had; a missing piece is an
 """
 
 import copy
+import functools
 import hashlib
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -47,6 +48,43 @@ class Projections(NamedTuple):
     queries: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
+
+
+class LayerOutput(NamedTuple):
+    """What a layer makes of its queries.
+
+    Attributes:
+        hidden_states: (batch, queries, hidden size), the updated queries.
+        attentions: (batch, heads, queries, tokens) in float32, or None where they were not asked for.
+        projections: What the attention was made from.
+    """
+
+    hidden_states: torch.Tensor
+    attentions: torch.Tensor | None
+    projections: Projections
+
+
+class _OpenLayer(nn.Module):
+    """A family's own layer that can also run another function in place of its `forward`."""
+
+    def forward(self, *args: Any, run: Callable | None = None, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs) if run is None else run(self, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # The class has no name in any module by which pickle could find it.
+        mro = type(self).__mro__
+        return _blank_layer, (mro[mro.index(_OpenLayer) + 1],), self.__dict__
+
+
+@functools.cache
+def _opened(layer_class: Any) -> type[nn.Module]:
+    # Device maps and wrappers know the layers by the name of their class.
+    return type(layer_class.__name__, (_OpenLayer, layer_class), {"__module__": layer_class.__module__})
+
+
+def _blank_layer(layer_class: Any) -> nn.Module:
+    opened = _opened(layer_class)
+    return opened.__new__(opened)
 
 
 def _find(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
@@ -114,11 +152,18 @@ def backbone_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], dic
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     """A backbone with random weights, without the parts that Prompt-CAM never uses (poolers).
 
+    Its layers are the family's own. They also take `run=function`, to run `function(layer, ...)` in place of their
+    `forward`: whatever is done with a layer goes through calls of it, so that hooks on it and wrappers see it.
+
     Raises:
         ValueError: the family is not supported.
     """
     model_class, options = backbone_class(config)
-    return model_class._from_config(config, **options)
+    backbone = model_class._from_config(config, **options)
+    layer: Any
+    for layer in backbone_layers(backbone):
+        layer.__class__ = _opened(type(layer))
+    return backbone
 
 
 def vision_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -346,29 +391,32 @@ def finish_layer(
 
 def run_layer(
     layer: nn.Module,
-    config: PreTrainedConfig,
     queries: torch.Tensor,
+    config: PreTrainedConfig,
     memory: torch.Tensor | None = None,
     query_rotary: RotaryPositions | None = None,
     memory_rotary: RotaryPositions | None = None,
     drop_path_rate: float = 0.0,
     output_attentions: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> LayerOutput:
     """One layer of the backbone, from its own pieces, with extra tokens to attend to.
 
     Without memory this is the family's own layer, up to rounding. Arguments as in `project`, `attend` and
     `finish_layer`.
 
-    Returns:
-        The updated queries (batch, queries, hidden size), and the attention weights (batch, heads, queries, tokens) or
-        None.
     """
     projections = project(layer, config.num_attention_heads, queries, memory, query_rotary, memory_rotary)
     contexts, weights = attend(layer, projections, config, output_attentions)
-    return finish_layer(layer, queries, contexts, drop_path_rate), weights
+    return LayerOutput(finish_layer(layer, queries, contexts, drop_path_rate), weights, projections)
+
+
+def update_queries(layer: nn.Module, *args: Any) -> torch.Tensor:
+    """The hidden states of `run_layer` alone: what the family's own layer returns, as hooks expect it."""
+    return run_layer(layer, *args).hidden_states
 
 
 __all__ = [
+    "LayerOutput",
     "Projections",
     "RotaryPositions",
     "attend",
@@ -388,5 +436,6 @@ __all__ = [
     "project",
     "rotary_positions",
     "run_layer",
+    "update_queries",
     "vision_config",
 ]

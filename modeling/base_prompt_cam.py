@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """What models with prompts in a vision transformer share: how images enter, and how layers run with prompts."""
 
+import functools
 import math
 import os
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from .backbone_prompt_cam import (
     patch_size,
     rotary_positions,
     run_layer,
+    update_queries,
     vision_config,
 )
 from .checkpoint_prompt_cam import adopt_backbone, backbone_name, load_backbone, split_hub_keywords
@@ -196,14 +199,22 @@ class PromptedModel(PreTrainedModel):
         for index in indices:
             prompts = self._agnostic_prompts_of(index)
             memory = None if prompts is None else self._drop_prompts(prompts).to(hidden.device).unsqueeze(0)
-            layer, rate, weigh = backbone_layers(self.backbone)[index], self._drop_path_rate(index), record.attentions
-            arguments = (layer, self.backbone.config, hidden, memory, rotary, None, rate, weigh is not None)
-            if self.gradient_checkpointing and self.training:
-                hidden, weights = self._gradient_checkpointing_func(run_layer, *arguments)
+            arguments = (hidden, self.backbone.config, memory, rotary, None, self._drop_path_rate(index))
+            if record.attentions is None:
+                hidden, weights = self._call_layer(index, update_queries, *arguments), None
             else:
-                hidden, weights = run_layer(*arguments)
+                hidden, weights, _ = self._call_layer(index, run_layer, *arguments, True)
             record.add(hidden, weights, 0 if memory is None else memory.shape[1])
         return hidden
+
+    def _call_layer(self, index: int, run: Callable, *args: Any) -> Any:
+        """Have a layer run a function, by calling the layer: hooks and wrappers act on calls."""
+        layer = cast(Any, backbone_layers(self.backbone)[index])
+        # In training mode, layers do it themselves.
+        if layer.gradient_checkpointing and self.training and not layer.training:
+            checkpoint, inner = self._gradient_checkpointing_func, functools.partial(run, layer)
+            return layer(*args, run=lambda _, *args: checkpoint(inner, *args))
+        return layer(*args, run=run)
 
     def _join(
         self, prompts: torch.Tensor, tokens: torch.Tensor, rotary: RotaryPositions | None
