@@ -4,7 +4,7 @@
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from .backbone_prompt_cam import (
+    KeysAndValues,
     RotaryPositions,
     backbone_layers,
     embed,
@@ -193,18 +194,30 @@ class PromptedModel(PreTrainedModel):
         return prefix_hidden_states.to(self.classifier.weight.dtype), grid, self.config.fixed_prefix_layers
 
     def _run_layers(
-        self, indices: range, hidden: torch.Tensor, rotary: RotaryPositions | None, record: LayerRecord
+        self,
+        indices: range,
+        hidden: torch.Tensor,
+        rotary: RotaryPositions | None,
+        record: LayerRecord,
+        memories: Sequence[KeysAndValues | None] | None = None,
     ) -> torch.Tensor:
-        """Hidden states (batch, tokens, hidden_size) after these layers, each with its own prompts as memory."""
+        """Hidden states (batch, tokens, hidden_size) after these layers, each with its own prompts as memory.
+
+        `memories` are the keys and values of the prompts of every layer, where they are known.
+        """
         for index in indices:
             prompts = self._agnostic_prompts_of(index)
-            memory = None if prompts is None else self._drop_prompts(prompts).to(hidden.device).unsqueeze(0)
+            memory: torch.Tensor | KeysAndValues | None = None
+            if prompts is not None:
+                memory = self._drop_prompts(prompts).to(hidden.device).unsqueeze(0)
+            if memories is not None:
+                memory = memories[index]
             arguments = (hidden, self.backbone.config, memory, rotary, None, self._drop_path_rate(index))
             if record.attentions is None:
                 hidden, weights = self._call_layer(index, update_queries, *arguments), None
             else:
                 hidden, weights, _ = self._call_layer(index, run_layer, *arguments, True)
-            record.add(hidden, weights, 0 if memory is None else memory.shape[1])
+            record.add(hidden, weights, 0 if prompts is None else len(prompts))
         return hidden
 
     def _call_layer(self, index: int, run: Callable, *args: Any) -> Any:

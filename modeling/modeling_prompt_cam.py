@@ -8,7 +8,8 @@ outputs at the positions of agnostic prompts are thrown away, so they never need
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .backbone_prompt_cam import (
+    KnownQueries,
     RotaryPositions,
     attention_weights,
     build_backbone,
@@ -40,6 +42,7 @@ from .outputs_prompt_cam import (
     find_trait_classes,
     patch_attention,
 )
+from .prepared_prompt_cam import PreparedPrompts, PreparedSet, prepared_prompts_of
 from .prompt_sets_prompt_cam import PromptParts, PromptSetsModel
 
 
@@ -50,6 +53,7 @@ class _Entering(NamedTuple):
     tokens: torch.Tensor
     rotary: RotaryPositions | None
     grid: tuple[int, int]
+    known: KnownQueries | None
 
 
 class PromptCAMForImageClassification(PromptSetsModel):
@@ -240,6 +244,22 @@ class PromptCAMForImageClassification(PromptSetsModel):
             )
         return super().encode_prefix(pixel_values, interpolate_pos_encoding)
 
+    @contextmanager
+    def prepared(self) -> Iterator[None]:
+        """Compute what the prompts bring to the layers once, not for each image, inside a `with` block.
+
+        Scores and maps stay the same, up to rounding. It is for evaluation mode without gradient, and a frozen
+        backbone; any other forward pass, and those of other threads, are computed as ever. When weights or prompts
+        change, so does what is computed; only a change of the backbone's weights behind PyTorch's back (through
+        `.data` or NumPy) is not seen.
+
+        Example:
+            >>> with model.prepared(), torch.no_grad():
+            ...     scores = [model(pixel_values).logits for pixel_values in batches]
+        """
+        with PreparedPrompts(self.backbone).in_use():
+            yield
+
     def last_layer_state(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> LastLayerState:
         """Run the network; scores, maps and rankings are cheap to make from what the last layer leaves behind.
 
@@ -267,7 +287,8 @@ class PromptCAMForImageClassification(PromptSetsModel):
             return {}
         tokens, grid = self._embed(pixel_values, interpolate_pos_encoding), self._grid_of(pixel_values)
         shared_layers, rotary = _count_shared_layers(models), self._rotary(tokens, grid)
-        tokens = models[0]._run_layers(range(shared_layers), tokens, rotary, LayerRecord())
+        memories, _ = models[0]._find_prepared() or (None, None)
+        tokens = models[0]._run_layers(range(shared_layers), tokens, rotary, LayerRecord(), memories)
         return {
             name: model._run_last_layer(model._run_inner_layers(tokens, grid, shared_layers, LayerRecord()))[0]
             for name, model in zip(names, models, strict=True)
@@ -337,20 +358,30 @@ class PromptCAMForImageClassification(PromptSetsModel):
         entry, last = self.config.class_layer, self._num_layers - 1
         class_prompts, rotary = self._parts_in_use.class_prompts, self._rotary(tokens, grid)
         record.add(tokens)
-        tokens = self._run_layers(range(first_layer, entry), tokens, rotary, record)
+        memories, known = self._find_prepared() or (None, None)
+        tokens = self._run_layers(range(first_layer, entry), tokens, rotary, record, memories)
         if entry == last:  # Deep
             class_states = self._drop_prompts(class_prompts).to(tokens.device).unsqueeze(0)
         else:
             joined, joined_rotary = self._join(class_prompts, tokens, rotary)
             joined = self._run_layers(range(entry, last), joined, joined_rotary, record)
             class_states, tokens = joined.tensor_split([len(class_prompts)], dim=1)
-        return _Entering(class_states, tokens, rotary, grid)
+        return _Entering(class_states, tokens, rotary, grid, known)
 
-    def _call_last_layer(self, entering: _Entering, run: Callable, *options: Any) -> Any:
+    def _find_prepared(self) -> PreparedSet | None:
+        prepared = prepared_prompts_of(self.backbone)
+        if prepared is None or self.training:
+            return None
+        parts, config = self._parts_in_use, self.config
+        agnostic_layers = range(config.fixed_prefix_layers, config.class_layer)
+        deep = config.class_layer == self._num_layers - 1
+        return prepared.find(parts.class_prompts, parts.agnostic_prompts, agnostic_layers, deep)
+
+    def _call_last_layer(self, entering: _Entering, run: Callable, output_attentions: bool = False) -> Any:
         last = self._num_layers - 1
-        class_states, tokens, rotary, _ = entering
+        class_states, tokens, rotary, _, known = entering
         arguments = (class_states, self.backbone.config, tokens, None, rotary, self._drop_path_rate(last))
-        return self._call_layer(last, run, *arguments, *options)
+        return self._call_layer(last, run, *arguments, output_attentions, known)
 
     def _run_last_layer(
         self, entering: _Entering, output_attentions: bool = False

@@ -276,4 +276,4 @@ def test_eight_threads_each_ask_another_thing():
     for thread in threads:
         thread.join()
     assert not wrong
-    assert model.prompts_in_use == list(model.prompt_sets)[0]
+    assert model.prompts_in_use == next(iter(model.prompt_sets))
