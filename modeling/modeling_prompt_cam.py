@@ -8,8 +8,7 @@ outputs at the positions of agnostic prompts are thrown away, so they never need
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -244,8 +243,7 @@ class PromptCAMForImageClassification(PromptSetsModel):
             )
         return super().encode_prefix(pixel_values, interpolate_pos_encoding)
 
-    @contextmanager
-    def prepared(self) -> Iterator[None]:
+    def prepared(self) -> PreparedPrompts:
         """Compute what the prompts bring to the layers once, not for each image, inside a `with` block.
 
         Scores and maps stay the same, up to rounding. It is for evaluation mode without gradient, and a frozen
@@ -257,8 +255,7 @@ class PromptCAMForImageClassification(PromptSetsModel):
             >>> with model.prepared(), torch.no_grad():
             ...     scores = [model(pixel_values).logits for pixel_values in batches]
         """
-        with PreparedPrompts(self.backbone).in_use():
-            yield
+        return PreparedPrompts(self.backbone)
 
     def last_layer_state(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> LastLayerState:
         """Run the network; scores, maps and rankings are cheap to make from what the last layer leaves behind.

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """What prompts bring to the layers, the same for every image, computed once and used while no weight changes."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from contextvars import ContextVar
 from typing import NamedTuple
 
@@ -52,6 +51,9 @@ class _Entry(NamedTuple):
 class PreparedPrompts:
     """Prepared prompt sets of one backbone, each computed when it is first asked for.
 
+    This thread's forward passes find them inside a `with` block, and another block with the same object finds them
+    again.
+
     Before each use, prompts are compared with a copy of what they were, and the backbone's weights by address and
     version counter; after a change all is computed anew. Only weights that these can tell are relied on: frozen, held
     in memory by plain modules, without hooks. With others there is nothing to find.
@@ -64,14 +66,13 @@ class PreparedPrompts:
     def __reduce__(self) -> tuple:
         return PreparedPrompts, (self.backbone,)
 
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """Let this thread's forward passes find the sets, inside a `with` block."""
-        token = _IN_USE.set((self, *_IN_USE.get()))
-        try:
-            yield
-        finally:
-            _IN_USE.reset(token)
+    def __enter__(self) -> None:
+        _IN_USE.set((self, *_IN_USE.get()))
+
+    def __exit__(self, *_: object) -> None:
+        others = list(_IN_USE.get())
+        others.remove(self)
+        _IN_USE.set(tuple(others))
 
     def find(
         self, class_prompts: nn.Parameter, agnostic_prompts: nn.Parameter | None, agnostic_layers: range, deep: bool

@@ -5,6 +5,7 @@ A head is blurred when its attention from the class prompt becomes uniform (pape
 the last layer only, so the network runs once, and every question after that costs one row of one layer.
 """
 
+from contextlib import AbstractContextManager
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -20,6 +21,9 @@ class ScoringModel(Protocol):
     @property
     def backbone(self) -> PreTrainedModel:
         """The vision transformer."""
+
+    def prepared(self) -> AbstractContextManager:
+        """Inside this block, what the prompts bring to the layers is computed once."""
 
     def last_layer_state(self, pixel_values: torch.Tensor) -> LastLayerState:
         """What the last layer leaves behind, for images (batch, channels, height, width)."""

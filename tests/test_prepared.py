@@ -8,8 +8,11 @@ import threading
 import pytest
 import torch
 from conftest import ID2LABEL, NUM_CLASSES, assert_computed, random_images, tiny_model
+from PIL import Image
 from test_modeling import VARIANTS
+from transformers import pipeline
 
+from prompt_cam_hf import explain
 from prompt_cam_hf.modeling import backbone_prompt_cam, prepared_prompt_cam
 from prompt_cam_hf.modeling.backbone_prompt_cam import run_layer
 
@@ -328,3 +331,40 @@ def test_own_queries_may_be_known_when_attention_is_asked_for():
     assert output.attentions.shape == (2, 4, NUM_CLASSES, NUM_CLASSES + 17)
     assert_computed(tuple(output)[:2], tuple(expected)[:2])
     assert_computed(fast.hidden_states, expected.hidden_states)
+
+
+def test_the_pipeline_and_explanations_prepare_once_and_see_changes(model_folder, memories):
+    pipe = pipeline("image-classification", model=model_folder)
+    image = Image.fromarray((255 * torch.rand(32, 32, 3)).byte().numpy())
+    first = pipe(image, trait_maps=True)
+    for _ in range(2):
+        again = pipe(image)
+        assert_computed([each["score"] for each in again], [each["score"] for each in first])
+    # Two layers with agnostic prompts.
+    assert memories == {"computed": 2, "used": 6}
+    change_through_data(pipe.model)
+    scores = {each["label"]: each["score"] for each in pipe(image)}
+    pixel_values = pipe.image_processor(image, return_tensors="pt")["pixel_values"]
+    expected = ask(pipe.model, pixel_values)[0].softmax(-1)[0]
+    assert_computed(scores, {name: expected[index].item() for index, name in pipe.model.config.id2label.items()})
+    memories["computed"] = 0
+    explanations = explain(pipe.model, [image] * 3, image_processor=pipe.image_processor, batch_size=1)
+    assert memories["computed"] == 2
+    for explanation in explanations:
+        assert_computed({score.label: score.probability for score in explanation.scores}, scores)
+
+
+def test_one_block_within_another_and_again():
+    model, images = tiny_model(), random_images()
+    expected, prepared = ask(model, images), model.prepared()
+    with prepared:
+        with prepared, model.prepared():
+            assert_computed(ask(model, images), expected)
+        assert_computed(ask(model, images), expected)
+    with prepared:
+        change_by_hand(model)
+        changed = ask(model, images)
+    assert_computed(changed, ask(model, images))
+    with pytest.raises(ZeroDivisionError), prepared:
+        1 / 0  # noqa: B018
+    assert not prepared_prompt_cam._IN_USE.get()
