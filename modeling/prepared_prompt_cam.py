@@ -117,9 +117,10 @@ _IN_USE: ContextVar[tuple[PreparedPrompts, ...]] = ContextVar("prepared_prompts_
 
 def prepared_prompts_of(backbone: PreTrainedModel) -> PreparedPrompts | None:
     """The prepared prompts in use for a backbone, where they may be used: not in training, nor while compiling."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(backbone.device.type):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
-    return next((each for each in _IN_USE.get() if each.backbone is backbone), None)
+    prepared = next((each for each in _IN_USE.get() if each.backbone is backbone), None)
+    return None if prepared is None or torch.is_autocast_enabled(backbone.device.type) else prepared
 
 
 def _tell_weights(pieces: Iterable[nn.Module]) -> list[torch.Tensor] | None:
