@@ -6,7 +6,9 @@ again, so each piece is looked up by the names it has had; a missing piece is an
 """
 
 import copy
+import functools
 import hashlib
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
@@ -31,6 +33,9 @@ _OUTPUT = ("attention.o_proj", "attention.output.dense", "self_attn.out_proj")
 # What a branch goes through before it is added to the residual stream, in this order, where a family has it.
 _AFTER_ATTENTION = (("dropout", "attention.output.dropout"), ("layer_scale1",), ("drop_path",))
 _AFTER_MLP = (("dropout",), ("layer_scale2",), ("drop_path",))
+# 256 MB in float32.
+_SCORES_AT_ONCE = 2**26
+_QUERIES_AT_ONCE = 256
 
 
 class RotaryPositions(NamedTuple):
@@ -47,6 +52,64 @@ class Projections(NamedTuple):
     queries: torch.Tensor
     keys: torch.Tensor
     values: torch.Tensor
+
+
+class KeysAndValues(NamedTuple):
+    """Keys and values (batch or 1, heads, tokens, head size)."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class KnownQueries(NamedTuple):
+    """Queries that are the same for all images, and what they make of each other.
+
+    Attributes:
+        projections: With a batch of 1.
+        contexts: (1, heads, queries, head size), what each query gets from them all.
+        logsumexp: (1, heads, queries, 1) in float32, of its scores on them all: how much it attends to them.
+    """
+
+    projections: Projections
+    contexts: torch.Tensor
+    logsumexp: torch.Tensor
+
+
+class LayerOutput(NamedTuple):
+    """What a layer makes of its queries.
+
+    Attributes:
+        hidden_states: (batch, queries, hidden size), the updated queries.
+        attentions: (batch, heads, queries, tokens) in float32, or None where they were not asked for.
+        projections: What the attention was made from.
+    """
+
+    hidden_states: torch.Tensor
+    attentions: torch.Tensor | None
+    projections: Projections
+
+
+class _OpenLayer(nn.Module):
+    """A family's own layer that can also run another function in place of its `forward`."""
+
+    def forward(self, *args: Any, run: Callable | None = None, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs) if run is None else run(self, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        # The class has no name in any module by which pickle could find it.
+        mro = type(self).__mro__
+        return _blank_layer, (mro[mro.index(_OpenLayer) + 1],), self.__dict__
+
+
+@functools.cache
+def _opened(layer_class: Any) -> type[nn.Module]:
+    # Device maps and wrappers know the layers by the name of their class.
+    return type(layer_class.__name__, (_OpenLayer, layer_class), {"__module__": layer_class.__module__})
+
+
+def _blank_layer(layer_class: Any) -> nn.Module:
+    opened = _opened(layer_class)
+    return opened.__new__(opened)
 
 
 def _find(module: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
@@ -114,11 +177,18 @@ def backbone_class(config: PreTrainedConfig) -> tuple[type[PreTrainedModel], dic
 def build_backbone(config: PreTrainedConfig) -> PreTrainedModel:
     """A backbone with random weights, without the parts that Prompt-CAM never uses (poolers).
 
+    Its layers are the family's own. They also take `run=function`, to run `function(layer, ...)` in place of their
+    `forward`: whatever is done with a layer goes through calls of it, so that hooks on it and wrappers see it.
+
     Raises:
         ValueError: the family is not supported.
     """
     model_class, options = backbone_class(config)
-    return model_class._from_config(config, **options)
+    backbone = model_class._from_config(config, **options)
+    for layer in backbone_layers(backbone):
+        own_class: Any = type(layer)
+        layer.__class__ = _opened(own_class)
+    return backbone
 
 
 def vision_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -200,13 +270,40 @@ def first_norm(layer: nn.Module) -> nn.Module:
     return _get(layer, _NORM_1)
 
 
+def attention_pieces(layer: nn.Module) -> list[nn.Module]:
+    """What queries, keys and values of a layer are computed by: norm and projections."""
+    attention = _get(layer, _ATTENTION)
+    return [first_norm(layer), *(_get(attention, names) for names in (_QUERY, _KEY, _VALUE))]
+
+
+def _heads(projection: nn.Module, normed: torch.Tensor, num_heads: int) -> torch.Tensor:
+    return projection(normed).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def keys_and_values(
+    layer: nn.Module, num_heads: int, hidden_states: torch.Tensor, rotary: RotaryPositions | None = None
+) -> KeysAndValues:
+    """Keys and values of hidden states (batch or 1, tokens, hidden size) in a layer's attention.
+
+    Args:
+        layer: One of `backbone_layers`.
+        num_heads: Attention heads of the layer.
+        hidden_states: The layer's input.
+        rotary: Rotary positions, where patches are among the tokens.
+    """
+    norm, _, key, value = attention_pieces(layer)
+    normed = norm(hidden_states)
+    return KeysAndValues(_rotate(_heads(key, normed, num_heads), rotary), _heads(value, normed, num_heads))
+
+
 def project(
     layer: nn.Module,
     num_heads: int,
     queries: torch.Tensor,
-    memory: torch.Tensor | None = None,
+    memory: torch.Tensor | KeysAndValues | None = None,
     query_rotary: RotaryPositions | None = None,
     memory_rotary: RotaryPositions | None = None,
+    known: KnownQueries | None = None,
 ) -> Projections:
     """Queries, keys and values of a layer's attention.
 
@@ -214,33 +311,41 @@ def project(
         layer: One of `backbone_layers`.
         num_heads: Attention heads of the layer.
         queries: Hidden states (batch or 1, queries, hidden size) that the layer updates; they attend to themselves.
-        memory: Hidden states (batch or 1, tokens, hidden size) that they attend to as well. A batch of 1 stands for
-            states that all images share: their keys and values are computed once.
+        memory: Hidden states (batch or 1, tokens, hidden size) that they attend to as well, or their keys and values.
+            A batch of 1 stands for states that all images share: their keys and values are computed once.
         query_rotary: Rotary positions, where the patches are among the queries.
         memory_rotary: Rotary positions, where the patches are among the memory.
+        known: What is known of the queries.
 
     Returns:
         Projections whose keys and values are those of the queries, followed by those of the memory.
     """
-    attention = _get(layer, _ATTENTION)
-
-    def heads(projection: nn.Module, normed: torch.Tensor) -> torch.Tensor:
-        return projection(normed).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-
-    def keys_and_values(normed: torch.Tensor, rotary: RotaryPositions | None) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = heads(_get(attention, _KEY), normed), heads(_get(attention, _VALUE), normed)
-        return _rotate(keys, rotary), values
-
-    norm = first_norm(layer)
-    normed = norm(queries)
-    query_states = _rotate(heads(_get(attention, _QUERY), normed), query_rotary)
-    keys, values = keys_and_values(normed, query_rotary)
+    if known is None:
+        norm, query, key, value = attention_pieces(layer)
+        normed = norm(queries)
+        query_states, keys, values = (_heads(piece, normed, num_heads) for piece in (query, key, value))
+        query_states, keys = _rotate(query_states, query_rotary), _rotate(keys, query_rotary)
+    else:
+        query_states, keys, values = known.projections
     if memory is not None:
-        memory_keys, memory_values = keys_and_values(norm(memory), memory_rotary)
-        batch = max(queries.shape[0], memory.shape[0])
-        keys = torch.cat((_expand(keys, batch), _expand(memory_keys, batch)), dim=-2)
-        values = torch.cat((_expand(values, batch), _expand(memory_values, batch)), dim=-2)
+        if isinstance(memory, torch.Tensor):
+            memory = keys_and_values(layer, num_heads, memory, memory_rotary)
+        batch = max(queries.shape[0], memory.keys.shape[0])
+        keys = torch.cat((_expand(keys, batch), _expand(memory.keys, batch)), dim=-2)
+        values = torch.cat((_expand(values, batch), _expand(memory.values, batch)), dim=-2)
     return Projections(query_states, keys, values)
+
+
+def know_queries(layer: nn.Module, num_heads: int, queries: torch.Tensor) -> KnownQueries:
+    """What queries (1, queries, hidden size) make of each other in a layer; without rotary positions."""
+    projections = project(layer, num_heads, queries)
+    contexts, sums = [], []
+    # In parts, since thousands of queries would fill the memory with scores.
+    for part in projections.queries.split(_QUERIES_AT_ONCE, dim=-2):
+        scores = _attention_scores(part, projections.keys).float()
+        contexts.append(scores.softmax(dim=-1).to(part.dtype) @ projections.values)
+        sums.append(scores.logsumexp(dim=-1, keepdim=True))
+    return KnownQueries(projections, torch.cat(contexts, dim=-2), torch.cat(sums, dim=-2))
 
 
 def _expand(states: torch.Tensor, batch: int) -> torch.Tensor:
@@ -254,8 +359,11 @@ def attention_weights(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor
         queries: (batch or 1, heads, queries, head size).
         keys: (batch, heads, tokens, head size).
     """
-    scores = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
-    return scores.softmax(dim=-1, dtype=torch.float32)
+    return _attention_scores(queries, keys).softmax(dim=-1, dtype=torch.float32)
+
+
+def _attention_scores(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    return (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
 
 
 def _eager_attention(
@@ -273,8 +381,33 @@ def _eager_attention(
     return (kept @ value).transpose(1, 2), weights
 
 
+def _attend_to_memory(projections: Projections, known: KnownQueries) -> torch.Tensor:
+    """Contexts (batch, queries, heads, head size), where what the queries make of each other is known.
+
+    Softmax attention over the queries' own keys and those of the memory is the mean of the attention over each, with
+    the sums of their exponentials as weights. So the own keys take part as one more token, which holds their context
+    and the logarithm of their sum as its score.
+    """
+    num_own = known.contexts.shape[-2]
+    # The token's place among the scores and, without effect, among the values.
+    keys, values = (nn.functional.pad(each[..., num_own:, :], (0, 0, 0, 1)) for each in projections[1:])
+    parts = []
+    at_once = max(_SCORES_AT_ONCE // math.prod(keys.shape[:3]), 1)
+    each_part = (each.split(at_once, dim=-2) for each in (projections.queries, known.contexts, known.logsumexp))
+    for queries, contexts, logsumexp in zip(*each_part, strict=True):
+        scores = _attention_scores(queries, keys).float()
+        scores[..., -1:] = logsumexp
+        weights = scores.softmax(dim=-1).to(values.dtype)
+        parts.append(weights @ values + weights[..., -1:] * contexts)
+    return torch.cat(parts, dim=-2).transpose(1, 2)
+
+
 def attend(
-    layer: nn.Module, projections: Projections, config: PreTrainedConfig, output_attentions: bool = False
+    layer: nn.Module,
+    projections: Projections,
+    config: PreTrainedConfig,
+    output_attentions: bool = False,
+    known: KnownQueries | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run the attention itself, with the implementation that the backbone is set to.
 
@@ -283,11 +416,14 @@ def attend(
         projections: From `project`.
         config: The backbone's configuration.
         output_attentions: Compute the weights too; fused implementations cannot, so this runs without them.
+        known: What is known of the queries.
 
     Returns:
         The contexts (batch, queries, heads, head size), before the output projection; and the weights (batch, heads,
         queries, tokens) in float32, or None.
     """
+    if known is not None and not output_attentions:
+        return _attend_to_memory(projections, known), None
     attention = _get(layer, _ATTENTION)
     implementation: Callable = _eager_attention
     if not output_attentions:
@@ -346,36 +482,47 @@ def finish_layer(
 
 def run_layer(
     layer: nn.Module,
-    config: PreTrainedConfig,
     queries: torch.Tensor,
-    memory: torch.Tensor | None = None,
+    config: PreTrainedConfig,
+    memory: torch.Tensor | KeysAndValues | None = None,
     query_rotary: RotaryPositions | None = None,
     memory_rotary: RotaryPositions | None = None,
     drop_path_rate: float = 0.0,
     output_attentions: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    known: KnownQueries | None = None,
+    memory_first: bool = False,
+) -> LayerOutput:
     """One layer of the backbone, from its own pieces, with extra tokens to attend to.
 
-    Without memory this is the family's own layer, up to rounding. Arguments as in `project`, `attend` and
-    `finish_layer`.
+    Without memory this is the family's own layer, up to rounding. Other arguments as in `project`, `attend`
+    and `finish_layer`.
 
-    Returns:
-        The updated queries (batch, queries, hidden size), and the attention weights (batch, heads, queries, tokens),
-        those of the memory first, or None.
+    Args:
+        memory_first: Put the memory's tokens before the layer's own in the attention weights.
     """
-    projections = project(layer, config.num_attention_heads, queries, memory, query_rotary, memory_rotary)
-    if output_attentions and memory is not None:
+    projections = project(layer, config.num_attention_heads, queries, memory, query_rotary, memory_rotary, known)
+    if memory_first:
         # Before the weights are computed, so that the ones returned are those that gradients pass through.
-        keys, values = (each.roll(memory.shape[1], dims=-2) for each in projections[1:])
+        num_memory = projections.keys.shape[-2] - queries.shape[1]
+        keys, values = (each.roll(num_memory, dims=-2) for each in projections[1:])
         projections = projections._replace(keys=keys, values=values)
-    contexts, weights = attend(layer, projections, config, output_attentions)
-    return finish_layer(layer, queries, contexts, drop_path_rate), weights
+    contexts, weights = attend(layer, projections, config, output_attentions, known)
+    return LayerOutput(finish_layer(layer, queries, contexts, drop_path_rate), weights, projections)
+
+
+def update_queries(layer: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The hidden states of `run_layer` alone: what the family's own layer returns, as hooks expect it."""
+    return run_layer(layer, *args, **kwargs).hidden_states
 
 
 __all__ = [
+    "KeysAndValues",
+    "KnownQueries",
+    "LayerOutput",
     "Projections",
     "RotaryPositions",
     "attend",
+    "attention_pieces",
     "attention_weights",
     "backbone_class",
     "backbone_layers",
@@ -388,9 +535,12 @@ __all__ = [
     "first_norm",
     "grid_size",
     "image_size",
+    "keys_and_values",
+    "know_queries",
     "patch_size",
     "project",
     "rotary_positions",
     "run_layer",
+    "update_queries",
     "vision_config",
 ]

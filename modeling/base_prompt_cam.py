@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: MIT
 """What models with prompts in a vision transformer share: how images enter, and how layers run with prompts."""
 
+import functools
 import math
 import os
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
 from .backbone_prompt_cam import (
+    KeysAndValues,
     RotaryPositions,
     backbone_layers,
     build_backbone,
@@ -20,6 +23,7 @@ from .backbone_prompt_cam import (
     patch_size,
     rotary_positions,
     run_layer,
+    update_queries,
     vision_config,
 )
 from .checkpoint_prompt_cam import adopt_backbone, backbone_name, load_backbone, split_hub_keywords
@@ -222,20 +226,40 @@ class PromptedModel(PreTrainedModel):
         return prefix_hidden_states.to(self.dtype), grid, self.config.fixed_prefix_layers
 
     def _run_layers(
-        self, indices: range, hidden: torch.Tensor, rotary: RotaryPositions | None, record: LayerRecord
+        self,
+        indices: range,
+        hidden: torch.Tensor,
+        rotary: RotaryPositions | None,
+        record: LayerRecord,
+        memories: Sequence[KeysAndValues | None] | None = None,
     ) -> torch.Tensor:
-        """Hidden states (batch, tokens, hidden_size) after these layers, each with its own prompts as memory."""
+        """Hidden states (batch, tokens, hidden_size) after these layers, each with its own prompts as memory.
+
+        `memories` are the keys and values of the prompts of every layer, where they are known.
+        """
         for index in indices:
             prompts = self._agnostic_prompts_of(index)
-            memory = None if prompts is None else self._drop_prompts(prompts).to(hidden.device).unsqueeze(0)
-            layer, rate, weigh = backbone_layers(self.backbone)[index], self._drop_path_rate(index), record.attentions
-            arguments = (layer, self.backbone.config, hidden, memory, rotary, None, rate, weigh is not None)
-            if self.gradient_checkpointing and self.training:
-                hidden, weights = self._gradient_checkpointing_func(run_layer, *arguments)
+            memory: torch.Tensor | KeysAndValues | None = None
+            if prompts is not None:
+                memory = self._drop_prompts(prompts).to(hidden.device).unsqueeze(0)
+            if memories is not None:
+                memory = memories[index]
+            arguments = (hidden, self.backbone.config, memory, rotary, None, self._drop_path_rate(index))
+            if record.attentions is None:
+                hidden, weights = self._call_layer(index, update_queries, *arguments), None
             else:
-                hidden, weights = run_layer(*arguments)
+                hidden, weights, _ = self._call_layer(index, run_layer, *arguments, True, None, memory is not None)
             record.add(hidden, weights)
         return hidden
+
+    def _call_layer(self, index: int, run: Callable, *args: Any) -> Any:
+        """Have a layer run a function, by calling the layer: hooks and wrappers act on calls."""
+        layer = cast(Any, backbone_layers(self.backbone)[index])
+        # In training mode, layers do it themselves.
+        if layer.gradient_checkpointing and self.training and not layer.training:
+            checkpoint, inner = self._gradient_checkpointing_func, functools.partial(run, layer)
+            return layer(*args, run=lambda _, *args: checkpoint(inner, *args))
+        return layer(*args, run=run)
 
     def _join(
         self, prompts: torch.Tensor, tokens: torch.Tensor, rotary: RotaryPositions | None

@@ -8,8 +8,8 @@ outputs at the positions of agnostic prompts are thrown away, so they never need
 
 import copy
 import os
-from collections.abc import Sequence
-from typing import Any, Literal, cast
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -17,12 +17,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
 from .backbone_prompt_cam import (
-    attend,
+    KnownQueries,
+    RotaryPositions,
     attention_weights,
-    backbone_layers,
     final_norm,
-    finish_layer,
-    project,
+    run_layer,
+    update_queries,
 )
 from .base_prompt_cam import LayerRecord, init_prompts
 from .checkpoint_prompt_cam import (
@@ -44,7 +44,18 @@ from .outputs_prompt_cam import (
     find_trait_classes,
     patch_attention,
 )
+from .prepared_prompt_cam import PreparedPrompts, PreparedSet, prepared_prompts_of
 from .prompt_sets_prompt_cam import PromptParts, PromptSetsModel
+
+
+class _Entering(NamedTuple):
+    """What enters the last layer: class prompts (batch or 1, num_labels, hidden_size), and an image's tokens."""
+
+    class_states: torch.Tensor
+    tokens: torch.Tensor
+    rotary: RotaryPositions | None
+    grid: tuple[int, int]
+    known: KnownQueries | None
 
 
 class PromptCAMForImageClassification(PromptSetsModel):
@@ -206,24 +217,28 @@ class PromptCAMForImageClassification(PromptSetsModel):
         tokens, grid, first_layer = self._enter(
             pixel_values, interpolate_pos_encoding, prefix_hidden_states, patch_grid
         )
-        state = self._run_inner_layers(tokens, grid, first_layer, record)
-        outputs, weights = self._run_last_layer(state, output_attentions)
+        entering = self._run_inner_layers(tokens, grid, first_layer, record)
+        if output_attentions or output_trait_maps or trait_classes is not None:
+            state, weights = self._run_last_layer(entering, output_attentions)
+            outputs = state.outputs
+        else:
+            outputs, weights, state = self._call_last_layer(entering, update_queries), None, None
         record.add(outputs, weights)
         logits = self.score(outputs)
-        trait_maps = None
+        classes = trait_maps = None
         if weights is not None:
-            trait_classes = find_trait_classes("all", logits)
+            classes = find_trait_classes("all", logits)
             trait_maps = patch_attention(weights, grid)
-        elif output_trait_maps or trait_classes is not None:
-            trait_classes = find_trait_classes(trait_classes, logits)
-            trait_maps = self.trait_maps(state, trait_classes)
+        elif state is not None:
+            classes = find_trait_classes(trait_classes, logits)
+            trait_maps = self.trait_maps(state, classes)
         return PromptCAMOutput(
             loss=None if labels is None else self._loss(logits, labels),
             logits=logits,
             hidden_states=record.hidden_states,
             attentions=record.attentions,
             trait_maps=trait_maps,
-            trait_classes=trait_classes,
+            trait_classes=classes,
         )
 
     def encode_prefix(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
@@ -248,15 +263,29 @@ class PromptCAMForImageClassification(PromptSetsModel):
             )
         return super().encode_prefix(pixel_values, interpolate_pos_encoding)
 
+    def prepared(self) -> PreparedPrompts:
+        """Compute what the prompts bring to the layers once, not for each image, inside a `with` block.
+
+        Scores and maps stay the same, up to rounding. It is for evaluation mode without gradient, and a frozen
+        backbone; any other forward pass, and those of other threads, are computed as ever. When weights or prompts
+        change, so does what is computed; only a change of the backbone's weights behind PyTorch's back (through
+        `.data` or NumPy) is not seen.
+
+        Example:
+            >>> with model.prepared(), torch.no_grad():
+            ...     scores = [model(pixel_values).logits for pixel_values in batches]
+        """
+        return PreparedPrompts(self.backbone)
+
     def last_layer_state(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> LastLayerState:
-        """Run the network up to the last layer's attention; what follows is cheap and can be asked many questions.
+        """Run the network; scores, maps and rankings are cheap to make from what the last layer leaves behind.
 
         Args:
             pixel_values: (batch, channels, height, width).
             interpolate_pos_encoding: As in `forward`.
         """
         tokens = self._embed(pixel_values, interpolate_pos_encoding)
-        return self._run_inner_layers(tokens, self._grid_of(pixel_values), 0, LayerRecord())
+        return self._run_last_layer(self._run_inner_layers(tokens, self._grid_of(pixel_values), 0, LayerRecord()))[0]
 
     def last_layer_states(
         self,
@@ -275,9 +304,10 @@ class PromptCAMForImageClassification(PromptSetsModel):
             return {}
         tokens, grid = self._embed(pixel_values, interpolate_pos_encoding), self._grid_of(pixel_values)
         shared_layers, rotary = _count_shared_layers(models), self._rotary(tokens, grid)
-        tokens = models[0]._run_layers(range(shared_layers), tokens, rotary, LayerRecord())
+        memories, _ = models[0]._find_prepared() or (None, None)
+        tokens = models[0]._run_layers(range(shared_layers), tokens, rotary, LayerRecord(), memories)
         return {
-            name: model._run_inner_layers(tokens, grid, shared_layers, LayerRecord())
+            name: model._run_last_layer(model._run_inner_layers(tokens, grid, shared_layers, LayerRecord()))[0]
             for name, model in zip(names, models, strict=True)
         }
 
@@ -317,7 +347,7 @@ class PromptCAMForImageClassification(PromptSetsModel):
 
     def last_layer_logits(self, state: LastLayerState) -> torch.Tensor:
         """The class scores (batch, num_labels)."""
-        return self.score(self._run_last_layer(state, output_attentions=False)[0])
+        return self.score(state.outputs)
 
     def trait_maps(self, state: LastLayerState, classes: torch.Tensor) -> torch.Tensor:
         """Attention of the prompts of `classes` (batch, k) to the patches, (batch, k, heads, rows, cols), float32."""
@@ -340,30 +370,42 @@ class PromptCAMForImageClassification(PromptSetsModel):
 
     def _run_inner_layers(
         self, tokens: torch.Tensor, grid: tuple[int, int], first_layer: int, record: LayerRecord
-    ) -> LastLayerState:
-        """All layers up to the last one's attention."""
+    ) -> _Entering:
+        """All layers but the last one."""
         entry, last = self.config.class_layer, self._num_layers - 1
         class_prompts, rotary = self._parts_in_use.class_prompts, self._rotary(tokens, grid)
         record.add(tokens)
-        tokens = self._run_layers(range(first_layer, entry), tokens, rotary, record)
+        memories, known = self._find_prepared() or (None, None)
+        tokens = self._run_layers(range(first_layer, entry), tokens, rotary, record, memories)
         if entry == last:  # Deep
             class_states = self._drop_prompts(class_prompts).to(tokens.device).unsqueeze(0)
         else:
             joined, joined_rotary = self._join(class_prompts, tokens, rotary)
             joined = self._run_layers(range(entry, last), joined, joined_rotary, record)
             class_states, tokens = joined.tensor_split([len(class_prompts)], dim=1)
-        layer, num_heads = backbone_layers(self.backbone)[last], self.backbone.config.num_attention_heads
-        return LastLayerState(
-            class_states, project(layer, num_heads, class_states, tokens, memory_rotary=rotary), grid
-        )
+        return _Entering(class_states, tokens, rotary, grid, known)
+
+    def _find_prepared(self) -> PreparedSet | None:
+        prepared = prepared_prompts_of(self.backbone)
+        if prepared is None or self.training:
+            return None
+        parts, config = self._parts_in_use, self.config
+        agnostic_layers = range(config.fixed_prefix_layers, config.class_layer)
+        deep = config.class_layer == self._num_layers - 1
+        return prepared.find(parts.class_prompts, parts.agnostic_prompts, agnostic_layers, deep)
+
+    def _call_last_layer(self, entering: _Entering, run: Callable, output_attentions: bool = False) -> Any:
+        last = self._num_layers - 1
+        class_states, tokens, rotary, _, known = entering
+        arguments = (class_states, self.backbone.config, tokens, None, rotary, self._drop_path_rate(last))
+        return self._call_layer(last, run, *arguments, output_attentions, known)
 
     def _run_last_layer(
-        self, state: LastLayerState, output_attentions: bool
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Outputs (batch, num_labels, hidden_size) of the class prompts; their attention, or None."""
-        layer = backbone_layers(self.backbone)[-1]
-        contexts, weights = attend(layer, state.projections, self.backbone.config, output_attentions)
-        return finish_layer(layer, state.class_prompts, contexts, self._drop_path_rate(self._num_layers - 1)), weights
+        self, entering: _Entering, output_attentions: bool = False
+    ) -> tuple[LastLayerState, torch.Tensor | None]:
+        """What the last layer leaves behind; the attention of the class prompts, or None."""
+        outputs, weights, projections = self._call_last_layer(entering, run_layer, output_attentions)
+        return LastLayerState(entering.class_states, projections, outputs, entering.grid), weights
 
 
 def _count_shared_layers(models: list[PromptCAMForImageClassification]) -> int:

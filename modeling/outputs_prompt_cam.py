@@ -32,27 +32,32 @@ class PromptCAMOutput(ImageClassifierOutput):
 
 
 class LastLayerState(NamedTuple):
-    """Where the last layer starts: all that scores, trait maps and the ranking of heads are made from.
+    """What the last layer leaves behind: all that scores, trait maps and the ranking of heads are made from.
 
     Attributes:
         class_prompts: (batch or 1, num_labels, hidden_size), the layer's input at the class prompts.
         projections: Queries of the class prompts; keys and values of class prompts, prefix tokens and patches, in this
             order.
+        outputs: (batch, num_labels, hidden_size), the layer's output at the class prompts, before the final norm.
         grid: Rows and columns of patches.
     """
 
     class_prompts: torch.Tensor
     projections: Projections
+    outputs: torch.Tensor
     grid: tuple[int, int]
 
 
 def check_class_numbers(classes: torch.Tensor, num_labels: int, name: str) -> None:
     """Refuse numbers that are not those of classes; `name` is the argument's.
 
+    Where the computation is compiled or exported its values are not known, and are not looked at.
+
     Raises:
         ValueError: a value is not a whole number, or there is no such class.
     """
-    if classes.is_floating_point() or ((classes < 0) | (classes >= num_labels)).any():
+    known = not torch.compiler.is_compiling()
+    if classes.is_floating_point() or (known and ((classes < 0) | (classes >= num_labels)).any()):
         raise ValueError(f"{name} must be whole numbers from 0 to {num_labels - 1}.")
 
 

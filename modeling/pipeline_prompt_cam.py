@@ -20,6 +20,10 @@ class PromptCAMImageClassificationPipeline(ImageClassificationPipeline):
     (greedy blurring, paper section 3).
     """
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self._prepared = cast(ScoringModel, self.model).prepared()
+
     def _sanitize_parameters(  # type: ignore[override]
         self, trait_maps: bool | None = None, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -36,10 +40,11 @@ class PromptCAMImageClassificationPipeline(ImageClassificationPipeline):
     def _forward(  # type: ignore[override]
         self, model_inputs: dict[str, Any], num_trait_classes: int = 0
     ) -> ModelOutput:
-        if not num_trait_classes:
-            return super()._forward(model_inputs)
         model = cast(ScoringModel, self.model)
-        state = model.last_layer_state(**model_inputs)
+        with self._prepared:
+            if not num_trait_classes:
+                return super()._forward(model_inputs)
+            state = model.last_layer_state(**model_inputs)
         logits = model.last_layer_logits(state)
         classes = logits.topk(num_trait_classes, dim=-1).indices
         return ModelOutput(

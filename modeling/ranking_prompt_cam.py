@@ -5,6 +5,7 @@ A head is blurred when its attention from the class prompt becomes uniform (pape
 the last layer only, so the network runs once, and every question after that costs one row of one layer.
 """
 
+from contextlib import AbstractContextManager
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -21,8 +22,11 @@ class ScoringModel(Protocol):
     def backbone(self) -> PreTrainedModel:
         """The vision transformer."""
 
+    def prepared(self) -> AbstractContextManager:
+        """Inside this block, what the prompts bring to the layers is computed once."""
+
     def last_layer_state(self, pixel_values: torch.Tensor) -> LastLayerState:
-        """The state of the last layer before its attention, for images (batch, channels, height, width)."""
+        """What the last layer leaves behind, for images (batch, channels, height, width)."""
 
     def last_layer_logits(self, state: LastLayerState) -> torch.Tensor:
         """The class scores (batch, num_labels)."""
@@ -85,7 +89,7 @@ class BlurredScores:
         contexts = torch.where(blurred[..., None], self._blurred[:, :, None], self._sharp[:, :, None])
         prompts = self._prompts[:, :, None].expand(-1, -1, subsets, -1)
         layer = backbone_layers(self._model.backbone)[-1]
-        outputs = finish_layer(layer, prompts.flatten(1, 2), contexts.flatten(1, 2))
+        outputs = layer(prompts.flatten(1, 2), contexts.flatten(1, 2), run=finish_layer)
         return self._model.score(outputs).view(batch, k, subsets)
 
 

@@ -78,7 +78,7 @@ def test_layer_without_memory_is_the_family_s_own(family):
         options["attention_mask"] = None
     for layer in backbone_layers(backbone):
         own = layer(hidden, **options)
-        ours, _ = run_layer(layer, backbone.config, hidden, query_rotary=rotary)
+        ours = run_layer(layer, hidden, backbone.config, query_rotary=rotary).hidden_states
         torch.testing.assert_close(ours, own, atol=1e-6, rtol=1e-6)
         hidden = own
 

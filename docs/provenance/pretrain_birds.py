@@ -216,10 +216,10 @@ class AttributeReader(nn.Module):
         config, layers = self.backbone.config, backbone_layers(self.backbone)
         tokens = embed(self.backbone, _normalised(images), False)
         for layer in layers[:-1]:
-            tokens, _ = run_layer(layer, config, tokens)
+            tokens = run_layer(layer, tokens, config).hidden_states
         patches = tokens[:, 1:]
         readers = torch.cat([tokens[:, :1], self.queries.expand(len(images), -1, -1)], dim=1)
-        read, _ = run_layer(layers[-1], config, readers, memory=patches)
+        read = run_layer(layers[-1], readers, config, memory=patches).hidden_states
         read = final_norm(self.backbone)(read)
         losses = {
             **self._patch_losses(self.patch_norm(patches), presence, colours, patterns),

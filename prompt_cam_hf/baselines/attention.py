@@ -92,7 +92,7 @@ def _layer_attentions(
     grid = grid_size(config, *pixel_values.shape[-2:])
     rotary = rotary_positions(backbone, hidden, grid, num_prefix_tokens(config))
     for layer in backbone_layers(backbone):
-        hidden, weights = run_layer(layer, config, hidden, query_rotary=rotary, output_attentions=True)
+        hidden, weights, _ = run_layer(layer, hidden, config, query_rotary=rotary, output_attentions=True)
         yield weights
 
 

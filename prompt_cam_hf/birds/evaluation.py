@@ -89,8 +89,10 @@ def read_birds(
             f"The model's classes are not the {len(names)} drawn birds, so their traits are unknown to it."
         )
     found: list[tuple[torch.Tensor, ...]] = []
+    prepared = model.prepared()
     for images in _batches(tqdm(birds["image"], desc="Reading traits", unit="img")):
-        state = model.last_layer_state(_pixel_values(model, image_processor, images))
+        with prepared:
+            state = model.last_layer_state(_pixel_values(model, image_processor, images))
         logits = model.last_layer_logits(state)
         order = rank_heads_greedily(model, state, logits.argmax(dim=-1, keepdim=True)).order[:, 0]
         classes = torch.arange(len(names), device=model.device).expand(len(images), -1)

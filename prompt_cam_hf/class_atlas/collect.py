@@ -4,6 +4,7 @@
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -146,6 +147,7 @@ def collect(
     names = classifier.model.config.id2label
     size = input_size(classifier.image_processor)
     batches = (list(places[first : first + batch_size]) for first in range(0, len(places), batch_size))
+    prepared = classifier.model.prepared()
     for batch in opened(images, classifier.image_processor, batches):
         rows = [{"index": index, "image": images.name(index)} for index, *_ in batch]
         readable = []
@@ -158,7 +160,7 @@ def collect(
                 readable.append((row, label, values))
         if readable:
             pixel_values = _stack([values for *_, values in readable], size).to(classifier.model.device)
-            found = _look(classifier, pixel_values, [label for _, label, _ in readable], options)
+            found = _look(classifier, prepared, pixel_values, [label for _, label, _ in readable], options)
             for (row, label, _), (prediction, maps, columns) in zip(readable, found, strict=True):
                 row |= columns
                 if label in (None, prediction):
@@ -185,12 +187,17 @@ def _stack(pixel_values: list[torch.Tensor], size: tuple[int, int]) -> torch.Ten
 
 @torch.inference_mode()
 def _look(
-    classifier: Classifier, pixel_values: torch.Tensor, labels: Sequence[int | None], options: Options
+    classifier: Classifier,
+    prepared: AbstractContextManager,
+    pixel_values: torch.Tensor,
+    labels: Sequence[int | None],
+    options: Options,
 ) -> Iterator[tuple[int, np.ndarray, dict[str, Any]]]:
     """Predicted class, maps (heads, rows, cols) and columns of each image, from one run of the network."""
     model = classifier.model
     names = model.config.id2label
-    state = model.last_layer_state(pixel_values)
+    with prepared:
+        state = model.last_layer_state(pixel_values)
     logits = model.last_layer_logits(state).float()
     best = logits.topk(2, dim=-1).indices
     predicted = best[:, :1]

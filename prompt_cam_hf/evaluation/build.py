@@ -4,10 +4,11 @@
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import datasets
 import numpy as np
@@ -194,10 +195,14 @@ def _measure_part(
         for _, index, image in opened
     ]
     for subject in subjects:
+        is_prompt_cam = subject.model.config.model_type == "prompt_cam"
+        prepared = cast(Any, subject.model).prepared() if is_prompt_cam else nullcontext()
         for start in range(0, len(opened), protocol.batch_size):
             chunk = slice(start, start + protocol.batch_size)
             batch = _as_seen(subject, images, opened[chunk], truths[chunk], limit)
-            for at, map_name, (metric, value, curve) in measure(subject, batch, protocol):
+            with prepared:
+                found = list(measure(subject, batch, protocol))
+            for at, map_name, (metric, value, curve) in found:
                 measured = {"model": subject.name, "map": map_name, "metric": metric, "value": value, "curve": curve}
                 rows.append(_about(images, opened[start + at][1], names) | measured)
     return rows

@@ -322,7 +322,7 @@ def explain_each(
         raise ValueError(f"batch_size={batch_size}; it must be at least one image.")
     model = classifier.model
     numbers = None if classes is None else find_classes(model.config.id2label, classes)
-    remaining = iter(images)
+    remaining, prepared = iter(images), model.prepared()
     while sources := list(islice(remaining, batch_size)):
         opened = [open_image(source) for source in sources]
         processed = [classifier.image_processor(image, return_tensors="pt")["pixel_values"] for image in opened]
@@ -330,7 +330,7 @@ def explain_each(
         for _, group in groupby(range(len(opened)), key=lambda index: processed[index].shape):
             members = list(group)
             pixel_values = torch.cat([processed[index] for index in members]).to(model.device)
-            with torch.no_grad():
+            with torch.no_grad(), prepared:
                 state = model.last_layer_state(pixel_values, interpolate_pos_encoding)
             answers = read_state(model, state, numbers, kind, method, blur)
             for index, (scores, traits) in zip(members, answers, strict=True):

@@ -121,7 +121,7 @@ def token_evidence(
         prompts = prompts.gather(1, classes.to(prompts.device)[..., None].expand(-1, -1, prompts.shape[-1]))
     with torch.enable_grad():
         contexts.requires_grad_(True)
-        scores = model.score(finish_layer(backbone_layers(model.backbone)[-1], prompts, contexts))
+        scores = model.score(backbone_layers(model.backbone)[-1](prompts, contexts, run=finish_layer))
         # A row's score depends on its own context alone, so one backward pass serves all images and classes.
         (gradient,) = torch.autograd.grad(scores.sum(), contexts)
     with torch.no_grad():
