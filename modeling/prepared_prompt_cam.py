@@ -86,13 +86,14 @@ class PreparedPrompts:
             deep: The class prompts enter the last layer.
 
         Returns:
-            The set, or None where changes could not be told.
+            The set, or None where changes could not be told, and under autocast.
         """
         layers = backbone_layers(self.backbone)
         pieces = [piece for index in agnostic_layers for piece in attention_pieces(layers[index])]
         pieces += attention_pieces(layers[-1]) if deep else []
         weights = _tell_weights(pieces)
-        if weights is None:
+        device = class_prompts.device.type
+        if weights is None or device == "meta" or torch.is_autocast_enabled(device):
             return None
         prompts = [each.detach() for each in (class_prompts, agnostic_prompts) if each is not None]
         entry = self._entries.get(class_prompts)
@@ -119,8 +120,7 @@ def prepared_prompts_of(backbone: PreTrainedModel) -> PreparedPrompts | None:
     """The prepared prompts in use for a backbone, where they may be used: not in training, nor while compiling."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
-    prepared = next((each for each in _IN_USE.get() if each.backbone is backbone), None)
-    return None if prepared is None or torch.is_autocast_enabled(backbone.device.type) else prepared
+    return next((each for each in _IN_USE.get() if each.backbone is backbone), None)
 
 
 def _tell_weights(pieces: Iterable[nn.Module]) -> list[torch.Tensor] | None:

@@ -148,7 +148,7 @@ def test_offloaded_layers_give_the_same(model, offload):
     images = random_images()
     expected = model(images, trait_classes=CLASSES)
     offload(model)
-    with torch.no_grad():
+    with torch.no_grad(), model.prepared():
         output = model(images, trait_classes=CLASSES)
         state = model.last_layer_state(images)
         logits = model.last_layer_logits(state)
