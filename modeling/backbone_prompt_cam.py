@@ -97,8 +97,13 @@ class _OpenLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # The class has no name in any module by which pickle could find it.
-        mro = type(self).__mro__
-        return _blank_layer, (mro[mro.index(_OpenLayer) + 1],), self.__dict__
+        return _blank_layer, (family_class(self),), self.__dict__
+
+
+def family_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module of a backbone has in transformers."""
+    mro = type(module).__mro__
+    return mro[mro.index(_OpenLayer) + 1] if _OpenLayer in mro else mro[0]
 
 
 @functools.cache
@@ -529,6 +534,7 @@ __all__ = [
     "build_backbone",
     "drop_path",
     "embed",
+    "family_class",
     "final_norm",
     "fingerprint_backbone",
     "finish_layer",

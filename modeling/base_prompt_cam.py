@@ -18,6 +18,7 @@ from .backbone_prompt_cam import (
     backbone_layers,
     build_backbone,
     embed,
+    family_class,
     grid_size,
     image_size,
     patch_size,
@@ -182,7 +183,7 @@ class PromptedModel(PreTrainedModel):
     def _add_backbone(self, config: PreTrainedConfig) -> None:
         """Make the backbone, frozen if it is to be, and note what its own modules are."""
         self.backbone = build_backbone(config)
-        self._backbone_modules = {name: type(module) for name, module in self.backbone.named_modules()}
+        self._backbone_modules = {name: family_class(module) for name, module in self.backbone.named_modules()}
         self.backbone.requires_grad_(not self.config.freeze_backbone)
 
     @property

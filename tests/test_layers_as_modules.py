@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from prompt_cam_hf.modeling.backbone_prompt_cam import backbone_layers
+from prompt_cam_hf.modeling.backbone_prompt_cam import backbone_class, backbone_layers
 
 VARIANTS = {
     "deep": ("vit", {}),
@@ -39,7 +39,8 @@ def gradients(model):
 
 def test_layers_are_the_family_s_own_in_name_and_in_an_ordinary_call(family):
     model = tiny_model(family)
-    stock = type(model.backbone)(model.backbone.config).eval()
+    model_class, options = backbone_class(model.backbone.config)
+    stock = model_class(model.backbone.config, **options).eval()
     stock.load_state_dict(model.backbone.state_dict(), strict=False)
     images = random_images()
     assert_computed(model.backbone(images).last_hidden_state, stock(images).last_hidden_state)
