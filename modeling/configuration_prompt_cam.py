@@ -245,7 +245,9 @@ class PromptCAMConfig(PreTrainedConfig):
         """
         _check_no_hub_kernels(config_dict)
         own = {field.name for field in dataclasses.fields(cls)}
-        fields = {key: value for key, value in config_dict.items() if key in own | _TRANSFORMERS_KEYWORDS}
+        # Permission to run code is refused as no field of ours, not kept.
+        known = own | _TRANSFORMERS_KEYWORDS | {"trust_remote_code"}
+        fields = {key: value for key, value in config_dict.items() if key in known}
         overrides = {key: kwargs.pop(key) for key in (own | {"num_labels"}) - {"dtype"} if key in kwargs}
         # Either way of naming the classes decides over the other one, and over what was saved.
         if overrides.keys() & {"id2label", "label2id"}:
@@ -326,7 +328,7 @@ class PromptCAMConfig(PreTrainedConfig):
         names = [fields.get("name") for fields in self.prompt_sets]
         for name in names:
             if not isinstance(name, str) or names.count(name) > 1:
-                raise ValueError(f"prompt_sets must give every set a name of its own; there is {names}.")
+                raise ValueError(f"prompt_sets must give every set a name of its own; one has {str(name)[:80]!r}.")
         if self.prompts_in_use not in names:
             raise ValueError(
                 f"prompts_in_use={self.prompts_in_use!r} must be one of the prompt_sets, which are "

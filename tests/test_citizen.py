@@ -91,6 +91,8 @@ def test_saved_fields_never_replace_methods_or_name_code_of_the_hub():
     saved = tiny_model().config.to_dict()
     config = PromptCAMConfig.from_dict({**saved, "to_dict": "x", "_attn_implementation": "eager", "use_prompts": 1})
     assert config.to_dict()["model_type"] == "prompt_cam" and config._attn_implementation is None
+    with pytest.raises(ValueError, match="no field 'trust_remote_code'"):
+        PromptCAMConfig.from_dict({**saved, "trust_remote_code": True})
     code = {"attn_implementation": "someone/kernel"}
     for fields in (code, {"backbone_config": saved["backbone_config"] | code}):
         with pytest.raises(ValueError, match="attn_implementation='someone/kernel', code from the Hub"):

@@ -396,8 +396,8 @@ def test_mistakes_get_one_sentence(backbone_folder, tmp_path):
             [{"name": "a"}, {"name": "b", "id2label": {0: "x", 1: "x"}}],
             "Prompt set 'b': id2label gives the name 'x' to two",
         ),
-        ([{"name": "a"}, {"name": "a", "id2label": {0: "x", 1: "y"}}], r"a name of its own; there is \['a', 'a'\]"),
-        ([{"name": "a"}, {"id2label": {0: "x", 1: "y"}}], r"a name of its own; there is \['a', None\]"),
+        ([{"name": "a"}, {"name": "a", "id2label": {0: "x", 1: "y"}}], r"a name of its own; one has 'a'"),
+        ([{"name": "a"}, {"id2label": {0: "x", 1: "y"}}], r"a name of its own; one has 'None'"),
         ([{"name": "a"}, {"name": "b", "labels": 3}], "Prompt set 'b': a set has no 'labels' of its own"),
     ],
 )

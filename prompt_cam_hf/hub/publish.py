@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, constants
-from safetensors import SafetensorError
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -227,10 +226,7 @@ def _load(folder: Path) -> tuple[PromptCAMForImageClassification, BaseImageProce
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"There is no model in {folder}: it has no config.json.")
     config = PromptCAMConfig.from_pretrained(folder)
-    try:
-        model, report = PromptCAMForImageClassification.from_pretrained(folder, output_loading_info=True)
-    except SafetensorError as error:
-        raise ValueError(f"The weights in {folder} are damaged: {error}.") from error
+    model, report = PromptCAMForImageClassification.from_pretrained(folder, output_loading_info=True)
     wrong = sorted({str(key) for kind in report.values() if kind for key in kind})
     if wrong:
         raise ValueError(f"The weights in {folder} do not fill the model; first of {len(wrong)} misfits: {wrong[0]}.")
