@@ -199,8 +199,9 @@ def _backbone_config(
 ) -> PreTrainedConfig:
     hidden_size, num_channels, patch_size, _ = tensors["patch_embed.proj.weight"].shape
     blocks = {match[1] for name in tensors if (match := re.match(r"blocks\.(\d+)\.", name))}
-    if blocks != {str(number) for number in range(len(blocks))}:
-        raise ValueError(f"its {len(blocks)} blocks are not numbered from 0 on.")
+    # Before a network is built for them: a block has eleven tensors or more.
+    if blocks != {str(number) for number in range(len(blocks))} or len(tensors) < 8 * len(blocks):
+        raise ValueError(f"its {len(blocks)} blocks are not numbered from 0 on, or lack most of their tensors.")
     positions = tensors["pos_embed"].shape[1] - 1
     image_size = image_size or math.isqrt(positions) * patch_size
     grid = image_size // patch_size
