@@ -32,8 +32,9 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.trainer_utils import set_seed
 
 import prompt_cam_hf
-from prompt_cam_hf import PromptCAMForImageClassification, explain
+from prompt_cam_hf import PromptCAMForImageClassification
 from prompt_cam_hf.data.images import build_image_processor
+from prompt_cam_hf.explanations.explain import explain
 from prompt_cam_hf.training.recipe import Recipe, load_recipe, training_arguments
 from prompt_cam_hf.training.train import main, prepare_run, train
 from prompt_cam_hf.training.trainer import EpochSampler, PromptCAMTrainer, complete_checkpoints

@@ -31,19 +31,17 @@ class TrainingAugmentation:
 
     The draws depend on (`seed`, epoch, index) and on nothing else: training is the same on one process or several,
     with any number of data loader workers, and after a resume.
+
+    Args:
+        image_processor: That of evaluation.
+        seed: Draws places and flips.
+        resize_margin: The resized side over the cropped side, 1 or more.
+
+    Raises:
+        ValueError: the margin is below 1, or the processor gives images of different sizes.
     """
 
     def __init__(self, image_processor: BaseImageProcessor, seed: int = 0, resize_margin: float = RESIZE_MARGIN):
-        """Augment as the image processor's settings allow.
-
-        Args:
-            image_processor: That of evaluation.
-            seed: Draws places and flips.
-            resize_margin: The resized side over the cropped side at least, 1 or more.
-
-        Raises:
-            ValueError: the margin is below 1, or the processor gives images of different sizes.
-        """
         if resize_margin < 1:
             raise ValueError(f"resize_margin is {resize_margin}; a crop needs a margin of at least 1 (no margin).")
         self.image_processor = image_processor

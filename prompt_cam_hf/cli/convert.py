@@ -40,6 +40,3 @@ def convert(
     if id2label is None:
         say(f"Its {model.config.num_labels} classes are called LABEL_0, LABEL_1 ...; --classes names them.", "yellow")
     print(out)
-
-
-__all__ = ["convert"]

@@ -244,6 +244,3 @@ def load_image_data(
     if "validation" not in splits and validation_fraction > 0:
         splits["train"], splits["validation"] = _hold_out(splits["train"], validation_fraction, seed)
     return ImageData(splits["train"], splits.get("validation"), splits.get("test"), id2label, skipped)
-
-
-__all__ = ["ImageData", "SkippedImage", "display_names", "find_unreadable_images", "load_image_data"]

@@ -253,11 +253,3 @@ def _translate(tensors: Mapping[str, torch.Tensor], backbone_config: PreTrainedC
     if len(prompts) == 1:
         del weights["agnostic_prompts"]
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
-
-
-__all__ = [
-    "convert_official_checkpoint",
-    "convert_official_state_dict",
-    "find_official_checkpoint",
-    "read_class_names",
-]

@@ -119,7 +119,5 @@ def main(folder: str) -> None:
         official_card(name, f"OWNER/promptcam-{name.replace('_', '-')}").save(Path(folder) / f"{name}.md")
 
 
-__all__ = ["HUB_REPOSITORY", "LICENSE", "TOP1", "official_card", "official_facts"]
-
 if __name__ == "__main__":
     main(sys.argv[1])
