@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """How is a vision transformer in timm's or open_clip's format made into one of transformers, with neither installed?
 
-The configuration says which weights there have to be, tables say what each is called. What a configuration leaves open
-is refused, and so are weights that are missing, left over or of another shape.
+What a configuration leaves open is refused, and so are weights that are missing, left over or of another shape.
 """
 
 import json
@@ -70,6 +69,8 @@ _CLIP = _columns(
     "post_layernorm L:layer_norm1 L:self_attn.q_proj L:self_attn.k_proj L:self_attn.v_proj L:self_attn.out_proj "
     "L:layer_norm2 L:mlp.fc1 L:mlp.fc2"
 )
+# By the names of transformers' families, those of timm.
+TIMM_NAMES = {"vit": dict(zip(_VIT, _TIMM, strict=False)), "dinov2": dict(zip(_DINOV2, _TIMM, strict=False))}
 
 # The timm architectures that are read; width, depth, number of heads and `mlp_ratio` of each size.
 _TIMM_ARCHITECTURE = (
@@ -160,7 +161,7 @@ def read_backbone(name: str | os.PathLike, **hub: Any) -> PreTrainedModel | None
     try:
         tower = _read_timm(found) if is_timm else _read_open_clip(found["model_cfg"])
         weights = _read_weights(name, _TIMM_FILES if is_timm else _OPEN_CLIP_FILES, **hub)
-        weights = _translate(weights, *tower, _TIMM_UNUSED if is_timm else _OPEN_CLIP_UNUSED)
+        weights = translate_weights(weights, *tower, _TIMM_UNUSED if is_timm else _OPEN_CLIP_UNUSED)
     except ValueError as error:
         raise ValueError(f"{os.fspath(name)} cannot be used as a backbone: {error}") from error
     model_class, options = backbone_class(tower[0])
@@ -177,16 +178,12 @@ def _read_weights(name: str | os.PathLike, files: tuple[str, ...], **hub: Any) -
     try:
         if path.endswith(".json"):
             parts = set(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values())
-            return {
-                key: value for part in parts for key, value in load_file(str(cached_file(name, part, **hub))).items()
-            }
+            return {k: v for part in parts for k, v in load_file(str(cached_file(name, part, **hub))).items()}
         weights = torch.load(path, map_location="cpu", weights_only=True) if path.endswith(".bin") else load_file(path)
         if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
             raise ValueError
     except (AttributeError, EOFError, KeyError, RuntimeError, SafetensorError, pickle.UnpicklingError, ValueError):
-        raise ValueError(
-            f"{os.path.basename(path)} is damaged or holds more than tensors, which is not run."
-        ) from None
+        raise ValueError(f"{Path(path).name} is damaged or holds more than tensors, which is not run.") from None
     return weights
 
 
@@ -223,14 +220,13 @@ def _read_timm(found: dict[str, Any]) -> _Tower:
         fields |= {"mlp_ratio": ratio, "use_swiglu_ffn": bool(gated)}
         growth |= {"blocks.#.mlp.fc1.weight": ((0, 0, 0, extra), parts), "blocks.#.mlp.fc1.bias": ((0, extra), parts)}
         growth["blocks.#.mlp.fc2.weight"] = (0, extra), 1
-    elif names is _DINOV3:
+    else:
+        fields["intermediate_size"] = hidden + -hidden % (gated or 1)
+    if names is _DINOV3:
         fields |= {"query_bias": bias, "value_bias": bias, "use_gated_mlp": bool(gated)}
-        fields["intermediate_size"] = hidden + (-hidden % gated if gated else 0)
         if gated:
             fields["hidden_act"] = "silu"
             table |= {"layer.#.mlp.gate_proj": "blocks.#.mlp.fc1_g", "layer.#.mlp.up_proj": "blocks.#.mlp.fc1_x"}
-    else:
-        fields["intermediate_size"] = hidden
     fields |= {"qkv_bias": bias} if names in (_VIT, _DINOV2) else {}
     fields |= {"vision_use_head": False} if family == "siglip_vision_model" else {}
     return _config(family, told, fields), table, growth
@@ -267,7 +263,7 @@ def _grow(tensor: torch.Tensor, ends: tuple[int, ...], parts: int) -> torch.Tens
     return torch.cat([pad(part, ends) for part in tensor.chunk(parts)])
 
 
-def _translate(weights: Weights, config: PreTrainedConfig, table: dict, growth: dict, unused: str) -> Weights:
+def translate_weights(weights: Weights, config: PreTrainedConfig, table: dict, growth: dict, unused: str) -> Weights:
     """The weights in float32, by the names of transformers' published checkpoints; refuses those that do not fit."""
     with torch.device("meta"):
         blank = build_backbone(config)
@@ -301,4 +297,4 @@ def _translate(weights: Weights, config: PreTrainedConfig, table: dict, growth: 
     return translated
 
 
-__all__ = ["foreign_config", "read_backbone"]
+__all__ = ["TIMM_NAMES", "foreign_config", "read_backbone", "translate_weights"]

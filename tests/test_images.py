@@ -254,11 +254,33 @@ def test_margin_of_one_only_flips():
         TrainingAugmentation(processor, resize_margin=0.9)
 
 
-def test_augmentation_of_a_processor_that_crops_the_centre():
-    processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    augmentation = TrainingAugmentation(processor)
-    assert augmentation.resize_size == {"shortest_edge": 34}
-    assert {tuple(augmentation(photo(), 0, index).shape) for index in range(5)} == {(3, 32, 32)}
+@pytest.mark.parametrize(
+    ("size", "resized"),
+    [
+        ({"shortest_edge": 32}, (45, 34)),  # CLIP's way: enlarged, since a square image would leave no room
+        ({"shortest_edge": 40}, (53, 40)),  # DINOv2's: as in evaluation, for there is room already
+        ({"height": 36, "width": 33}, (34, 37)),  # enlarged until the narrower side is 240/224 of 32
+    ],
+)
+def test_a_processor_that_crops_the_centre_crops_at_random_in_training(size, resized):
+    settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": Image.Resampling.BILINEAR}
+    processor = CLIPImageProcessorPil(size=size, crop_size={"height": 32, "width": 32}, **settings)
+    augmentation, image = TrainingAugmentation(processor), photo()
+    whole = np.asarray(image.resize(resized, Image.Resampling.BILINEAR), np.float64) / 127.5 - 1
+    places = [(top, left) for top in range(resized[1] - 31) for left in range(resized[0] - 31)]
+    seen = set()
+    for index in range(60):
+        view = augmentation(image, 0, index).numpy()
+        assert view.shape == (3, 32, 32)
+        matches = [
+            (top, left)
+            for top, left in places
+            for kind in (view, view[:, :, ::-1])
+            if np.abs(whole[top : top + 32, left : left + 32].transpose(2, 0, 1) - kind).max() < 1e-5
+        ]
+        assert len(matches) == 1
+        seen.update(matches)
+    assert len(seen) > 8
 
 
 def test_augmentation_refuses_a_processor_without_a_fixed_size():

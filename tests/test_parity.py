@@ -127,14 +127,64 @@ def test_bad_state_dicts_are_refused():
 
     with pytest.raises(ValueError, match=r"no tensor 'vpt.prompt_embeddings'"):
         convert(drop=["vpt.prompt_embeddings"])
-    with pytest.raises(ValueError, match=r"does not have: 'blocks.1.adapter.weight'"):
+    with pytest.raises(ValueError, match=r"blocks.1.adapter.weight is left over"):
         convert(add={"blocks.1.adapter.weight": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"first of 2 misfits: .*layers.1.layernorm_before"):
+    with pytest.raises(ValueError, match=r"2 of its weights do not fit: .*blocks.1.norm1.weight is missing"):
         convert(drop=["blocks.1.norm1.weight", "blocks.1.norm1.bias"])
     with pytest.raises(ValueError, match="16 positions, but image_size=224"):
         convert(image_size=224)
     with pytest.raises(ValueError, match="id2label names 2 classes, but the checkpoint has prompts for 7"):
         convert(id2label={0: "a", 1: "b"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("blocks.1.mlp.fc2.bias", torch.ones(47), r"blocks.1.mlp.fc2.bias has the shape \[47\] instead of \[48\]"),
+        ("blocks.2.attn.qkv.weight", torch.ones(9, 48), r"qkv.weight has the shape \[9, 48\] instead of \[144, 48\]"),
+        ("head.bias", torch.ones(7), r"no tensor 'head.bias' of the shape \[1\]"),
+        ("head.weight", torch.ones(7, 48), r"no tensor 'head.weight' of the shape \[1, 48\]"),
+        ("vpt.prompt_embeddings", torch.ones(3, 7, 40), r"of the shape \[3, 7, 48\]"),
+        ("vpt.prompt_embeddings", torch.ones(9, 7, 48), "prompts for 9 layers, but 3 blocks"),
+        ("vpt.prompt_embeddings", torch.ones(7, 48), "no tensor 'vpt.prompt_embeddings' with 3 axes"),
+        ("pos_embed", torch.ones(1, 18, 48), "17 positions, but image_size=64"),
+        ("blocks.999998.attn.qkv.weight", torch.ones(144, 48), "its 4 blocks are not numbered from 0 on"),
+        ("norm.weight", [1.0] * 48, "'norm.weight' is not the name of a dense tensor of numbers"),
+        ("norm.weight", torch.ones(48).to_sparse(), "'norm.weight' is not the name of a dense tensor of numbers"),
+        ("norm.weight", torch.ones(48, dtype=torch.int64), "'norm.weight' is not the name of a dense tensor"),
+        ("norm.weight", torch.ones(0), "'norm.weight' is not the name of a dense tensor"),
+        (7, torch.ones(48), "7 is not the name of a dense tensor"),
+    ],
+)
+def test_damaged_tensors_are_refused_in_a_sentence(name, value, message, tmp_path):
+    torch.save({"model_state_dict": Official("vit_c7").state_dict | {name: value}}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=message) as error:
+        convert_official_checkpoint(tmp_path / "model.pt", num_attention_heads=4)
+    assert "\n" not in str(error.value)
+
+
+def test_blocks_that_are_hardly_there_are_refused_at_once():
+    tensor = torch.ones(1)
+    many = {f"blocks.{number}.attn.qkv.weight": tensor for number in range(99_999)}
+    with pytest.raises(ValueError, match="its 99999 blocks are not numbered from 0 on, or lack most of their tensors"):
+        convert_official_state_dict(Official("vit_c7").state_dict | many, num_attention_heads=4)
+
+
+def test_a_list_in_place_of_a_state_dict_is_refused():
+    with pytest.raises(ValueError, match="its state dict is a list"):
+        convert_official_state_dict(list(Official("vit_c7").state_dict.values()))
+
+
+@pytest.mark.parametrize("heads", [5, 100, -1])
+def test_a_number_of_heads_that_cannot_be_is_refused(heads):
+    with pytest.raises(ValueError, match=rf"its 48 channels cannot be divided among {heads} heads"):
+        convert_official_state_dict(Official("vit_c7").state_dict, num_attention_heads=heads)
+
+
+def test_a_number_of_heads_that_cannot_be_known_is_refused():
+    wide = Official("vit_c7").state_dict | {"patch_embed.proj.weight": torch.ones(100, 3, 16, 16)}
+    with pytest.raises(ValueError, match=r"its 100 channels cannot be divided among 1\.5625 heads; give the number"):
+        convert_official_state_dict(wide)
 
 
 class _Payload:

@@ -49,6 +49,8 @@ OURS = {
     *(f"dino_{name}" for name in ("flowers", "food101", "insects2", "moths", "fungi", "fish_vista", "rare_species")),
     "dino_medicinal_leaf",
     "own_photos",
+    "bioclip_cub",
+    "bioclip2_cub",
     "birds",
     "birds_deep",
 }
@@ -91,6 +93,7 @@ def test_official_recipe_states_what_makes_it(name):
 def test_own_photos_needs_nothing_more():
     recipe = load_recipe(RECIPES / "own_photos.yaml")
     assert recipe.data and recipe.output_dir and recipe.skip_unreadable
+    assert recipe.image_size is recipe.image_mean is recipe.image_std is None  # as the backbone expects
 
 
 def test_command_line_wins_over_recipe_wins_over_default(write):
@@ -146,9 +149,11 @@ def test_trainer_settings_of_file_and_command_line_are_merged(write):
         ("num_train_epochs: true", "num_train_epochs must be a whole number, got True"),
         ("bf16: 1", "bf16 must be true or false, got 1"),
         ("optimizer: adam", "optimizer must be sgd or adamw, got 'adam'"),
-        ("image_mean: 0.5", "image_mean must be a list of numbers, got 0.5"),
-        ("image_mean: [a, b, c]", "image_mean must be a list of numbers, got"),
+        ("image_mean: 0.5", "image_mean must be a list of numbers or empty, got 0.5"),
+        ("image_mean: [a, b, c]", "image_mean must be a list of numbers or empty, got"),
         ("image_mean: [0.5]", "image_mean must be three numbers"),
+        ("image_mean: []", "image_mean must be three numbers"),
+        ("image_size: 0", "image_size must be at least 1, got 0"),
         ("image_std: [0.5, 0, 0.5]", "image_std must be above 0"),
         ("num_agnostic_prompts: many", "num_agnostic_prompts must be a whole number or empty, got 'many'"),
         ("label_column: 3", "label_column must be text, got 3"),

@@ -27,12 +27,15 @@ from small_runs import (  # noqa: F401 - fixtures are found by being here
     log_of,
     weights_of,
 )
-from transformers import AutoModelForImageClassification, ViTConfig, ViTModel
+from transformers import AutoModelForImageClassification, CLIPImageProcessorPil, ViTConfig, ViTModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.trainer_utils import set_seed
 
 from prompt_cam_hf import PromptCAMForImageClassification
+from prompt_cam_hf.data.images import build_image_processor
+from prompt_cam_hf.explanations.explain import explain
 from prompt_cam_hf.training.recipe import Recipe, load_recipe, training_arguments
-from prompt_cam_hf.training.train import main, train
+from prompt_cam_hf.training.train import main, prepare_run, train
 from prompt_cam_hf.training.trainer import EpochSampler, PromptCAMTrainer, complete_checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -351,6 +354,47 @@ def test_upload(recipe, tmp_path):
 def test_image_size_must_suit_the_backbone(recipe):
     with pytest.raises(ValueError, match=r"image_size is 64, but the backbone .* takes images of 32x32 pixels"):
         train(recipe(image_size=64))
+
+
+def test_images_are_prepared_as_the_backbone_expects_unless_the_recipe_says_otherwise(
+    recipe, backbone, photos, tmp_path
+):
+    """In training, in evaluation, in the saved folder, and where the maps are laid on the image."""
+    own = shutil.copytree(backbone, tmp_path / "own")
+    settings = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "resample": 3}
+    CLIPImageProcessorPil(
+        size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}, **settings
+    ).save_pretrained(own)
+    brief = {"backbone": str(own), "num_train_epochs": 2}
+    run = prepare_run(recipe(image_size=None, **brief))
+    assert run.trainer.train_dataset.transform.resize_size == {"shortest_edge": 36}
+    result = run.train()
+    image = Image.open(next((photos / "test" / "001.red").iterdir())).resize((80, 40), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image.resize((72, 36), Image.Resampling.BICUBIC).crop((20, 2, 52, 34)), np.float64) / 255
+    expected = torch.from_numpy((pixels - [0.4, 0.5, 0.6]) / [0.2, 0.3, 0.4]).permute(2, 0, 1).float()
+    saved = AutoImageProcessor.from_pretrained(result.output_dir)
+    for processor in (result.image_processor, saved):
+        got = processor(image, return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+    explanation = explain(result.output_dir, image)
+    scale = 40 / 36
+    assert explanation.box == pytest.approx((20 * scale, 2 * scale, 52 * scale, 34 * scale))
+
+    for name, value in {"image_size": 32, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.6]}.items():
+        changes = {"image_size": None, name: value, "output_dir": str(tmp_path / name)}
+        if name == "image_size":
+            assert (
+                prepare_run(recipe(**brief | changes)).image_processor.to_dict() == build_image_processor(32).to_dict()
+            )
+        else:
+            with pytest.raises(ValueError, match="image_size is 224"):
+                prepare_run(recipe(**brief | changes))
+
+
+def test_a_backbone_that_says_nothing_of_its_images_needs_the_recipe_to(recipe):
+    with pytest.raises(ValueError, match="does not say which images it expects; give image_size, image_mean") as error:
+        train(recipe(image_size=None))
+    assert "\n" not in str(error.value)
 
 
 # --- The command ---

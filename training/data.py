@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
 
+from prompt_cam_hf.data.image_processors import output_size
 from prompt_cam_hf.data.images import open_image
 
 # The official recipe resizes to 240 for a crop of 224; other sizes keep the proportion.
@@ -24,7 +25,9 @@ class TrainingAugmentation:
     """The official training recipe: resize a little too large, crop at random, flip half of the images.
 
     Resizing, rescaling and normalising are the image processor's own, so only the enlarged size, the place of the crop
-    and the flip differ from evaluation. A processor that crops the centre (CLIP's) crops at random instead.
+    and the flip differ from evaluation. Where a processor crops the centre, the crop is taken at random instead, and
+    the size is enlarged only as far as the crop needs: that of DINOv2 (256 for a crop of 224) stays, that of CLIP
+    (224 for 224) becomes 240.
 
     The draws depend on (`seed`, epoch, index) and on nothing else: training is the same on one process or several,
     with any number of data loader workers, and after a resume.
@@ -43,16 +46,11 @@ class TrainingAugmentation:
             raise ValueError(f"resize_margin is {resize_margin}; a crop needs a margin of at least 1 (no margin).")
         self.image_processor = image_processor
         self.seed = seed
-        settings = image_processor.to_dict()
-        size = settings["size"]
-        crop = settings["crop_size"] if settings.get("do_center_crop") else size
-        if not {"height", "width"} <= set(crop):
-            raise ValueError(
-                f"The image processor resizes to {size} and so gives images of different sizes; training needs one "
-                "that resizes or crops to a fixed height and width."
-            )
-        self.crop_size = (crop["height"], crop["width"])
-        self.resize_size = {name: round(side * resize_margin) for name, side in size.items()}
+        self.crop_size = output_size(image_processor)
+        size = dict(image_processor.to_dict()["size"])
+        sides = (size.get(name) or size["shortest_edge"] for name in ("height", "width"))
+        room = min(side / cropped for side, cropped in zip(sides, self.crop_size, strict=True))
+        self.resize_size = {name: round(side * max(1, resize_margin / room)) for name, side in size.items()}
 
     def __call__(self, image: Image.Image, epoch: int, index: int) -> torch.Tensor:
         """Give the view (3, rows, cols), float32, of an RGB image in an epoch; epochs and images count from 0."""

@@ -44,7 +44,7 @@ class Recipe:
         "linear_probe has none and leaves the settings of prompts aside.",
         default="prompt_cam",
     )
-    backbone: str = _key("Vision transformer to build on: a Hub id, or a folder in transformers' format.")
+    backbone: str = _key("Vision transformer to build on: a Hub id or a folder, in any format of docs/backbones.md.")
     backbone_revision: str | None = _key("Branch, tag or commit of the backbone on the Hub.", default=None)
     class_prompt_layer: int = _key(
         "Layer that class prompts enter, counted from 0: -1 the last (Deep), 0 the first (Shallow).", default=-1
@@ -68,14 +68,16 @@ class Recipe:
         default=0.1,
     )
     skip_unreadable: bool = _key("Leave out images that cannot be read and list them.", default=False)
-    image_size: int = _key("Side in pixels to which every image is squashed.", default=224)
-    image_mean: list[float] = field(
-        default_factory=lambda: [0.5, 0.5, 0.5],
-        metadata={"help": "Mean of red, green and blue (0..1) that is subtracted."},
+    image_size: int | None = _key(
+        "Side in pixels to which every image is squashed. Where this and the next two are empty, images are prepared "
+        "as the backbone expects them; where one is given, 224, 0.5 and 0.5 stand for the others.",
+        default=None,
     )
-    image_std: list[float] = field(
-        default_factory=lambda: [0.5, 0.5, 0.5],
-        metadata={"help": "Standard deviation of red, green and blue that is divided by."},
+    image_mean: list[float] | None = field(
+        default=None, metadata={"help": "Mean of red, green and blue (0..1) that is subtracted."}
+    )
+    image_std: list[float] | None = field(
+        default=None, metadata={"help": "Standard deviation of red, green and blue that is divided by."}
     )
     augmentation: bool = _key("Random crops and left-right flips in training.", default=True)
 
@@ -127,7 +129,7 @@ class Recipe:
     def _check_ranges(self) -> None:
         counts = ("train_batch_size", "num_train_epochs", "eval_every_epochs", "eval_batch_size")
         for name in (*counts, "image_size", "cache_views"):
-            _require(getattr(self, name) >= 1, self, name, "at least 1")
+            _require(getattr(self, name) is None or getattr(self, name) >= 1, self, name, "at least 1")
         for name in ("warmup_epochs", "weight_decay", "dataloader_num_workers", "seed"):
             _require(getattr(self, name) >= 0, self, name, "0 or more")
         for name in ("prompt_dropout", "drop_path_rate", "momentum", "validation_fraction"):
@@ -136,8 +138,9 @@ class Recipe:
         for name in ("warmup_learning_rate", "min_learning_rate"):
             _require(0 <= getattr(self, name) <= self.learning_rate, self, name, "between 0 and learning_rate")
         for name in ("image_mean", "image_std"):
-            _require(len(getattr(self, name)) == 3, self, name, "three numbers, for red, green and blue")
-        _require(min(self.image_std) > 0, self, "image_std", "above 0")
+            values = getattr(self, name)
+            _require(values is None or len(values) == 3, self, name, "three numbers, for red, green and blue")
+        _require(self.image_std is None or min(self.image_std) > 0, self, "image_std", "above 0")
 
     def _check_combinations(self) -> None:
         if self.warmup_epochs >= self.num_train_epochs:

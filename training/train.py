@@ -30,6 +30,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import IntervalStrategy
 
 from prompt_cam_hf.baselines import LinearProbe, VPTForImageClassification, build_linear_probe
+from prompt_cam_hf.data.image_processors import backbone_image_processor, output_size
 from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.data.splits import ImageData, load_image_data
 from prompt_cam_hf.files import write_atomically
@@ -181,8 +182,8 @@ def train(recipe: Recipe, data: ImageData | None = None) -> TrainResult:
         >>> from prompt_cam_hf import train
         >>> from prompt_cam_hf.birds.backbone import BACKBONE
         >>> from prompt_cam_hf.training.recipe import Recipe
-        >>> recipe = Recipe(data="photos", backbone=BACKBONE, image_size=96, output_dir="first_try",
-        ...                 num_train_epochs=2, warmup_epochs=0, dataloader_num_workers=0)
+        >>> recipe = Recipe(data="photos", backbone=BACKBONE, output_dir="first_try", num_train_epochs=2,
+        ...                 warmup_epochs=0, dataloader_num_workers=0)
         >>> result = train(recipe)
         >>> sorted(result.metrics)
         ['chance', 'validation']
@@ -200,8 +201,8 @@ def prepare_run(recipe: Recipe, data: ImageData | None = None) -> Run:
     # The order of these two makes the prompts the same in every process and every time.
     set_seed(recipe.seed)
     model = _build_model(recipe, data.id2label).to(arguments.device)
-    image_processor = build_image_processor(recipe.image_size, recipe.image_mean, recipe.image_std)
-    patch_grid = _find_patch_grid(model.backbone, recipe)
+    image_processor = _build_image_processor(recipe)
+    patch_grid = _find_patch_grid(model.backbone, recipe, image_processor)
     train_dataset, eval_dataset = _training_data(recipe, data, image_processor, model, arguments)
     arguments.warmup_steps = recipe.warmup_epochs * -(-len(data.train) // recipe.train_batch_size)
     if eval_dataset is None:
@@ -301,16 +302,33 @@ def load_data(recipe: Recipe) -> ImageData:
     )
 
 
-def _find_patch_grid(backbone: PreTrainedModel, recipe: Recipe) -> tuple[int, int]:
-    size = recipe.image_size
+def _build_image_processor(recipe: Recipe) -> BaseImageProcessor:
+    """The backbone's own image processor, unless the recipe says what is done instead."""
+    given = {name: getattr(recipe, name) for name in ("image_size", "image_mean", "image_std")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given:
+        return build_image_processor(**given)
+    try:
+        return backbone_image_processor(recipe.backbone, revision=recipe.backbone_revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The backbone {recipe.backbone} does not say which images it expects; give image_size, image_mean and "
+            f"image_std. The reason was: {error}"
+        ) from error
+
+
+def _find_patch_grid(
+    backbone: PreTrainedModel, recipe: Recipe, image_processor: BaseImageProcessor
+) -> tuple[int, int]:
+    size = output_size(image_processor)
     try:
         with torch.no_grad():
-            embed(backbone, torch.zeros(1, 3, size, size, device=backbone.device), interpolate_pos_encoding=False)
-        return grid_size(backbone.config, size, size)
+            embed(backbone, torch.zeros(1, 3, *size, device=backbone.device), interpolate_pos_encoding=False)
+        return grid_size(backbone.config, *size)
     except ValueError as error:
         rows, columns = image_size(backbone.config)
         raise ValueError(
-            f"image_size is {size}, but the backbone {recipe.backbone} takes images of {rows}x{columns} pixels."
+            f"image_size is {size[0]}, but the backbone {recipe.backbone} takes images of {rows}x{columns} pixels."
         ) from error
 
 

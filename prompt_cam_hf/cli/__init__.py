@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from prompt_cam_hf.cli import atlas, compare, demo, evaluate, explain, predict, prepare, publish, taxonomy
+from prompt_cam_hf.cli import atlas, compare, convert, demo, evaluate, explain, predict, prepare, publish, taxonomy
 from prompt_cam_hf.version import __version__
 
 # Plain help: rich's would show a flag as an option that takes a value, `--overwrite <bool>`.
@@ -38,5 +38,6 @@ app.command()(evaluate.evaluate)
 app.command()(demo.demo)
 app.command()(prepare.prepare)
 app.command()(publish.publish)
+app.command()(convert.convert)
 
 __all__ = ["app"]

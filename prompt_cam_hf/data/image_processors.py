@@ -60,6 +60,23 @@ def backbone_image_processor(backbone: str | os.PathLike, **hub: Any) -> BaseIma
     return processor_class(**settings)
 
 
+def output_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
+    """The rows and columns of the images that an image processor gives.
+
+    Raises:
+        ValueError: it gives images of different sizes.
+    """
+    settings = image_processor.to_dict()
+    size, both = settings["size"], {"height", "width"}
+    cropped = settings["crop_size"] if settings.get("do_center_crop") else size
+    if not both <= set(cropped) or not (both <= set(size) or "shortest_edge" in size):
+        raise ValueError(
+            f"The image processor resizes to {size} and so gives images of different sizes; training needs one that "
+            "resizes or crops to a fixed height and width."
+        )
+    return cropped["height"], cropped["width"]
+
+
 def _timm_settings(found: dict[str, Any]) -> dict[str, Any]:
     told = found["pretrained_cfg"]
     height, width = _sides((found.get("model_args") or {}).get("img_size") or told["input_size"][1:])
@@ -103,4 +120,4 @@ def _settings(told: dict[str, Any], resized: dict[str, int], cropped: dict[str, 
     }
 
 
-__all__ = ["backbone_image_processor"]
+__all__ = ["backbone_image_processor", "output_size"]

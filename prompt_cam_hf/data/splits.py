@@ -73,8 +73,12 @@ def _number_classes(splits: dict[str, SourceSplit]) -> list[str]:
     return sorted(names)
 
 
-def _display_names(class_names: list[str]) -> dict[int, str]:
-    """Cut an `NNN.` prefix off; raises where two classes would then have one name."""
+def display_names(class_names: list[str]) -> dict[int, str]:
+    """Class names by number, with an `NNN.` prefix cut off.
+
+    Raises:
+        ValueError: two classes would then have one name.
+    """
     id2label = {number: re.sub(r"^[0-9]+\.(?=.)", "", name) for number, name in enumerate(class_names)}
     taken: dict[str, int] = {}
     for number, display_name in id2label.items():
@@ -207,7 +211,7 @@ def load_image_data(
         raise ValueError(f"validation_fraction is {validation_fraction}; it has to be at least 0 and below 1.")
     found = read_source(source, name=name, revision=revision, image_column=image_column, label_column=label_column)
     class_names = _number_classes(found)
-    id2label = _display_names(class_names)
+    id2label = display_names(class_names)
     numbers = {class_name: number for number, class_name in enumerate(class_names)}
     class_label = datasets.ClassLabel(names=list(id2label.values()))
     splits = {

@@ -21,6 +21,8 @@ from prompt_cam_hf.hub.card import RECIPE_KEYS, CardFacts, render_card
 PAPER_URL = "https://arxiv.org/abs/2501.09333"
 # The licence of the authors' repository and of their weights on the Hub.
 LICENSE = "mit"
+# Where on the Hub they are; `prompt-cam convert` lists the files.
+HUB_REPOSITORY = "imageomics/Prompt-CAM"
 _AUTHORS = "the authors of Prompt-CAM"
 
 # Top-1 on the test split as the authors report it, by recipe (backbone_dataset).
@@ -47,7 +49,9 @@ def official_facts(name: str) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "backbone": recipe["backbone"],
         "model_facts": {
-            "Converted from": f"the checkpoint that {_AUTHORS} publish (https://github.com/Imageomics/Prompt_CAM)"
+            "Converted from": f"the checkpoint that {_AUTHORS} publish (https://github.com/Imageomics/Prompt_CAM)",
+            "Converted by": f"`prompt-cam convert {HUB_REPOSITORY} --file FILE.pt --classes FOLDER --out NEW_FOLDER`, "
+            "where FOLDER holds the class folders, which name and number the classes",
         },
         "dataset_name": dataset.title,
         "dataset_url": dataset.page,
