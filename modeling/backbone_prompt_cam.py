@@ -97,8 +97,13 @@ class _OpenLayer(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         # The class has no name in any module by which pickle could find it.
-        mro = type(self).__mro__
-        return _blank_layer, (mro[mro.index(_OpenLayer) + 1],), self.__dict__
+        return _blank_layer, (family_class(self),), self.__dict__
+
+
+def family_class(module: nn.Module) -> type[nn.Module]:
+    """The class that transformers gave a module of the backbone."""
+    mro = type(module).__mro__
+    return mro[mro.index(_OpenLayer) + 1] if isinstance(module, _OpenLayer) else mro[0]
 
 
 @functools.cache
@@ -304,6 +309,7 @@ def project(
     query_rotary: RotaryPositions | None = None,
     memory_rotary: RotaryPositions | None = None,
     known: KnownQueries | None = None,
+    memory_first: bool = False,
 ) -> Projections:
     """Queries, keys and values of a layer's attention.
 
@@ -316,9 +322,7 @@ def project(
         query_rotary: Rotary positions, where the patches are among the queries.
         memory_rotary: Rotary positions, where the patches are among the memory.
         known: What is known of the queries.
-
-    Returns:
-        Projections whose keys and values are those of the queries, followed by those of the memory.
+        memory_first: Put the keys and values of the memory before those of the queries, not behind.
     """
     if known is None:
         norm, query, key, value = attention_pieces(layer)
@@ -331,8 +335,11 @@ def project(
         if isinstance(memory, torch.Tensor):
             memory = keys_and_values(layer, num_heads, memory, memory_rotary)
         batch = max(queries.shape[0], memory.keys.shape[0])
-        keys = torch.cat((_expand(keys, batch), _expand(memory.keys, batch)), dim=-2)
-        values = torch.cat((_expand(values, batch), _expand(memory.values, batch)), dim=-2)
+        order = -1 if memory_first else 1
+        keys, values = (
+            torch.cat([_expand(each, batch) for each in (own, other)[::order]], dim=-2)
+            for own, other in ((keys, memory.keys), (values, memory.values))
+        )
     return Projections(query_states, keys, values)
 
 
@@ -490,6 +497,7 @@ def run_layer(
     drop_path_rate: float = 0.0,
     output_attentions: bool = False,
     known: KnownQueries | None = None,
+    memory_first: bool = False,
 ) -> LayerOutput:
     """One layer of the backbone, from its own pieces, with extra tokens to attend to.
 
@@ -497,7 +505,9 @@ def run_layer(
     `finish_layer`.
 
     """
-    projections = project(layer, config.num_attention_heads, queries, memory, query_rotary, memory_rotary, known)
+    projections = project(
+        layer, config.num_attention_heads, queries, memory, query_rotary, memory_rotary, known, memory_first
+    )
     contexts, weights = attend(layer, projections, config, output_attentions, known)
     return LayerOutput(finish_layer(layer, queries, contexts, drop_path_rate), weights, projections)
 
@@ -521,6 +531,7 @@ __all__ = [
     "build_backbone",
     "drop_path",
     "embed",
+    "family_class",
     "final_norm",
     "fingerprint_backbone",
     "finish_layer",

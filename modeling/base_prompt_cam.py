@@ -56,15 +56,12 @@ class LayerRecord:
         self.hidden_states: tuple[torch.Tensor, ...] | None = () if hidden_states else None
         self.attentions: tuple[torch.Tensor, ...] | None = () if attentions else None
 
-    def add(self, hidden: torch.Tensor, weights: torch.Tensor | None = None, num_memory: int = 0) -> None:
-        """Note a layer's output, and its attention, whose last `num_memory` tokens before the layer's own are prompts.
-
-        Prompts stand first in what is recorded; as memory they were behind the queries.
-        """
+    def add(self, hidden: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Note a layer's output and its attention."""
         if self.hidden_states is not None:
             self.hidden_states += (hidden,)
         if self.attentions is not None and weights is not None:
-            self.attentions += (weights.roll(num_memory, dims=-1) if num_memory else weights,)
+            self.attentions += (weights,)
 
 
 class PromptedModel(PreTrainedModel):
@@ -214,10 +211,10 @@ class PromptedModel(PreTrainedModel):
                 memory = memories[index]
             arguments = (hidden, self.backbone.config, memory, rotary, None, self._drop_path_rate(index))
             if record.attentions is None:
-                hidden, weights = self._call_layer(index, update_queries, *arguments), None
+                hidden, weights = self._call_layer(index, update_queries, *arguments, False, None, True), None
             else:
-                hidden, weights, _ = self._call_layer(index, run_layer, *arguments, True)
-            record.add(hidden, weights, 0 if prompts is None else len(prompts))
+                hidden, weights, _ = self._call_layer(index, run_layer, *arguments, True, None, True)
+            record.add(hidden, weights)
         return hidden
 
     def _call_layer(self, index: int, run: Callable, *args: Any) -> Any:
