@@ -101,9 +101,9 @@ class _OpenLayer(nn.Module):
 
 
 def family_class(module: nn.Module) -> type[nn.Module]:
-    """The class that a module of a backbone has in transformers."""
+    """The class that transformers gave a module of the backbone."""
     mro = type(module).__mro__
-    return mro[mro.index(_OpenLayer) + 1] if _OpenLayer in mro else mro[0]
+    return mro[mro.index(_OpenLayer) + 1] if isinstance(module, _OpenLayer) else mro[0]
 
 
 @functools.cache
@@ -309,6 +309,7 @@ def project(
     query_rotary: RotaryPositions | None = None,
     memory_rotary: RotaryPositions | None = None,
     known: KnownQueries | None = None,
+    memory_first: bool = False,
 ) -> Projections:
     """Queries, keys and values of a layer's attention.
 
@@ -321,9 +322,7 @@ def project(
         query_rotary: Rotary positions, where the patches are among the queries.
         memory_rotary: Rotary positions, where the patches are among the memory.
         known: What is known of the queries.
-
-    Returns:
-        Projections whose keys and values are those of the queries, followed by those of the memory.
+        memory_first: Put the keys and values of the memory before those of the queries, not behind.
     """
     if known is None:
         norm, query, key, value = attention_pieces(layer)
@@ -336,8 +335,11 @@ def project(
         if isinstance(memory, torch.Tensor):
             memory = keys_and_values(layer, num_heads, memory, memory_rotary)
         batch = max(queries.shape[0], memory.keys.shape[0])
-        keys = torch.cat((_expand(keys, batch), _expand(memory.keys, batch)), dim=-2)
-        values = torch.cat((_expand(values, batch), _expand(memory.values, batch)), dim=-2)
+        order = -1 if memory_first else 1
+        keys, values = (
+            torch.cat([_expand(each, batch) for each in (own, other)[::order]], dim=-2)
+            for own, other in ((keys, memory.keys), (values, memory.values))
+        )
     return Projections(query_states, keys, values)
 
 
@@ -499,18 +501,12 @@ def run_layer(
 ) -> LayerOutput:
     """One layer of the backbone, from its own pieces, with extra tokens to attend to.
 
-    Without memory this is the family's own layer, up to rounding. Other arguments as in `project`, `attend`
-    and `finish_layer`.
-
-    Args:
-        memory_first: Put the memory's tokens before the layer's own in the attention weights.
+    Without memory this is the family's own layer, up to rounding. Arguments as in `project`, `attend` and
+    `finish_layer`.
     """
-    projections = project(layer, config.num_attention_heads, queries, memory, query_rotary, memory_rotary, known)
-    if memory_first:
-        # Before the weights are computed, so that the ones returned are those that gradients pass through.
-        num_memory = projections.keys.shape[-2] - queries.shape[1]
-        keys, values = (each.roll(num_memory, dims=-2) for each in projections[1:])
-        projections = projections._replace(keys=keys, values=values)
+    projections = project(
+        layer, config.num_attention_heads, queries, memory, query_rotary, memory_rotary, known, memory_first
+    )
     contexts, weights = attend(layer, projections, config, output_attentions, known)
     return LayerOutput(finish_layer(layer, queries, contexts, drop_path_rate), weights, projections)
 

@@ -247,9 +247,9 @@ class PromptedModel(PreTrainedModel):
                 memory = memories[index]
             arguments = (hidden, self.backbone.config, memory, rotary, None, self._drop_path_rate(index))
             if record.attentions is None:
-                hidden, weights = self._call_layer(index, update_queries, *arguments), None
+                hidden, weights = self._call_layer(index, update_queries, *arguments, False, None, True), None
             else:
-                hidden, weights, _ = self._call_layer(index, run_layer, *arguments, True, None, memory is not None)
+                hidden, weights, _ = self._call_layer(index, run_layer, *arguments, True, None, True)
             record.add(hidden, weights)
         return hidden
 

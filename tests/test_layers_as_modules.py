@@ -278,3 +278,12 @@ def test_eight_threads_each_ask_another_thing():
         thread.join()
     assert not wrong
     assert model.prompts_in_use == next(iter(model.prompt_sets))
+
+
+def test_inner_attention_that_is_returned_is_what_gradients_pass_through():
+    model = tiny_model(num_agnostic_prompts=2).train()
+    output = model(random_images(), labels=LABELS, output_attentions=True)
+    for weights in output.attentions:
+        weights.retain_grad()
+    output.loss.backward()
+    assert all(weights.grad.abs().sum() > 0 for weights in output.attentions)
