@@ -3,7 +3,7 @@ PYTHON ?= python3
 NEWEST := .venv
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-newest test-oldest lint format bench clean
+.PHONY: demo test test-newest test-oldest test-faults lint format bench clean
 
 # Trains on drawn birds, offline, and shows what the trait maps are worth: docs/demo.md.
 demo: $(NEWEST)/installed
@@ -12,11 +12,15 @@ demo: $(NEWEST)/installed
 test: test-newest test-oldest
 
 test-newest: $(NEWEST)/installed
-	$(NEWEST)/bin/python -m pytest -n 2
+	$(NEWEST)/bin/python -m pytest -n 2 -m "not (faults and slow)"
 
 # The oldest supported transformers runs the fast part.
 test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest -n 2 -m "not slow"
+
+# The whole campaign of faults, and a table of what it found.
+test-faults: $(NEWEST)/installed
+	$(NEWEST)/bin/python -m pytest -n 2 tests/faults
 
 lint: $(NEWEST)/installed
 	$(NEWEST)/bin/ruff check .
