@@ -20,7 +20,7 @@ test-oldest: $(OLDEST)/installed
 
 # The whole campaign of faults, and a table of what it found.
 test-faults: $(NEWEST)/installed
-	$(NEWEST)/bin/python -m pytest -n 2 tests/faults
+	$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile tests/faults
 
 lint: $(NEWEST)/installed
 	$(NEWEST)/bin/ruff check .

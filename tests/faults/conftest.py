@@ -126,6 +126,4 @@ def fixture_world(tmp_path_factory) -> World:
     draw_classes(folder / "photos" / "train", 6)
     draw_classes(folder / "photos" / "test", 3, seed=50)
     (folder / "tree.csv").write_text("colour,warmth,all\nred,warm,colours\nblue,cold,colours\ngreen,cold,colours\n")
-    return World(
-        folder / "backbone", folder / "model", folder / "prompts", folder / "photos", folder / "tree.csv"
-    )
+    return World(folder / "backbone", folder / "model", folder / "prompts", folder / "photos", folder / "tree.csv")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Commands and functions in processes of their own, which may be limited, killed and left to hang.
 
-The processes are forked from a server that has imported everything once, so that one of them costs a tenth of a second.
+They are forked from a server that has imported everything once, so that one of them costs a tenth of a second.
 """
 
 import dataclasses
@@ -141,7 +141,8 @@ def _enter(settings: tuple, call: Callable[..., Any], arguments: Sequence[Any]) 
     os.environ.update(environment)
     for number, name, flags in ((0, "in", os.O_RDONLY), (1, "out", os.O_WRONLY), (2, "err", os.O_WRONLY)):
         os.dup2(os.open(Path(folder, name), flags | os.O_CREAT), number)
-    sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, "w", closefd=False), open(2, "w", closefd=False)
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     for kind, limit in limits.items():
         if limit is not None:
             if kind == resource.RLIMIT_AS:
@@ -150,7 +151,7 @@ def _enter(settings: tuple, call: Callable[..., Any], arguments: Sequence[Any]) 
             resource.setrlimit(kind, (limit, limit))
     answer = call(*arguments)
     if answer is not None:
-        print(json.dumps(answer))
+        print(f"\n{json.dumps(answer)}")
     sys.stdout.flush()
 
 

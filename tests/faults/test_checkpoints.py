@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+
 from faults.conftest import SEED
 from faults.processes import prompt_cam, run
-from safetensors.torch import load_file, save_file
 
 KIND = "checkpoints"
 WEIGHTS, PROCESSOR = "model.safetensors", "preprocessor_config.json"

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import tiny_model
-from faults.conftest import SEED
-from faults.processes import caught, is_sentence, refused_well, run
 from safetensors.torch import load_file, save_file
 
+from faults.conftest import SEED
+from faults.processes import caught, is_sentence, refused_well, run
 from prompt_cam_hf import PromptCAMForImageClassification
 from prompt_cam_hf.loading import load_pipeline
 
@@ -139,6 +139,7 @@ def test_an_altered_config_is_refused_or_harmless(world, weights, tmp_path, refu
     ran = run(load_both, str(folder), str(weights), seconds=SECONDS)
     assert ran.code == 0, ran
     assert not (folder / "executed").exists(), "a repository's code was run"
+    assert "[y/N]" not in ran.out, "the user was asked whether to run it"
     by_hand, by_command = ran.told
     assert "returned" in by_hand or refused_well(by_hand), by_hand
     if "returned" in by_command:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from faults.conftest import SEED
-from faults.processes import caught, is_sentence, run
 from PIL import Image
 
+from faults.conftest import SEED
+from faults.processes import caught, is_sentence, run
 from prompt_cam_hf.data.images import open_image, unreadable_reason
 
 KIND = "images"

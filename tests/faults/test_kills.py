@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from faults.conftest import SEED, World, draw_classes
-from faults.processes import prompt_cam, run, start, train, train_taxonomy
 from PIL import Image
 from safetensors.torch import load_file
+
+from faults.conftest import SEED, World, draw_classes
+from faults.processes import prompt_cam, run, start, train, train_taxonomy
 
 KIND = "kills"
 KILLS = 6  # of each command, spread over its time
@@ -102,8 +103,8 @@ COMMANDS = {
     "evaluate": Command(
         prompt_cam,
         lambda world, out: [
-            "evaluate", world.model, "--data", world.photos, "--out", out, "--device", "cpu",
-            "--metrics", "accuracy", "--metrics", "deletion",
+            "evaluate", world.model, "--data", many(world), "--out", out, "--device", "cpu",
+            "--metrics", "accuracy", "--metrics", "deletion", "--limit", 64,
         ],
         "index.html",
         ("evaluation.json", "measurements.parquet"),
@@ -297,7 +298,7 @@ STATES = [
 def fixture_unfinished(world, tmp_path_factory):
     """A run that was killed when it had something to go on with."""
     made: dict[str, Path] = {}
-    ready = {"train": "checkpoint-*/complete", "atlas": "atlas_parts/sums.npz", "evaluate": "evaluation_parts/*"}
+    ready = {"train": "checkpoint-*/complete", "atlas": "atlas_parts/sums.npz", "evaluate": "evaluation_parts/part*"}
 
     def make(name: str) -> Path:
         if name not in made:
@@ -313,7 +314,9 @@ def fixture_unfinished(world, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize(("name", "command", "damage"), [pytest.param(*row, id=f"{row[1]}: {row[0]}") for row in STATES])
+@pytest.mark.parametrize(
+    ("name", "command", "damage"), [pytest.param(*row, id=f"{row[1]}: {row[0]}") for row in STATES]
+)
 def test_a_damaged_state_is_refused_or_made_again(
     world, uninterrupted, unfinished, tmp_path, refused, name, command, damage
 ):
