@@ -73,7 +73,7 @@ COMMANDS = {
     "atlas": (prompt_cam, lambda model, world: ["atlas", model, world.photos, "--out", "out"]),
     "evaluate": (
         prompt_cam,
-        lambda model, world: ["evaluate", model, "--data", world.photos, "--out", "out", "--metrics", "accuracy"],
+        lambda model, world: ["evaluate", model, "--data", world.photos, "--out", "out", "--limit", "4"],
     ),
     "publish": (
         prompt_cam,

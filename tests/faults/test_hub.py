@@ -43,14 +43,11 @@ FAULTS = {
     "weights: break off": ("GET /cdn", {}),
     "weights: too short": ("GET /cdn", {"content": b"short"}),
     "weights: too long": ("GET /cdn", {"content": bytes(1 << 20)}),
+    "weights: one 500": ("GET /cdn", SICK | {"times": 1}),
     "everything hangs": (".", HANG),
     "everything: 429": (".", BUSY),
 }  # fmt: skip
-HARMLESS = {
-    "nothing": ("never", {}),
-    "one 500": ("GET /cdn", SICK | {"times": 1}),
-    "one break": ("GET /cdn", {"times": 1}),
-}
+HARMLESS = {"nothing": ("never", {}), "one break": ("GET /cdn", {"times": 1})}
 
 
 def predict_from(url: str, home: str, *arguments: str) -> None:

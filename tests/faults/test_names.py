@@ -76,7 +76,7 @@ SAYS = {
         NAMES["a fence"],
     ],
     "atlas": ["atlas", "model", "photos.parquet", "--out", "atlas"],
-    "evaluate": ["evaluate", "model", "--data", "photos.parquet", "--out", "evaluated", "--metrics", "accuracy"],
+    "evaluate": ["evaluate", "model", "--data", "photos.parquet", "--out", "evaluated", "--limit", "4"],
     "publish": CARD,
     "publish with a data set's name": [*CARD, "--dataset", NAMES["line breaks"]],
     "a class that there is not": ["explain", "model", "photos", "--out", "x", "--classes", "\x1b[2Jnowhere\nnow"],
