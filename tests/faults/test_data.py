@@ -179,7 +179,7 @@ def test_a_folder_is_read_as_it_is(tmp_path, refused, name, make, expected):
 def test_images_are_found_once(tmp_path, refused, name, make):
     """As `predict FOLDER` looks for them; a broken link is an image that cannot be read, or none."""
     told = _answer(make, tmp_path / "photos", count_files)
-    assert told["returned"] in (
+    assert told.get("returned") in (
         len(COLOURS) * NUMBER,
         len(COLOURS) * NUMBER + ("x.png" in os.listdir(tmp_path / "photos/red")),
     )
@@ -402,10 +402,10 @@ RECIPES: list[tuple[str, list[str]]] = [
     ("a rate that is no number", ["--learning_rate=.nan"]),
     ("a rate without end", ["--learning_rate=.inf"]),
     ("a mean that is no number", ["--image_mean=[.nan, 0.5, 0.5]"]),
-    ("10^18 epochs", ["--num_train_epochs=" + "1" + "0" * 18]),
+    ("no epochs", ["--num_train_epochs=0"]),
     ("an option twice", ["--seed=1", "--seed=2", "--nothing=3"]),
     ("an unknown setting", ["--trainer.nothing=1"]),
-    ("a setting of another type", ["--trainer.adam_beta1=[1]"]),
+    ("a setting of another type", ["--trainer.gradient_accumulation_steps=[1]"]),
     ("an output that is a file", ["--output_dir=/dev/null"]),
 ]
 
