@@ -119,11 +119,11 @@ def as_folder(folder: Path) -> None:
 
 HUGE_HEADER = struct.pack("<Q", 1 << 62)
 BOMB = b'{"a":{"dtype":"F32","shape":[1000000000,1000000000],"data_offsets":[0,4]}}'
-PARTS = ("class_prompts", "agnostic_prompts", "classifier", "backbone.layernorm", "layers.1", "patch_embeddings")
+PARTS = ("class_prompts", "agnostic_prompts", "classifier", "backbone.layernorm", "layer.1.", "patch_embeddings")
 
 # (name, which checkpoint, damage)
 REFUSED = [
-    *((f"cut to {share:.0%}", "model", on_bytes(lambda c, s=share: c[: int(len(c) * s)]))
+    *((f"cut to {share:.1%}", "model", on_bytes(lambda c, s=share: c[: int(len(c) * s)]))
       for share in (0, 0.001, 0.01, 0.1, 0.5, 0.9, 0.999)),
     ("one byte too long", "model", on_bytes(lambda content: content + b"\0")),
     ("zeros", "model", on_bytes(lambda content: bytes(len(content)))),
@@ -138,14 +138,13 @@ REFUSED = [
     *((f"no {part}", "model", without(part)) for part in PARTS),
     ("no tensors", "model", on_tensors(lambda tensors: {"nothing": torch.zeros(1)})),
     *((f"{value} in {part}", "model", filled(part, value))
-      for value in (float("nan"), float("inf")) for part in ("class_prompts", "classifier", "layers.2")),
+      for value in (float("nan"), float("inf")) for part in ("class_prompts", "classifier", "layer.2.")),
     *((f"{part} {what}", "model", reshaped(part, change))
       for part in ("class_prompts", "classifier.weight", "backbone.layernorm.weight")
       for what, change in (("longer", lambda t: torch.cat([t, t])), ("with one axis more", lambda t: t[None]),
                            ("empty", lambda t: t[:0]))),
     ("whole numbers", "model", typed(torch.int64)),
     ("truth values", "model", typed(torch.bool)),
-    ("an unknown tensor", "model", with_more(stranger=torch.zeros(3))),
     ("NaN in class prompts", "prompts", filled("class_prompts", float("nan"))),
     ("no classifier", "prompts", without("classifier")),
     ("cut to a half", "prompts", on_bytes(lambda content: content[: len(content) // 2])),
@@ -165,9 +164,10 @@ REFUSED = [
 HARMLESS = [
     ("half precision", "model", typed(torch.float16)),
     ("double precision", "model", typed(torch.float64)),
+    ("an unknown tensor", "model", with_more(stranger=torch.zeros(3))),
 ]
 FLIPPED = [(f"bit {seed} of the header", "model", flipped(SEED + seed)) for seed in range(8)]
-SHORT = ("cut to 50%", "no class_prompts", "a backbone's norm of its own")
+SHORT = ("cut to 50.0%", "no class_prompts", "a backbone's norm of its own")
 
 
 def params(rows: list) -> list:

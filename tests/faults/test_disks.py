@@ -44,7 +44,7 @@ def fixture_expected(world, tmp_path_factory):
 # --- A full disk ---
 
 
-@pytest.mark.parametrize("size", [100, 5_000, 60_000])
+@pytest.mark.parametrize("size", [8_000, 20_000, 100_000])
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "prepare"])
 def test_a_quota_is_told_and_nothing_half_written_counts(world, expected, tmp_path, refused, name, size):
     command, out = COMMANDS[name], tmp_path / "out"
