@@ -113,7 +113,7 @@ def test_the_installed_command_runs_no_code(world, tmp_path):
     """As a user types it, with `y` on standard input."""
     model = shutil.copytree(world.model, tmp_path / "model")
     (model / "evil.py").write_text(EVIL)
-    in_processor(model)
+    in_unknown_processor(model)
     command = [sys.executable, "-m", "prompt_cam_hf", "predict", str(model), str(world.photos / "test")]
     ran = subprocess.run(command, input="y\n" * 20, capture_output=True, text=True, cwd=tmp_path, timeout=120)
     assert not list(tmp_path.rglob("executed")), ran.stderr[-2000:]
