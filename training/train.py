@@ -10,7 +10,8 @@ The best epoch is chosen on the validation part; the test split is looked at onc
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -36,6 +37,7 @@ from prompt_cam_hf.data.splits import ImageData, load_image_data
 from prompt_cam_hf.files import write_atomically
 from prompt_cam_hf.hub.publish import publish
 from prompt_cam_hf.hub.upload import check_license, check_repo_id, explained_upload_errors, find_token
+from prompt_cam_hf.messages import tell_error
 from prompt_cam_hf.metrics.classification import ClassificationReport, build_compute_metrics
 from prompt_cam_hf.modeling.backbone_prompt_cam import embed, grid_size, image_size
 from prompt_cam_hf.training.data import ImageDataset, TrainingAugmentation
@@ -447,16 +449,21 @@ def _print_results(result: TrainResult, recipe: Recipe, data: ImageData) -> None
     print(f"Saved in {result.output_dir}")
 
 
-def refuse(error: Exception) -> None:
-    """End the program with one sentence, which the first process alone prints.
+@contextmanager
+def one_sentence_exit(*documented: type[Exception]) -> Iterator[None]:
+    """End the program with one sentence, which the first process alone prints, where an error is raised.
 
     Args:
-        error: What was raised.
+        *documented: Kinds of errors that tell a user what to do, beside OSError and ValueError.
 
     Raises:
-        SystemExit: always.
+        SystemExit: in place of the error.
     """
-    sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+    try:
+        yield
+    except Exception as error:
+        sentence = f"error: {tell_error(error, (OSError, ValueError, *documented))}"
+        raise SystemExit(sentence if os.environ.get("RANK", "0") == "0" else 1) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -466,17 +473,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The words of the command line; by default those of this process.
 
     Raises:
-        SystemExit: recipe, data or backbone are refused.
+        SystemExit: recipe, data or backbone are refused, or training failed.
     """
-    try:
+    with one_sentence_exit(TypeError):
         recipe = parse_recipe(sys.argv[1:] if arguments is None else arguments)
-    except (OSError, TypeError, ValueError) as error:
-        refuse(error)
-    try:
-        run = prepare_run(recipe)
-    except (OSError, ValueError) as error:
-        refuse(error)
-    run.train()
+    with one_sentence_exit(FloatingPointError):
+        prepare_run(recipe).train()
     PartialState().destroy_process_group()
 
 
@@ -489,8 +491,8 @@ __all__ = [
     "holds_run",
     "load_data",
     "main",
+    "one_sentence_exit",
     "prepare_run",
-    "refuse",
     "train",
 ]
 

@@ -26,16 +26,23 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, Subset
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from prompt_cam_hf import PromptCAMForImageClassification
 from prompt_cam_hf.data.splits import ImageData
 from prompt_cam_hf.data.taxonomy_tree import Taxonomy, read_taxonomy
 from prompt_cam_hf.explanations.taxonomy_path import TAXONOMY_FILE
 from prompt_cam_hf.files import write_atomically
+from prompt_cam_hf.loading import load_image_processor
 from prompt_cam_hf.training.data import ImageDataset
 from prompt_cam_hf.training.recipe import Recipe, parse_recipe, training_arguments
-from prompt_cam_hf.training.train import RESULTS_FILE, check_same_recipe, holds_run, load_data, refuse, train
+from prompt_cam_hf.training.train import (
+    RESULTS_FILE,
+    check_same_recipe,
+    holds_run,
+    load_data,
+    one_sentence_exit,
+    train,
+)
 from prompt_cam_hf.training.trainer import on_main_process
 
 LEVELS_FOLDER = "levels"
@@ -237,7 +244,7 @@ def _put_together(folder: Path, runs: list[Path]) -> TaxonomyResult:
         model.load_prompts(run, run.name)
     model.set_prompts(runs[-1].name)
     results = {run.name: json.loads((run / RESULTS_FILE).read_text(encoding="utf-8")) for run in runs}
-    return TaxonomyResult(model.eval(), AutoImageProcessor.from_pretrained(first), folder, results, None)
+    return TaxonomyResult(model.eval(), load_image_processor(first), folder, results, None)
 
 
 def _save(result: TaxonomyResult, include_backbone: bool) -> None:
@@ -278,13 +285,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(rest):
         print(__doc__)
-    try:
+    with one_sentence_exit(TypeError):
         recipe = parse_recipe(rest)
         if given.taxonomy is None:
             raise ValueError("There is no tree; give one as --taxonomy TREE.csv.")
+    with one_sentence_exit(FloatingPointError):
         train_taxonomy(recipe, read_taxonomy(given.taxonomy))
-    except (OSError, TypeError, ValueError) as error:
-        refuse(error)
     PartialState().destroy_process_group()
 
 

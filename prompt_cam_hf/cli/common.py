@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from prompt_cam_hf.messages import printable, tell_error
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -49,17 +51,20 @@ DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps .
 
 
 def say(message: str, style: str = "") -> None:
-    """Print a line to standard error, as it is."""
-    messages.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+    """Print lines to standard error; what would move the cursor is written as an escape."""
+    text = "\n".join(map(printable, message.split("\n")))
+    messages.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def one_sentence_errors() -> Iterator[None]:
-    """Turn the errors that a user can mend into one sentence and the exit status 2."""
+    """Turn an error into one sentence and the exit status 2."""
     try:
         yield
-    except (OSError, ValueError) as error:
-        say(f"Error: {error}", style="red")
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        say(f"Error: {tell_error(error)}", style="red")
         raise typer.Exit(2) from error
 
 

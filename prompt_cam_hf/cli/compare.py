@@ -16,7 +16,6 @@ from prompt_cam_hf.cli.common import (
     OutOption,
     OverwriteOption,
     ScaleOption,
-    one_sentence_errors,
     output_paths,
     save_result,
 )
@@ -48,13 +47,12 @@ def compare(
     from prompt_cam_hf.explanations.figures import check_head_count
     from prompt_cam_hf.loading import load_pipeline
 
-    with one_sentence_errors():
-        outputs = output_paths([image], out, "comparison", overwrite)
-        classifier = load_pipeline(model, device)
-        check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
-        comparison = compare_classes(classifier, image, classes or None, true=true, kind=kind, method=method)
-        save_result(comparison, outputs[image], heads=heads, scale=scale, outline=outline)
-        print(comparison)
+    outputs = output_paths([image], out, "comparison", overwrite)
+    classifier = load_pipeline(model, device)
+    check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
+    comparison = compare_classes(classifier, image, classes or None, true=true, kind=kind, method=method)
+    save_result(comparison, outputs[image], heads=heads, scale=scale, outline=outline)
+    print(comparison)
 
 
 __all__ = ["compare"]

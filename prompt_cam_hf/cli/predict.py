@@ -19,7 +19,6 @@ from prompt_cam_hf.cli.common import (
     ImagesArgument,
     ModelArgument,
     messages,
-    one_sentence_errors,
     open_readable,
 )
 
@@ -44,9 +43,8 @@ def predict(
     from prompt_cam_hf.data.images import find_images
     from prompt_cam_hf.loading import load_pipeline
 
-    with one_sentence_errors():
-        files = find_images(images)
-        classifier = load_pipeline(model, device)
+    files = find_images(images)
+    classifier = load_pipeline(model, device)
     readable: list[Path] = []
 
     def opened() -> "Iterator[Image.Image]":

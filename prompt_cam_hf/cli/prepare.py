@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from prompt_cam_hf.cli.common import one_sentence_errors, say
+from prompt_cam_hf.cli.common import say
 
 if TYPE_CHECKING:
     from prompt_cam_hf.data.prepare import Plan
@@ -44,17 +44,16 @@ def prepare(
     """
     from prompt_cam_hf.data.prepare import make_plan, open_source, write_image_folder
 
-    with one_sentence_errors():
-        options = {
-            "taxa": _parse_ranks(taxa),
-            "without": _parse_ranks(without),
-            "test_fraction": test_fraction,
-            "seed": seed,
-        }
-        with open_source(dataset, source) as opened:
-            plan = make_plan(dataset, opened, options=options, skip_missing=skip_missing)
-            say(f"{plan.summary()}\nFrom {source} into {destination}.")
-            write_image_folder(plan, opened, destination.expanduser())
+    options = {
+        "taxa": _parse_ranks(taxa),
+        "without": _parse_ranks(without),
+        "test_fraction": test_fraction,
+        "seed": seed,
+    }
+    with open_source(dataset, source) as opened:
+        plan = make_plan(dataset, opened, options=options, skip_missing=skip_missing)
+        say(f"{plan.summary()}\nFrom {source} into {destination}.")
+        write_image_folder(plan, opened, destination.expanduser())
     _print_counts(plan)
 
 
