@@ -110,10 +110,16 @@ def _read_folder(folder: Path) -> dict[str, SourceSplit]:
     else:
         found = {"train": folder}
     class_names = sorted({path.name for split_folder in found.values() for path in _visible_folders(split_folder)})
-    return {split: _read_class_folders(split_folder, class_names) for split, split_folder in found.items()}
+    # A link in one class may lead to another, or to another split.
+    apart = [
+        folder,
+        *found.values(),
+        *(path for split_folder in found.values() for path in _visible_folders(split_folder)),
+    ]
+    return {split: _read_class_folders(split_folder, class_names, apart) for split, split_folder in found.items()}
 
 
-def _read_class_folders(folder: Path, class_names: list[str]) -> SourceSplit:
+def _read_class_folders(folder: Path, class_names: list[str], apart: list[Path]) -> SourceSplit:
     """Read one split; an image's class is the folder directly below `folder` that it lies in, at whatever depth.
 
     This is not left to the image folders of the datasets library: they pass over an empty class, take a file called
@@ -125,7 +131,7 @@ def _read_class_folders(folder: Path, class_names: list[str]) -> SourceSplit:
     empty: list[str] = []
     other: list[str] = []
     for class_folder in _visible_folders(folder):
-        inside = visible_files(class_folder)
+        inside = visible_files(class_folder, apart)
         images = [path for path in inside if path.suffix.lower() in suffixes]
         other += [str(path.relative_to(folder)) for path in inside if path.suffix.lower() not in suffixes]
         files += images
