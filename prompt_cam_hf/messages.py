@@ -5,6 +5,8 @@ import os
 import traceback
 
 # Set in the environment, it shows the traceback of every error.
+# What torch and safetensors say in errors of their own when a disk is full.
+_DISK_ERRORS = ("No space left on device", "File too large", "quota exceeded", "failed writing file")
 DEBUG_VARIABLE = "PROMPT_CAM_DEBUG"
 
 
@@ -29,6 +31,8 @@ def tell_error(error: BaseException, documented: tuple[type[BaseException], ...]
         traceback.print_exception(error)
     if isinstance(error, documented):
         return one_line(error)
+    if any(words in str(error) for words in _DISK_ERRORS):
+        return f"A file cannot be written ({one_line(error)[:300]}); is the disk full?"
     reason = f"{type(error).__name__}: {one_line(error)[:300]}"
     return (
         f"something went wrong that should not ({reason}); please report it with the traceback, which "

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -34,7 +34,7 @@ from prompt_cam_hf import PromptCAMForImageClassification
 from prompt_cam_hf.baselines import LinearProbe, VPTForImageClassification, build_linear_probe
 from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.data.splits import ImageData, load_image_data
-from prompt_cam_hf.files import write_atomically
+from prompt_cam_hf.files import LOCK_FILE, only_writer, write_atomically
 from prompt_cam_hf.hub.publish import publish
 from prompt_cam_hf.hub.upload import check_license, check_repo_id, explained_upload_errors, find_token
 from prompt_cam_hf.messages import tell_error
@@ -47,6 +47,7 @@ from prompt_cam_hf.training.trainer import (
     PromptCAMTrainer,
     complete_checkpoints,
     load_trained_parameters,
+    newest_checkpoint,
     on_main_process,
     remove_checkpoints_after,
 )
@@ -115,9 +116,16 @@ class Run:
             The finished run.
 
         Raises:
+            FileExistsError: another process writes to the output folder, or has written there since the run was
+                prepared.
             FloatingPointError: the loss became infinite or not a number.
         """
-        trainer, folder = self.trainer, Path(self.recipe.output_dir)
+        folder = Path(self.recipe.output_dir)
+        with only_writer(folder) if self.trainer.args.should_save else nullcontext():
+            return self._train(folder)
+
+    def _train(self, folder: Path) -> TrainResult:
+        trainer = self.trainer
         if trainer.args.should_save:
             self._open_folder(folder)
         trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
@@ -133,7 +141,8 @@ class Run:
         return result
 
     def _open_folder(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        if _find_checkpoint(self.recipe) != self.checkpoint:
+            raise FileExistsError(f"Another run has written to {folder} in the meantime; start this one again.")
         if self.checkpoint is None:
             write_atomically(folder / RECIPE_FILE, self.recipe.to_yaml().encode())
         remove_checkpoints_after(self.checkpoint, folder)
@@ -292,7 +301,7 @@ def _find_checkpoint(recipe: Recipe) -> Path | None:
     checkpoint = None
     if holds_run(folder, resume):
         check_same_recipe(recipe, folder)
-        checkpoint = next(reversed(complete_checkpoints(folder)), None)
+        checkpoint = newest_checkpoint(folder)
     if isinstance(resume, str) and resume != "auto":
         checkpoint = next((path for path in complete_checkpoints(folder) if path.samefile(resume)), None)
         if checkpoint is None:
@@ -313,7 +322,7 @@ def holds_run(folder: Path, resume: bool | str) -> bool:
     Raises:
         FileExistsError: it does, and the recipe does not say to resume.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(path.name == LOCK_FILE for path in folder.iterdir()):
         return False
     if resume is False:
         raise FileExistsError(

@@ -167,7 +167,7 @@ def visible_files(folder: Path, elsewhere: Iterable[Path] = ()) -> list[Path]:
     """
     found: list[Path] = []
     # Real folders come before links, so that files have their own paths.
-    waiting, links = [folder], []
+    waiting, links = [folder], list[Path]()
     seen = {_identity(path) for path in elsewhere} - {_identity(folder)}
     while waiting or links:
         current = waiting.pop() if waiting else links.pop(0)

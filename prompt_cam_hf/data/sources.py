@@ -109,13 +109,10 @@ def _read_folder(folder: Path) -> dict[str, SourceSplit]:
         found = {split: folder / name for split, name in _named_splits(split_like, f"The folder {folder}").items()}
     else:
         found = {"train": folder}
-    class_names = sorted({path.name for split_folder in found.values() for path in _visible_folders(split_folder)})
+    class_folders = [path for split_folder in found.values() for path in _visible_folders(split_folder)]
+    class_names = sorted({path.name for path in class_folders})
     # A link in one class may lead to another, or to another split.
-    apart = [
-        folder,
-        *found.values(),
-        *(path for split_folder in found.values() for path in _visible_folders(split_folder)),
-    ]
+    apart = [folder, *found.values(), *(path for path in class_folders if not path.is_symlink())]
     return {split: _read_class_folders(split_folder, class_names, apart) for split, split_folder in found.items()}
 
 
