@@ -5,9 +5,10 @@ import os
 import traceback
 
 # Set in the environment, it shows the traceback of every error.
+DEBUG_VARIABLE = "PROMPT_CAM_DEBUG"
+
 # What torch and safetensors say in errors of their own when a disk is full.
 _DISK_ERRORS = ("No space left on device", "File too large", "quota exceeded", "failed writing file")
-DEBUG_VARIABLE = "PROMPT_CAM_DEBUG"
 
 
 def printable(text: str) -> str:

@@ -110,8 +110,25 @@ class PromptCAMTrainer(Trainer):
         """
         super().__init__(model, args, **kwargs)
         self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
-        for callback in (SetEpochCallback(), _EvaluateSomeEpochs(eval_every_epochs), _KeepCheckpoints(), _Report()):
+        self._report = _Report()
+        for callback in (SetEpochCallback(), _EvaluateSomeEpochs(eval_every_epochs), _KeepCheckpoints(), self._report):
             self.add_callback(callback)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer` does; where it fails, the progress bar ends before anything is said of it.
+
+        Args:
+            *args: As for `Trainer`.
+            **kwargs: As for `Trainer`.
+
+        Returns:
+            As for `Trainer`.
+        """
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._report.training_bar is not None:
+                self._report.training_bar.close()
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Name the parameters that decay: all that are trained, as in the official recipe, the head's bias included.

@@ -6,6 +6,7 @@ import logging
 import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from zipfile import BadZipFile
 
 import datasets
 import numpy as np
@@ -164,8 +165,11 @@ def _collect_parts(
     grid = grid_size(config.backbone_config, *input_size(classifier.image_processor))
     sums, done = MapSums.zeros(config.num_labels, config.backbone_config.num_attention_heads, grid), 0
     if parts.state.exists():
-        with np.load(parts.state) as saved:
-            sums, done = MapSums(saved["sums"], saved["counts"]), int(saved["parts"])
+        try:
+            with np.load(parts.state) as saved:
+                sums, done = MapSums(saved["sums"], saved["counts"]), int(saved["parts"])
+        except (BadZipFile, EOFError, KeyError, OSError, ValueError) as error:
+            logger.warning("%s is damaged (%s); all images are looked at again.", parts.state, error)
     with tqdm(
         total=len(images),
         initial=min(done * PART_SIZE, len(images)),

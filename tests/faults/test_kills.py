@@ -280,8 +280,8 @@ STATES = [
     ("no recipe", "train", removed("recipe.yaml")),
     ("empty settings", "atlas", emptied("atlas_parts/settings.json")),
     ("half of the settings", "atlas", halved("atlas_parts/settings.json")),
-    ("empty sums", "atlas", emptied("atlas_parts/sums.npz")),
-    ("half of the sums", "atlas", halved("atlas_parts/sums.npz")),
+    ("empty sums", "atlas", emptied("atlas_parts/state")),
+    ("half of the sums", "atlas", halved("atlas_parts/state")),
     ("no part", "atlas", removed("atlas_parts/part-*")),
     ("empty part", "atlas", emptied("atlas_parts/part-*")),
     ("half of a part", "atlas", halved("atlas_parts/part-*")),
@@ -294,7 +294,7 @@ STATES = [
 def fixture_unfinished(world, tmp_path_factory):
     """A run that was killed when it had something to go on with."""
     made: dict[str, Path] = {}
-    ready = {"train": "checkpoint-*/complete", "atlas": "atlas_parts/sums.npz", "evaluate": "evaluation_parts/part*"}
+    ready = {"train": "checkpoint-*/complete", "atlas": "atlas_parts/state", "evaluate": "evaluation_parts/part*"}
 
     def make(name: str) -> Path:
         if name not in made:
