@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -21,10 +21,13 @@ def only_writer(folder: Path) -> Iterator[None]:
 
     The system lets go of the lock when this process ends, however it does. On Windows there is no lock.
 
+    A new folder in which nothing was written is removed again.
+
     Raises:
         FileExistsError: another process writes there; the message says which.
         OSError: the folder cannot be made.
     """
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     if sys.platform == "win32":
         yield
@@ -54,6 +57,9 @@ def only_writer(folder: Path) -> Iterator[None]:
                 yield
             finally:
                 path.unlink(missing_ok=True)
+                if is_new:
+                    with suppress(OSError):  # it holds something
+                        folder.rmdir()
             return
 
 

@@ -20,6 +20,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from prompt_cam_hf.data.images import MAX_SIDE
 from prompt_cam_hf.messages import one_line
 from prompt_cam_hf.modeling import (
     PromptCAMConfig,
@@ -27,9 +28,6 @@ from prompt_cam_hf.modeling import (
     PromptCAMImageClassificationPipeline,
 )
 from prompt_cam_hf.modeling.checkpoint_prompt_cam import explained_load_errors
-
-# Pixels a side that an image processor may make; beyond, no memory would hold the attention.
-_MAX_SIDE = 8192
 
 
 class Classifier(NamedTuple):
@@ -108,9 +106,9 @@ def load_image_processor(name: str | os.PathLike) -> BaseImageProcessor:
                     "deviations and factors above 0."
                 )
         for side in {**(settings.get("size") or {}), **(settings.get("crop_size") or {})}.values():
-            if not 0 < side <= _MAX_SIDE:
+            if not 0 < side <= MAX_SIDE:
                 raise ValueError(
-                    f"The image processor of {name} makes images of {side} pixels a side; 1 to {_MAX_SIDE} can be."
+                    f"The image processor of {name} makes images of {side} pixels a side; 1 to {MAX_SIDE} can be."
                 )
     return processor
 

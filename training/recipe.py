@@ -7,6 +7,7 @@ The defaults are the official DINO settings (Prompt-CAM, Chowdhury et al., CVPR 
 import contextlib
 import dataclasses
 import difflib
+import math
 import os
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,9 +15,22 @@ from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 import yaml
 from transformers import TrainingArguments
+
+from prompt_cam_hf.data.images import MAX_SIDE
+
+# Beyond these no machine would come to an end, so they are slips.
+_LARGEST = {
+    "dataloader_num_workers": 256,
+    "eval_batch_size": 100_000,
+    "image_size": MAX_SIDE,
+    "num_agnostic_prompts": 10_000,
+    "seed": 2**32 - 1,
+    "train_batch_size": 100_000,
+}
 
 
 def _key(text: str, **default: Any) -> Any:
@@ -122,11 +136,19 @@ class Recipe:
         self._check_combinations()
 
     def _check_ranges(self) -> None:
+        for name in ("data", "backbone", "output_dir"):
+            if not str(getattr(self, name)).strip():
+                raise ValueError(f"{name} is empty; the recipe has to name one.")
+        for name, value in vars(self).items():
+            if not all(math.isfinite(number) for number in np.ravel(value) if isinstance(number, float)):
+                raise ValueError(f"{name} must be finite, got {value}.")
         counts = ("train_batch_size", "num_train_epochs", "eval_every_epochs", "eval_batch_size")
         for name in (*counts, "image_size", "cache_views"):
             _require(getattr(self, name) >= 1, self, name, "at least 1")
         for name in ("warmup_epochs", "weight_decay", "dataloader_num_workers", "seed"):
             _require(getattr(self, name) >= 0, self, name, "0 or more")
+        for name, most in _LARGEST.items():
+            _require((getattr(self, name) or 0) <= most, self, name, f"at most {most:,}")
         for name in ("prompt_dropout", "drop_path_rate", "momentum", "validation_fraction"):
             _require(0 <= getattr(self, name) < 1, self, name, "at least 0 and below 1")
         _require(self.learning_rate > 0, self, "learning_rate", "above 0")
@@ -169,6 +191,12 @@ class Recipe:
                 raise ValueError(f"trainer.{name} is set by the recipe's own keys, and cannot be given under trainer.")
             if name not in known:
                 raise ValueError(_unknown(f"trainer.{name}", [f"trainer.{key}" for key in known - set(ours)]))
+        for argument in dataclasses.fields(TrainingArguments):
+            if argument.name in self.trainer and argument.type in (bool, int, float):
+                value = self.trainer[argument.name]
+                self.trainer[argument.name] = _convert(f"trainer.{argument.name}", value, argument.type)
+        if self.trainer.get("gradient_accumulation_steps", 1) < 1:
+            raise ValueError("trainer.gradient_accumulation_steps must be at least 1.")
 
     def to_yaml(self) -> str:
         """Write the recipe as text that gives the same run again; how the run was resumed is left out.
@@ -213,7 +241,9 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
     given, rest = parser.parse_known_args(arguments)
     path = given.__dict__.pop("recipe")
     kinds = get_type_hints(Recipe)
-    overrides = {name: text if _is_text(kinds[name]) else yaml.safe_load(text) for name, text in vars(given).items()}
+    overrides = {
+        name: text if _is_text(kinds[name]) else _parse_yaml(text, f"--{name}") for name, text in vars(given).items()
+    }
     if trainer := _parse_trainer_settings(rest):
         overrides["trainer"] = trainer
     return load_recipe(path, **overrides)
@@ -338,8 +368,15 @@ def _parse_trainer_settings(arguments: Sequence[str]) -> dict[str, Any]:
             if not rest:
                 raise ValueError(f"{flag} needs a value.")
             text = rest.pop(0)
-        settings[name.removeprefix("trainer.")] = yaml.safe_load(text)
+        settings[name.removeprefix("trainer.")] = _parse_yaml(text, flag)
     return settings
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def _read_yaml(path: str | os.PathLike) -> dict[str, Any]:
@@ -347,11 +384,8 @@ def _read_yaml(path: str | os.PathLike) -> dict[str, Any]:
         raise FileNotFoundError(f"There is no recipe file {os.fspath(path)!r}.")
     with open(path, encoding="utf-8") as file:
         text = file.read()
-    try:
-        content = yaml.safe_load(text)
-        keys = [node.value for node, _ in yaml.compose(text).value] if isinstance(content, dict) else []
-    except yaml.YAMLError as error:
-        raise ValueError(f"{os.fspath(path)} is not YAML: {' '.join(str(error).split())}") from error
+    content = _parse_yaml(text, os.fspath(path))
+    keys = [node.value for node, _ in yaml.compose(text).value] if isinstance(content, dict) else []
     if not isinstance(content, dict):
         raise ValueError(f"{os.fspath(path)} is not a recipe: it must hold lines of the form `key: value`.")
     for key in keys:

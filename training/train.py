@@ -248,6 +248,11 @@ def prepare_run(recipe: Recipe, data: ImageData | None = None) -> Run:
     if recipe.hub_model_id and arguments.should_save:
         _check_upload(recipe)
     data = data or on_main_process(partial(load_data, recipe))
+    if recipe.train_batch_size > len(data.train):
+        raise ValueError(
+            f"train_batch_size is {recipe.train_batch_size}, but there are only {len(data.train)} training images; "
+            "choose at most as many."
+        )
     # The order of these two makes the prompts the same in every process and every time.
     set_seed(recipe.seed)
     model = _build_model(recipe, data.id2label).to(arguments.device)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from prompt_cam_hf.messages import printable, tell_error
+from prompt_cam_hf.messages import one_line, printable, tell_error
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -56,6 +56,11 @@ def say(message: str, style: str = "") -> None:
     messages.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+def show(result: object) -> None:
+    """Print a result to standard output; what would move the cursor is written as an escape."""
+    print("\n".join(map(printable, str(result).split("\n"))))
+
+
 @contextmanager
 def one_sentence_errors() -> Iterator[None]:
     """Turn an error into one sentence and the exit status 2."""
@@ -76,7 +81,7 @@ def open_readable(files: Iterable[Path]) -> Iterator[tuple[Path, "Image.Image"]]
         try:
             image = open_image(file)
         except (UnreadableImageError, OSError) as error:
-            say(f"Left out: {error}", style="yellow")
+            say(f"Left out: {one_line(error)}", style="yellow")
             continue
         yield file, image
 
@@ -150,4 +155,5 @@ __all__ = [
     "output_paths",
     "save_result",
     "say",
+    "show",
 ]

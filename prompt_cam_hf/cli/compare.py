@@ -18,6 +18,7 @@ from prompt_cam_hf.cli.common import (
     ScaleOption,
     output_paths,
     save_result,
+    show,
 )
 
 
@@ -52,7 +53,7 @@ def compare(
     check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
     comparison = compare_classes(classifier, image, classes or None, true=true, kind=kind, method=method)
     save_result(comparison, outputs[image], heads=heads, scale=scale, outline=outline)
-    print(comparison)
+    show(comparison)
 
 
 __all__ = ["compare"]

@@ -22,6 +22,7 @@ from prompt_cam_hf.cli.common import (
     open_readable,
     output_paths,
     save_result,
+    show,
 )
 
 
@@ -66,7 +67,7 @@ def explain(
         for file, explanation in zip(batch, explanations, strict=True):
             explanation = replace(explanation, source=str(file))
             save_result(explanation, outputs[file], heads=heads, scale=scale, outline=outline)
-            print(explanation, end="\n\n")
+            show(f"{explanation}\n")
         num_explained += len(batch)
     if num_explained < len(outputs):
         raise typer.Exit(1)

@@ -21,6 +21,7 @@ from prompt_cam_hf.cli.common import (
     messages,
     open_readable,
 )
+from prompt_cam_hf.messages import printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -78,7 +79,7 @@ def _print_predictions(files: list[Path], answers: list[list[dict[str, Any]]], o
     table = Table(*columns)
     table.columns[0].overflow = "fold"
     for row in cells:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     Console().print(table, markup=False)
 
 

@@ -20,6 +20,7 @@ from prompt_cam_hf.cli.common import (
     open_readable,
     output_paths,
     save_result,
+    show,
 )
 
 
@@ -58,7 +59,7 @@ def taxonomy(
     for file, image in open_readable(outputs):
         path = replace(explain_path(classifier, image, levels, kind=kind), source=str(file))
         save_result(path, outputs[file], heads=heads, scale=scale, outline=outline)
-        print(path)
+        show(path)
         num_explained += 1
     if num_explained < len(outputs):
         raise typer.Exit(1)

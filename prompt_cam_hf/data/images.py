@@ -18,6 +18,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import is_torchvision_available
 
+from prompt_cam_hf.messages import printable
+
 logger = logging.getLogger(__name__)
 
 # Pixels only: for PostScript Pillow would start Ghostscript.
@@ -29,6 +31,9 @@ _FORMATS = {
 # Sets the most pixels that an image may have; a small file may hold gigabytes of them.
 MAX_PIXELS_VARIABLE = "PROMPT_CAM_MAX_PIXELS"
 _MAX_PIXELS = 128_000_000
+
+# Pixels a side that an image processor may make; beyond, no memory would hold the attention.
+MAX_SIDE = 8192
 
 ImageSource = str | os.PathLike | bytes | Image.Image | Mapping[str, Any]
 
@@ -137,7 +142,7 @@ def open_image(source: ImageSource) -> Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise nearly every type there is on broken files
         name = image_name(source) or "given as bytes or pixels"
-        raise UnreadableImageError(f"Cannot read the image {name}: {_reason(error)}") from error
+        raise UnreadableImageError(f"Cannot read the image {printable(name)}: {_reason(error)}") from error
 
 
 def image_suffixes() -> set[str]:
@@ -209,7 +214,7 @@ def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
-            raise FileNotFoundError(f"There is no file or folder {path}.")
+            raise FileNotFoundError(f"There is no file or folder {printable(str(path))}.")
         if not path.is_dir():
             found.append(path)
             continue
@@ -261,8 +266,8 @@ def build_image_processor(
         ValueError: a size is below one pixel, or the statistics are not three numbers.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise ValueError(f"image_size is {image_size!r}; it has to be a side or (rows, cols) in pixels, from 1 up.")
+    if len(size) != 2 or not all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in size):
+        raise ValueError(f"image_size is {image_size!r}; it has to be a side or (rows, cols), 1 to {MAX_SIDE} pixels.")
     if len(image_mean) != 3 or len(image_std) != 3 or min(image_std) <= 0:
         raise ValueError(
             f"image_mean is {image_mean!r} and image_std {image_std!r}; each has to be three numbers, one a channel, "
@@ -287,6 +292,7 @@ def build_image_processor(
 
 __all__ = [
     "MAX_PIXELS_VARIABLE",
+    "MAX_SIDE",
     "UnreadableImageError",
     "build_image_processor",
     "find_images",

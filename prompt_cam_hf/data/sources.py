@@ -9,13 +9,15 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import datasets
 import pandas as pd
+import pyarrow as pa
 from datasets.exceptions import DatasetNotFoundError
 
 from prompt_cam_hf.data.images import image_suffixes, visible_files
+from prompt_cam_hf.messages import one_line, printable
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ def some_of(names: Iterable[object]) -> str:
     Returns:
         Such as "a, b, c, d, e and 7 more".
     """
-    ordered = [str(name) for name in names]
+    ordered = [printable(str(name)) for name in names]
     rest = len(ordered) - _MAX_NAMED
     return ", ".join(ordered[:_MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
@@ -150,14 +152,24 @@ def _read_csv(path: Path) -> datasets.Dataset:
     try:
         # As text, so that a class may be called NA and keep its leading zeros.
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        # A stray space would make a second class.
+        return datasets.Dataset.from_pandas(frame.apply(lambda column: column.str.strip()), preserve_index=False)
     except ValueError as error:  # what pandas raises for a malformed file and for a wrong encoding
-        raise ValueError(f"{path} cannot be read as CSV in UTF-8: {error}") from error
-    # A stray space would make a second class.
-    return datasets.Dataset.from_pandas(frame.apply(lambda column: column.str.strip()), preserve_index=False)
+        raise ValueError(f"{path} cannot be read as CSV in UTF-8: {one_line(error)[:300]}") from error
+
+
+def _read_parquet(path: Path) -> datasets.Dataset:
+    try:
+        return cast(datasets.Dataset, datasets.Dataset.from_parquet(str(path)))
+    except (datasets.exceptions.DatasetGenerationError, datasets.table.CastError, pa.ArrowException) as error:
+        reason = one_line(error.__cause__ or error)[:300]
+        raise ValueError(
+            f"{path} cannot be read as Parquet: it is damaged, or another kind of file ({reason})."
+        ) from error
 
 
 def _read_table(path: Path, image_column: str, label_column: str) -> dict[str, SourceSplit]:
-    table = _read_csv(path) if path.suffix.lower() == ".csv" else datasets.Dataset.from_parquet(str(path))
+    table = _read_csv(path) if path.suffix.lower() == ".csv" else _read_parquet(path)
     images, labels, class_names = _read_columns(table, str(path), path.parent, image_column, label_column)
     if "split" not in table.column_names:
         return {"train": SourceSplit(images, labels, class_names)}
@@ -258,7 +270,10 @@ def _load_dataset(source: str, name: str | None, revision: str | None) -> datase
     try:
         return datasets.load_dataset(source, name=name, revision=revision)
     except (DatasetNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(f"{missing}, and no data set could be had from the Hub: {error}") from error
+        raise FileNotFoundError(f"{missing}, and no data set could be had from the Hub: {one_line(error)}") from error
+    except (datasets.exceptions.DatasetGenerationError, datasets.table.CastError, pa.ArrowException) as error:
+        reason = one_line(error.__cause__ or error)[:300]
+        raise ValueError(f"The files of {source} are damaged, or of another kind ({reason}).") from error
 
 
 def _read_dataset_dict(
