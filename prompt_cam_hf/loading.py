@@ -149,7 +149,9 @@ def _refusals(name: str | os.PathLike) -> Iterator[None]:
     try:
         with explained_load_errors(name):
             yield
-    except OSError:
+    except OSError as error:
+        if "Consistency check failed" in str(error):
+            raise ConnectionError(f"The Hub sent a file of {name} of the wrong size; try again.") from error
         raise
     except HFValidationError as error:
         raise FileNotFoundError(

@@ -35,6 +35,7 @@ from prompt_cam_hf.baselines import LinearProbe, VPTForImageClassification, buil
 from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.data.splits import ImageData, load_image_data
 from prompt_cam_hf.files import LOCK_FILE, only_writer, write_atomically
+from prompt_cam_hf.hub.patience import limit_waiting
 from prompt_cam_hf.hub.publish import publish
 from prompt_cam_hf.hub.upload import check_license, check_repo_id, explained_upload_errors, find_token
 from prompt_cam_hf.messages import tell_error
@@ -473,6 +474,7 @@ def one_sentence_exit(*documented: type[Exception]) -> Iterator[None]:
     Raises:
         SystemExit: in place of the error.
     """
+    limit_waiting()
     try:
         yield
     except Exception as error:

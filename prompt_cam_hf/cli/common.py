@@ -63,7 +63,10 @@ def show(result: object) -> None:
 
 @contextmanager
 def one_sentence_errors() -> Iterator[None]:
-    """Turn an error into one sentence and the exit status 2."""
+    """Turn an error into one sentence and the exit status 2, and wait for the Hub for a bounded time."""
+    from prompt_cam_hf.hub.patience import limit_waiting
+
+    limit_waiting()
     try:
         yield
     except (typer.Exit, typer.Abort):
