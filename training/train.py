@@ -30,7 +30,6 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import IntervalStrategy
 
-from prompt_cam_hf import PromptCAMForImageClassification
 from prompt_cam_hf.baselines import LinearProbe, VPTForImageClassification, build_linear_probe
 from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.data.splits import ImageData, load_image_data
@@ -40,6 +39,7 @@ from prompt_cam_hf.hub.publish import publish
 from prompt_cam_hf.hub.upload import check_license, check_repo_id, explained_upload_errors, find_token
 from prompt_cam_hf.messages import tell_error
 from prompt_cam_hf.metrics.classification import ClassificationReport, build_compute_metrics
+from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.modeling.backbone_prompt_cam import embed, grid_size, image_size
 from prompt_cam_hf.training.data import ImageDataset, TrainingAugmentation
 from prompt_cam_hf.training.features import DEFAULT_CACHE_DIR, FeatureCollator, FeatureDataset, cache_features

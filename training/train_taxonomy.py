@@ -28,12 +28,12 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Subset
 from transformers.image_processing_utils import BaseImageProcessor
 
-from prompt_cam_hf import PromptCAMForImageClassification
 from prompt_cam_hf.data.splits import ImageData
 from prompt_cam_hf.data.taxonomy_tree import Taxonomy, read_taxonomy
 from prompt_cam_hf.explanations.taxonomy_path import TAXONOMY_FILE
 from prompt_cam_hf.files import only_writer, write_atomically
 from prompt_cam_hf.loading import load_image_processor
+from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.training.data import ImageDataset
 from prompt_cam_hf.training.recipe import Recipe, parse_recipe, training_arguments
 from prompt_cam_hf.training.train import (

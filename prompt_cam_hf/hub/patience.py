@@ -36,6 +36,8 @@ def limit_waiting() -> None:
     def make_client() -> Any:
         client = factory()
         client._transport = _Impatient(client._transport)
+        # Those of proxies.
+        client._mounts = {url: transport and _Impatient(transport) for url, transport in client._mounts.items()}
         return client
 
     set_client_factory(make_client)
