@@ -3,7 +3,7 @@ PYTHON ?= python3
 NEWEST := .venv
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-newest test-oldest test-processors lint format bench clean
+.PHONY: demo test test-newest test-oldest test-processors test-faults lint format bench clean
 
 # Trains on drawn birds, offline, and shows what the trait maps are worth: docs/demo.md.
 demo: $(NEWEST)/installed
@@ -12,7 +12,7 @@ demo: $(NEWEST)/installed
 test: test-newest test-oldest
 
 test-newest: $(NEWEST)/installed
-	$(NEWEST)/bin/python -m pytest -n 2
+	$(NEWEST)/bin/python -m pytest -n 2 -m "not (faults and slow)"
 
 # The oldest supported transformers runs the fast part.
 test-oldest: $(OLDEST)/installed
@@ -25,6 +25,10 @@ test-processors: $(NEWEST)/installed
 	ATEN_CPU_CAPABILITY=default $(OTHER_PROCESSOR) --misalign 4
 	ONEDNN_MAX_CPU_ISA=AVX2 $(OTHER_PROCESSOR) --misalign 8
 	ONEDNN_MAX_CPU_ISA=SSE41 $(OTHER_PROCESSOR) --misalign 16
+
+# The whole campaign of faults, and a table of what it found.
+test-faults: $(NEWEST)/installed
+	$(NEWEST)/bin/python -m pytest -n 2 --dist loadfile tests/faults
 
 lint: $(NEWEST)/installed
 	$(NEWEST)/bin/ruff check .

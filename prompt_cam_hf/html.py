@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
+
+from prompt_cam_hf.messages import printable
 
 # Tried in turn until an image is small enough.
 _QUALITIES = (75, 60, 45, 30)
@@ -58,6 +61,7 @@ def render_page(template: str, **context: Any) -> str:
     environment = Environment(
         loader=PackageLoader("prompt_cam_hf", "templates"),
         autoescape=True,
+        finalize=_visible,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -65,6 +69,14 @@ def render_page(template: str, **context: Any) -> str:
     )
     environment.filters["percent"] = _percent
     return environment.get_template(template).render(context)
+
+
+def _visible(value: Any) -> Any:
+    """Text without what would hide in it or turn it around, such as U+202E."""
+    if not isinstance(value, str):
+        return value
+    shown = "".join(char if char.isprintable() or char in "\n\t" else printable(char) for char in value)
+    return Markup(shown) if isinstance(value, Markup) else shown
 
 
 def _percent(share: float) -> str:

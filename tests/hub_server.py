@@ -69,6 +69,10 @@ class Fault:
     status: int | None = None  # None: the body breaks off in its middle, though its whole length is announced
     times: int = 1
     message: str = "Internal error"
+    headers: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0  # before it answers at all, while others are answered
+    slow: bool = False  # a byte every half second
+    content: bytes | None = None  # the body, and what is announced of it, are of this
 
 
 @dataclass
@@ -93,14 +97,15 @@ class HubServer:
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
         self.lock = threading.Lock()
+        self.closing = threading.Event()
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.http.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.http.server_port}"
         # Large files lie with another host, as they do with the Hub. It must never see a token.
         self.storage_url = f"http://localhost:{self.http.server_port}"
 
-    def fail(self, pattern: str, status: int | None = None, times: int = 1, message: str = "Internal error") -> None:
-        self.faults.append(Fault(pattern, status, times, message))
+    def fail(self, pattern: str, status: int | None = None, times: int = 1, **more: Any) -> None:
+        self.faults.append(Fault(pattern, status, times, **more))
 
     def commits(self, repo_id: str, branch: str = "main") -> list[Commit]:
         """What was pushed, without the commit that the Hub made when it made the repository."""
@@ -124,6 +129,7 @@ def serve() -> Iterator[HubServer]:
     try:
         yield hub
     finally:
+        hub.closing.set()
         hub.http.shutdown()
         hub.http.server_close()
         thread.join()
@@ -171,13 +177,16 @@ class _Handler(BaseHTTPRequestHandler):
         with self.hub.lock:
             self.hub.requests.append(Request(self.command, self.path, dict(self.headers)))
             self.fault = self._take_fault(f"{self.command} {unquote(address.path)}")
+        if self.fault:
+            self.hub.closing.wait(self.fault.seconds)
+        with self.hub.lock:
             try:
                 if self.fault and self.fault.status:
                     raise Refusal(self.fault.status, self.fault.message)
                 self._user()
                 self._route(address.path)
             except Refusal as refusal:
-                headers = {"X-Error-Message": str(refusal)}
+                headers = {"X-Error-Message": str(refusal), **(self.fault.headers if self.fault else {})}
                 if refusal.code:
                     headers["X-Error-Code"] = refusal.code
                 self._send(refusal.status, json.dumps({"error": str(refusal)}).encode(), headers)
@@ -198,17 +207,25 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _send(self, status: int, body: bytes = b"", headers: dict[str, str] | None = None) -> None:
+        if self.fault and self.fault.content is not None and self.command != "HEAD":
+            body = self.fault.content
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "HEAD":
             return
-        if self.fault and self.fault.status is None:
+        if self.fault and self.fault.slow:
+            for byte in body:
+                self.wfile.write(bytes([byte]))
+                if self.hub.closing.wait(0.5):
+                    break
+            self.close_connection = True
+        elif self.fault and self.fault.status is None and not self.fault.seconds and self.fault.content is None:
             self.wfile.write(body[: len(body) // 2])
             self.close_connection = True
-            return
-        self.wfile.write(body)
+        else:
+            self.wfile.write(body)
 
     def _send_json(self, content: Any, status: int = 200) -> None:
         self._send(status, json.dumps(content).encode(), {"Content-Type": "application/json"})

@@ -129,7 +129,8 @@ def test_images_are_found_at_any_depth_and_through_links(tmp_path):
     (folder / "linked").symlink_to(elsewhere)
     (folder / "gone.png").symlink_to(tmp_path / "nowhere")
     (given := tmp_path / "given.txt").touch()
-    found = [folder / name for name in ("a/deep/c.JPG", "b.png", "linked/e.png")]
+    # A broken link is listed too: who opens it says so.
+    found = [folder / name for name in ("a/deep/c.JPG", "b.png", "gone.png", "linked/e.png")]
     assert find_images([given, folder]) == [given, *found]
     with pytest.raises(ValueError, match="hidden holds no images"):
         (folder / ".hidden" / "d.png").unlink()

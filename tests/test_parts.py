@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: MIT
 """The store of resumable runs: what survives, in which order, and what is left alone."""
 
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prompt_cam_hf.files import replacing, write_atomically
+from prompt_cam_hf.files import LOCK_FILE, only_writer, replacing, write_atomically
 from prompt_cam_hf.parts import Parts
 
 SCHEMA = pa.schema([("index", pa.int64()), ("words", pa.list_(pa.string()))])
@@ -67,3 +72,31 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     with replacing(path) as partial:
         partial.write_bytes(b"new")
     assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+def hold(folder: Path) -> None:
+    with only_writer(folder):
+        Path(folder, "held").touch()
+        time.sleep(60)
+
+
+def test_one_process_at_a_time_writes_to_a_folder(tmp_path):
+    folder = tmp_path / "out"
+    holder = multiprocessing.get_context("spawn").Process(target=hold, args=(folder,))
+    holder.start()
+    while not (folder / "held").exists():
+        time.sleep(0.01)
+    with pytest.raises(FileExistsError, match=f"written to by process {holder.pid} on"), only_writer(folder):
+        pass
+    holder.kill()
+    holder.join()
+    assert (folder / LOCK_FILE).exists()
+    with only_writer(folder):
+        assert (folder / LOCK_FILE).read_text().startswith(f"process {os.getpid()} on ")
+    assert sorted(path.name for path in folder.iterdir()) == ["held"]
+
+
+def test_a_folder_in_which_nothing_was_written_is_removed_again(tmp_path):
+    with only_writer(tmp_path / "out"):
+        assert (tmp_path / "out").is_dir()
+    assert not (tmp_path / "out").exists()

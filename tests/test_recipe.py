@@ -159,7 +159,7 @@ def test_trainer_settings_of_file_and_command_line_are_merged(write):
         ("label_column: 3", "label_column must be text, got 3"),
         ("trainer: 3", "trainer must be a mapping"),
         ("learning_rate: 0", "learning_rate must be above 0, got 0.0"),
-        ("learning_rate: .nan", "learning_rate must be above 0, got nan"),
+        ("learning_rate: .nan", "learning_rate must be finite, got nan"),
         ("min_learning_rate: 1", "min_learning_rate must be between 0 and learning_rate, got 1.0"),
         ("train_batch_size: 0", "train_batch_size must be at least 1, got 0"),
         ("prompt_dropout: 1", "prompt_dropout must be at least 0 and below 1, got 1.0"),

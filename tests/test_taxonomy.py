@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 
 from prompt_cam_hf import PromptCAMForImageClassification, PromptCAMImageClassificationPipeline
 from prompt_cam_hf.birds import BIRD_CLASSES
+from prompt_cam_hf.cli.common import one_sentence_errors
 from prompt_cam_hf.cli.taxonomy import taxonomy as command
 from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.data.splits import load_image_data
@@ -462,7 +463,7 @@ def test_models_and_trees_that_do_not_fit_are_refused(birds, images, model_folde
 
 def run(*arguments):
     app = typer.Typer()
-    app.command()(command)
+    app.command()(one_sentence_errors()(command))
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 

@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, BinaryIO, TypeAlias, cast
 
 import numpy as np
 import PIL
@@ -32,6 +33,7 @@ from prompt_cam_hf.training.trainer import on_main_process
 # What has an `encode_prefix`, and a config that says what that depends on.
 PrefixModel: TypeAlias = PromptCAMForImageClassification | VPTForImageClassification | LinearProbe
 
+_DIGEST_SIZE = hashlib.sha256().digest_size
 DEFAULT_CACHE_DIR = Path(HF_HOME) / "prompt_cam_features"
 
 
@@ -92,8 +94,8 @@ def cache_features(
     """Run the model's fixed first layers over all images, unless a file for just this case exists already.
 
     The file's name is a digest of the images' bytes, the preprocessing and augmentation, the backbone and the
-    precision, so that a change of any of them makes a new file. It appears under this name when it is complete. With
-    several processes, each computes a part; all must see `cache_dir`.
+    precision, so that a change of any of them makes a new file. It appears under this name when it is complete, and a
+    damaged one is made again. With several processes, each computes a part; all must see `cache_dir`.
 
     Args:
         model: On the device to compute on.
@@ -119,21 +121,24 @@ def cache_features(
     path.parent.mkdir(parents=True, exist_ok=True)
     # Another run that computes the same file is waited for.
     with WeakFileLock(f"{path}.lock") if process.is_main_process else contextlib.nullcontext():
-        if not on_main_process(path.exists):
+        if not on_main_process(partial(_is_whole, path)):
             example = model.encode_prefix(dataset[0]["pixel_values"][None].to(model.device))
             shape = (num_views, len(dataset), *example.shape[1:])
-            partial = path.with_suffix(".partial")
+            unfinished = path.with_suffix(".partial")
             if process.is_main_process:
-                partial.unlink(missing_ok=True)
+                unfinished.unlink(missing_ok=True)
                 _check_disk(path.parent, shape)
-                np.lib.format.open_memmap(partial, mode="w+", dtype=np.float32, shape=shape)
+                np.lib.format.open_memmap(unfinished, mode="w+", dtype=np.float32, shape=shape)
+                _reserve(unfinished)
             process.wait_for_everyone()
-            features = np.load(partial, mmap_mode="r+")
+            features = np.load(unfinished, mmap_mode="r+")
             _compute(model, dataset, features, autocast_dtype, batch_size, num_workers)
             features.flush()
             process.wait_for_everyone()
             if process.is_main_process:
-                os.replace(partial, path)
+                with open(unfinished, "r+b") as file:
+                    file.write(_digest(file, unfinished.stat().st_size))
+                os.replace(unfinished, path)
         process.wait_for_everyone()
     return FeatureDataset(path, list(dataset.dataset["label"]))
 
@@ -175,6 +180,34 @@ def _check_disk(folder: Path, shape: tuple[int, ...]) -> None:
             f"The cached features need {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free; lower "
             f"cache_views (now {shape[0]}), or set cache_dir to a folder on another disk."
         )
+
+
+def _reserve(path: Path) -> None:
+    """Take the space of a file that is written through memory, where a full disk would kill the process."""
+    if hasattr(os, "posix_fallocate"):  # Linux
+        with open(path, "r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError as error:
+                path.unlink()
+                raise OSError(f"The cached features do not fit into {path.parent}: {error.strerror}.") from error
+
+
+def _digest(file: BinaryIO, size: int) -> bytes:
+    """SHA-256 over the first bytes of a file, behind which the file then stands."""
+    digest = hashlib.sha256()
+    while size > 0 and (content := file.read(min(size, 1 << 20))):
+        digest.update(content)
+        size -= len(content)
+    return digest.digest()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file of features is there and ends with the SHA-256 of all before it, as it was written."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return _digest(file, path.stat().st_size - _DIGEST_SIZE) == file.read()
 
 
 def _fingerprint(model: PrefixModel, dataset: ImageDataset, num_views: int, autocast_dtype: torch.dtype | None) -> str:

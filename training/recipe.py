@@ -7,6 +7,7 @@ The defaults are the official DINO settings (Prompt-CAM, Chowdhury et al., CVPR 
 import contextlib
 import dataclasses
 import difflib
+import math
 import os
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,9 +15,22 @@ from dataclasses import dataclass, field
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 import yaml
 from transformers import TrainingArguments
+
+from prompt_cam_hf.data.images import MAX_SIDE
+
+# Beyond these no machine would come to an end, so they are slips.
+_LARGEST = {
+    "dataloader_num_workers": 256,
+    "eval_batch_size": 100_000,
+    "image_size": MAX_SIDE,
+    "num_agnostic_prompts": 10_000,
+    "seed": 2**32 - 1,
+    "train_batch_size": 100_000,
+}
 
 # What may stand under the key `trainer`, as far as the recipe's own keys do not decide it.
 _TRAINER = {argument.name for argument in dataclasses.fields(TrainingArguments)}
@@ -127,11 +141,19 @@ class Recipe:
         self._check_combinations()
 
     def _check_ranges(self) -> None:
+        for name in ("data", "backbone", "output_dir"):
+            if not str(getattr(self, name)).strip():
+                raise ValueError(f"{name} is empty; the recipe has to name one.")
+        for name, value in vars(self).items():
+            if not all(math.isfinite(number) for number in np.ravel(value) if isinstance(number, float)):
+                raise ValueError(f"{name} must be finite, got {value}.")
         counts = ("train_batch_size", "num_train_epochs", "eval_every_epochs", "eval_batch_size")
         for name in (*counts, "image_size", "cache_views"):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, self, name, "at least 1")
         for name in ("warmup_epochs", "weight_decay", "dataloader_num_workers", "seed"):
             _require(getattr(self, name) >= 0, self, name, "0 or more")
+        for name, most in _LARGEST.items():
+            _require((getattr(self, name) or 0) <= most, self, name, f"at most {most:,}")
         for name in ("prompt_dropout", "drop_path_rate", "momentum", "validation_fraction"):
             _require(0 <= getattr(self, name) < 1, self, name, "at least 0 and below 1")
         _require(self.learning_rate > 0, self, "learning_rate", "above 0")
@@ -174,6 +196,12 @@ class Recipe:
                 raise ValueError(f"trainer.{name} is set by the recipe's own keys, and cannot be given under trainer.")
             if name not in _TRAINER:
                 raise ValueError(_unknown(f"trainer.{name}", [f"trainer.{key}" for key in _TRAINER - set(ours)]))
+        for argument in dataclasses.fields(TrainingArguments):
+            if argument.name in self.trainer and argument.type in (bool, int, float):
+                value = self.trainer[argument.name]
+                self.trainer[argument.name] = _convert(f"trainer.{argument.name}", value, argument.type)
+        if self.trainer.get("gradient_accumulation_steps", 1) < 1:
+            raise ValueError("trainer.gradient_accumulation_steps must be at least 1.")
 
     def to_yaml(self) -> str:
         """Write the recipe as YAML that gives the same run again; how the run was resumed is left out."""
@@ -218,7 +246,8 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
     path = given.pop("recipe")
     kinds = get_type_hints(Recipe)
     values = {
-        name: text if kinds.get(name) in (str, str | None) else yaml.safe_load(text) for name, text in given.items()
+        name: text if kinds.get(name) in (str, str | None) else _parse_yaml(text, f"--{name}")
+        for name, text in given.items()
     }
     overrides = {name: value for name, value in values.items() if name in kinds}
     if trainer := {name[len("trainer.") :]: value for name, value in values.items() if name not in kinds}:
@@ -322,16 +351,20 @@ def _command_line_parser() -> ArgumentParser:
     return parser
 
 
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+
+
 def _read_yaml(path: str | os.PathLike) -> dict[str, Any]:
     if not os.path.isfile(path):
         raise FileNotFoundError(f"There is no recipe file {os.fspath(path)!r}.")
     with open(path, encoding="utf-8") as file:
         text = file.read()
-    try:
-        content = yaml.safe_load(text)
-        keys = [node.value for node, _ in yaml.compose(text).value] if isinstance(content, dict) else []
-    except yaml.YAMLError as error:
-        raise ValueError(f"{os.fspath(path)} is not YAML: {' '.join(str(error).split())}") from error
+    content = _parse_yaml(text, os.fspath(path))
+    keys = [node.value for node, _ in yaml.compose(text).value] if isinstance(content, dict) else []
     if not isinstance(content, dict):
         raise ValueError(f"{os.fspath(path)} is not a recipe: it must hold lines of the form `key: value`.")
     for key in keys:

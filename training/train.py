@@ -10,7 +10,8 @@ The best epoch is chosen on the validation part; the test split is looked at onc
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -33,9 +34,11 @@ from prompt_cam_hf.baselines import LinearProbe, VPTForImageClassification, buil
 from prompt_cam_hf.data.image_processors import backbone_image_processor, output_size
 from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.data.splits import ImageData, load_image_data
-from prompt_cam_hf.files import write_atomically
+from prompt_cam_hf.files import LOCK_FILE, only_writer, write_atomically
+from prompt_cam_hf.hub.patience import limit_waiting
 from prompt_cam_hf.hub.publish import publish
 from prompt_cam_hf.hub.upload import check_license, check_repo_id, explained_upload_errors, find_token
+from prompt_cam_hf.messages import tell_error
 from prompt_cam_hf.metrics.classification import ClassificationReport, build_compute_metrics
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.modeling.backbone_prompt_cam import embed, grid_size, image_size
@@ -46,6 +49,7 @@ from prompt_cam_hf.training.trainer import (
     PromptCAMTrainer,
     complete_checkpoints,
     load_trained_parameters,
+    newest_checkpoint,
     on_main_process,
     remove_checkpoints_after,
 )
@@ -96,8 +100,19 @@ class Run:
     checkpoint: Path | None
 
     def train(self) -> TrainResult:
-        """Train, evaluate, save and report; raises FloatingPointError where the loss stops being a finite number."""
-        trainer, folder = self.trainer, Path(self.recipe.output_dir)
+        """Train, evaluate, save and report.
+
+        Raises:
+            FileExistsError: another process writes to the output folder, or has written there since the run was
+                prepared.
+            FloatingPointError: the loss became infinite or not a number.
+        """
+        folder = Path(self.recipe.output_dir)
+        with only_writer(folder) if self.trainer.args.should_save else nullcontext():
+            return self._train(folder)
+
+    def _train(self, folder: Path) -> TrainResult:
+        trainer = self.trainer
         if trainer.args.should_save:
             self._open_folder(folder)
         trainer.train(resume_from_checkpoint=None if self.checkpoint is None else str(self.checkpoint))
@@ -115,7 +130,8 @@ class Run:
         return result
 
     def _open_folder(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        if _find_checkpoint(self.recipe) != self.checkpoint:
+            raise FileExistsError(f"Another run has written to {folder} in the meantime; start this one again.")
         if self.checkpoint is None:
             write_atomically(folder / RECIPE_FILE, self.recipe.to_yaml().encode())
         remove_checkpoints_after(self.checkpoint, folder)
@@ -198,6 +214,11 @@ def prepare_run(recipe: Recipe, data: ImageData | None = None) -> Run:
     if recipe.hub_model_id and arguments.should_save:
         _check_upload(recipe)
     data = data or on_main_process(partial(load_data, recipe))
+    if recipe.train_batch_size > len(data.train):
+        raise ValueError(
+            f"train_batch_size is {recipe.train_batch_size}, but there are only {len(data.train)} training images; "
+            "choose at most as many."
+        )
     # The order of these two makes the prompts the same in every process and every time.
     set_seed(recipe.seed)
     model = _build_model(recipe, data.id2label).to(arguments.device)
@@ -245,7 +266,7 @@ def _find_checkpoint(recipe: Recipe) -> Path | None:
     checkpoint = None
     if holds_run(folder, resume):
         check_same_recipe(recipe, folder)
-        checkpoint = next(reversed(complete_checkpoints(folder)), None)
+        checkpoint = newest_checkpoint(folder)
     if isinstance(resume, str) and resume != "auto":
         checkpoint = next((path for path in complete_checkpoints(folder) if path.samefile(resume)), None)
         if checkpoint is None:
@@ -259,7 +280,7 @@ def holds_run(folder: Path, resume: bool | str) -> bool:
     Raises:
         FileExistsError: the folder holds something, and the recipe does not say to resume.
     """
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or all(path.name == LOCK_FILE for path in folder.iterdir()):
         return False
     if resume is False:
         raise FileExistsError(
@@ -398,22 +419,26 @@ def _print_results(result: TrainResult, recipe: Recipe, data: ImageData) -> None
     print(f"Saved in {result.output_dir}")
 
 
-def refuse(error: Exception) -> None:
-    """End the program with one sentence, which the first process alone prints."""
-    sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+@contextmanager
+def one_sentence_exit(*documented: type[Exception]) -> Iterator[None]:
+    """End the program with one sentence, which the first process alone prints, where an error is raised.
+
+    `documented` are kinds of errors that tell a user what to do, beside OSError and ValueError.
+    """
+    limit_waiting()
+    try:
+        yield
+    except Exception as error:
+        sentence = f"error: {tell_error(error, (OSError, ValueError, *documented))}"
+        raise SystemExit(sentence if os.environ.get("RANK", "0") == "0" else 1) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command `RECIPE.yaml [--key value ...]`, by default with the words of this process."""
-    try:
+    with one_sentence_exit(TypeError):
         recipe = parse_recipe(sys.argv[1:] if arguments is None else arguments)
-    except (OSError, TypeError, ValueError) as error:
-        refuse(error)
-    try:
-        run = prepare_run(recipe)
-    except (OSError, ValueError) as error:
-        refuse(error)
-    run.train()
+    with one_sentence_exit(FloatingPointError):
+        prepare_run(recipe).train()
     PartialState().destroy_process_group()
 
 

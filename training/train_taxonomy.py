@@ -13,6 +13,7 @@ import json
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,16 +27,23 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, Subset
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from prompt_cam_hf.data.splits import ImageData
 from prompt_cam_hf.data.taxonomy_tree import Taxonomy, read_taxonomy
 from prompt_cam_hf.explanations.taxonomy_path import TAXONOMY_FILE
-from prompt_cam_hf.files import write_atomically
+from prompt_cam_hf.files import only_writer, write_atomically
+from prompt_cam_hf.loading import load_image_processor
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.training.data import ImageDataset
 from prompt_cam_hf.training.recipe import Recipe, parse_recipe, training_arguments
-from prompt_cam_hf.training.train import RESULTS_FILE, check_same_recipe, holds_run, load_data, refuse, train
+from prompt_cam_hf.training.train import (
+    RESULTS_FILE,
+    check_same_recipe,
+    holds_run,
+    load_data,
+    one_sentence_exit,
+    train,
+)
 from prompt_cam_hf.training.trainer import on_main_process
 
 LEVELS_FOLDER = "levels"
@@ -74,7 +82,8 @@ def train_taxonomy(recipe: Recipe, taxonomy: Taxonomy, data: ImageData | None = 
         The model with all prompt sets, which is also saved in `recipe.output_dir`.
 
     Raises:
-        FileExistsError: `output_dir` is not empty, and the recipe does not say to resume.
+        FileExistsError: `output_dir` is not empty, and the recipe does not say to resume, or another process writes
+            there.
         ValueError, OSError: recipe, data, tree and backbone do not fit together; one sentence says which and why.
         FloatingPointError: training diverged.
     """
@@ -83,28 +92,27 @@ def train_taxonomy(recipe: Recipe, taxonomy: Taxonomy, data: ImageData | None = 
     training_arguments(recipe)  # joins the other processes, where there are several
     levels = [level for level in reversed(taxonomy.levels) if len(taxonomy.nodes(level)) > 1]
     recipes = {level: _level_recipe(recipe, level) for level in levels}
-    finished = on_main_process(partial(_open_folder, folder, taxonomy, recipes, recipe.resume_from_checkpoint))
-    images = data or on_main_process(partial(load_data, recipe))
-    taxonomy.check_classes(images.id2label.values())
-    if PartialState().is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / TAXONOMY_FILE, taxonomy.to_csv().encode())
-    for level in levels:
-        if level not in finished:
-            if PartialState().is_main_process:
-                print(f"{level}: {len(taxonomy.nodes(level))} classes", flush=True)
-            train(recipes[level], relabel(images, taxonomy, level))
-    PartialState().wait_for_everyone()
-    result = _put_together(folder, [Path(recipes[level].output_dir) for level in levels])
-    if images.test is not None:
-        result.model.to(PartialState().device)
-        test = ImageDataset(images.test, result.image_processor)
-        paths = evaluate_paths(result.model, test, images.id2label, taxonomy, recipe.eval_batch_size)
-        result = dataclasses.replace(result, paths=paths)
-    if PartialState().is_main_process:
-        _save(result, recipe.include_backbone)
-        _print_results(result)
-    PartialState().wait_for_everyone()
+    with only_writer(folder) if PartialState().is_main_process else nullcontext():
+        finished = on_main_process(partial(_open_folder, folder, taxonomy, recipes, recipe.resume_from_checkpoint))
+        images = data or on_main_process(partial(load_data, recipe))
+        taxonomy.check_classes(images.id2label.values())
+        on_main_process(partial(_write_taxonomy, folder, taxonomy))
+        for level in levels:
+            if level not in finished:
+                if PartialState().is_main_process:
+                    print(f"{level}: {len(taxonomy.nodes(level))} classes", flush=True)
+                train(recipes[level], relabel(images, taxonomy, level))
+        PartialState().wait_for_everyone()
+        result = _put_together(folder, [Path(recipes[level].output_dir) for level in levels])
+        if images.test is not None:
+            result.model.to(PartialState().device)
+            test = ImageDataset(images.test, result.image_processor)
+            paths = evaluate_paths(result.model, test, images.id2label, taxonomy, recipe.eval_batch_size)
+            result = dataclasses.replace(result, paths=paths)
+        if PartialState().is_main_process:
+            _save(result, recipe.include_backbone)
+            _print_results(result)
+        PartialState().wait_for_everyone()
     return result
 
 
@@ -204,6 +212,10 @@ def _check_same_tree(before: Taxonomy, now: Taxonomy, folder: Path) -> None:
                 )
 
 
+def _write_taxonomy(folder: Path, taxonomy: Taxonomy) -> None:
+    write_atomically(folder / TAXONOMY_FILE, taxonomy.to_csv().encode())
+
+
 def _put_together(folder: Path, runs: list[Path]) -> TaxonomyResult:
     """One model with the prompt sets of all runs, the last one's in use."""
     first, *others = runs
@@ -212,7 +224,7 @@ def _put_together(folder: Path, runs: list[Path]) -> TaxonomyResult:
         model.load_prompts(run, run.name)
     model.set_prompts(runs[-1].name)
     results = {run.name: json.loads((run / RESULTS_FILE).read_text(encoding="utf-8")) for run in runs}
-    return TaxonomyResult(model.eval(), AutoImageProcessor.from_pretrained(first), folder, results, None)
+    return TaxonomyResult(model.eval(), load_image_processor(first), folder, results, None)
 
 
 def _save(result: TaxonomyResult, include_backbone: bool) -> None:
@@ -246,13 +258,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(rest):
         print(__doc__)
-    try:
+    with one_sentence_exit(TypeError):
         recipe = parse_recipe(rest)
         if given.taxonomy is None:
             raise ValueError("There is no tree; give one as --taxonomy TREE.csv.")
+    with one_sentence_exit(FloatingPointError):
         train_taxonomy(recipe, read_taxonomy(given.taxonomy))
-    except (OSError, TypeError, ValueError) as error:
-        refuse(error)
     PartialState().destroy_process_group()
 
 

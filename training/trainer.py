@@ -5,6 +5,8 @@ Small checkpoints that are never half written, an order of images that no interr
 changes, and a log that can be read.
 """
 
+import hashlib
+import json
 import math
 import os
 import shutil
@@ -29,12 +31,13 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+from prompt_cam_hf.files import write_atomically
 from prompt_cam_hf.training.data import SetEpochCallback
 
-# Written into a checkpoint as the last thing, and removed from it as the first.
+# Written into a checkpoint as the last thing, and removed from it as the first: the digests of all other files.
 _COMPLETE = "complete"
 
 # Seconds between two lines of a progress bar that goes to a file.
@@ -83,8 +86,25 @@ class PromptCAMTrainer(Trainer):
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, *, eval_every_epochs: int = 1, **kwargs: Any):
         super().__init__(model, args, **kwargs)
         self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
-        for callback in (SetEpochCallback(), _EvaluateSomeEpochs(eval_every_epochs), _KeepCheckpoints(), _Report()):
+        self._report = _Report()
+        for callback in (SetEpochCallback(), _EvaluateSomeEpochs(eval_every_epochs), _KeepCheckpoints(), self._report):
             self.add_callback(callback)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer` does; where it fails, the progress bar ends before anything is said of it.
+
+        Args:
+            *args: As for `Trainer`.
+            **kwargs: As for `Trainer`.
+
+        Returns:
+            As for `Trainer`.
+        """
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._report.training_bar is not None:
+                self._report.training_bar.close()
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Name the parameters that decay: all that are trained, the head's bias too, as in the official recipe."""
@@ -130,8 +150,31 @@ def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def complete_checkpoints(folder: str | os.PathLike) -> list[Path]:
-    """List the checkpoints in the output folder that were written to the end, oldest first."""
-    return [path for path in _checkpoints(folder) if (path / _COMPLETE).is_file()]
+    """List the checkpoints that were written to the end and have not changed since, oldest first."""
+    return [path for path in _checkpoints(folder) if _is_whole(path)]
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        return json.loads((checkpoint / _COMPLETE).read_text()) == _digests(checkpoint)
+    except (OSError, ValueError):
+        return False
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of each file of a checkpoint."""
+    files = sorted(path for path in checkpoint.iterdir() if path.name != _COMPLETE)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def newest_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """The last complete checkpoint whose best epoch is in a complete checkpoint too, if there is one."""
+    complete = {_step(path): path for path in complete_checkpoints(folder)}
+    for path in reversed(complete.values()):
+        state = TrainerState.load_from_json(str(path / TRAINER_STATE_NAME))
+        if state.best_global_step is None or state.best_global_step in complete:
+            return path
+    return None
 
 
 def remove_checkpoints_after(checkpoint: Path | None, folder: str | os.PathLike) -> None:
@@ -180,8 +223,9 @@ class _KeepCheckpoints(TrainerCallback):
         if not args.should_save:
             return
         folder = Path(str(args.output_dir))
-        (folder / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
-        for checkpoint in complete_checkpoints(folder):
+        checkpoint = folder / f"checkpoint-{state.global_step}"
+        write_atomically(checkpoint / _COMPLETE, json.dumps(_digests(checkpoint), indent=1).encode())
+        for checkpoint in _checkpoints(folder):
             if _step(checkpoint) not in (state.global_step, state.best_global_step):
                 _remove(checkpoint)
 

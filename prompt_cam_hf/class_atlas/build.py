@@ -6,6 +6,7 @@ import logging
 import os
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from zipfile import BadZipFile
 
 import datasets
 import numpy as np
@@ -18,7 +19,7 @@ from prompt_cam_hf.class_atlas.page import NUM_CONFUSION_EXAMPLES, NUM_CONFUSION
 from prompt_cam_hf.class_atlas.summary import Summary, class_table, summarize
 from prompt_cam_hf.data.labelled_images import LabelledImages, Split, read_labelled_images
 from prompt_cam_hf.explanations.ranking import check_ranking
-from prompt_cam_hf.files import write_atomically
+from prompt_cam_hf.files import only_writer, write_atomically
 from prompt_cam_hf.loading import Classifier, ClassifierLike, as_classifier, weights_digest
 from prompt_cam_hf.modeling.backbone_prompt_cam import grid_size
 from prompt_cam_hf.parts import Parts
@@ -83,7 +84,7 @@ def atlas(
         The files, and the numbers in them.
 
     Raises:
-        FileExistsError: `out` holds results, and `overwrite` is not set.
+        FileExistsError: `out` holds results, and `overwrite` is not set, or another process writes there.
         FileNotFoundError: the model or the data cannot be found.
         ValueError: an argument is out of range, no image can be read, or `out` holds an unfinished atlas with other
             settings.
@@ -115,26 +116,27 @@ def atlas(
         label_column=label_column,
     )
     parts = Parts(Path(out), "atlas", (IMAGES, CLASSES, PAGE), ROW_SCHEMA, len(images), PART_SIZE)
-    parts.open(_settings(classifier, images, options), overwrite)
-    sums = _collect_parts(classifier, images, options, batch_size, parts)
-    summary = summarize(
-        lambda columns: (row for table in parts.tables(columns) for row in table.to_pylist()),
-        config.id2label,
-        heads,
-        top_heads,
-        num_examples,
-        NUM_CONFUSIONS,
-        NUM_CONFUSION_EXAMPLES,
-    )
-    if summary.num_unreadable == summary.total:
-        raise ValueError(f"None of the {summary.total} images can be read: {summary.unreadable[0][1]}")
-    if summary.num_unreadable:
-        logger.warning("Left out %d images that cannot be read; the page lists them.", summary.num_unreadable)
-    model_name = Path(config.name_or_path).name or "a Prompt-CAM"
-    page = write_page(classifier, images, summary, sums, options, model_name, batch_size)
-    buffer = io.BytesIO()
-    pq.write_table(class_table(summary, sums), buffer)
-    parts.finish(IMAGES, {CLASSES: buffer.getvalue(), PAGE: page.encode()})
+    with only_writer(Path(out)):
+        parts.open(_settings(classifier, images, options), overwrite)
+        sums = _collect_parts(classifier, images, options, batch_size, parts)
+        summary = summarize(
+            lambda columns: (row for table in parts.tables(columns) for row in table.to_pylist()),
+            config.id2label,
+            heads,
+            top_heads,
+            num_examples,
+            NUM_CONFUSIONS,
+            NUM_CONFUSION_EXAMPLES,
+        )
+        if summary.num_unreadable == summary.total:
+            raise ValueError(f"None of the {summary.total} images can be read: {summary.unreadable[0][1]}")
+        if summary.num_unreadable:
+            logger.warning("Left out %d images that cannot be read; the page lists them.", summary.num_unreadable)
+        model_name = Path(config.name_or_path).name or "a Prompt-CAM"
+        page = write_page(classifier, images, summary, sums, options, model_name, batch_size)
+        buffer = io.BytesIO()
+        pq.write_table(class_table(summary, sums), buffer)
+        parts.finish(IMAGES, {CLASSES: buffer.getvalue(), PAGE: page.encode()})
     return Atlas(parts.out / PAGE, parts.out / IMAGES, parts.out / CLASSES, summary)
 
 
@@ -150,8 +152,11 @@ def _collect_parts(
     grid = grid_size(config.backbone_config, *input_size(classifier.image_processor))
     sums, done = MapSums.zeros(config.num_labels, config.backbone_config.num_attention_heads, grid), 0
     if parts.state.exists():
-        with np.load(parts.state) as saved:
-            sums, done = MapSums(saved["sums"], saved["counts"]), int(saved["parts"])
+        try:
+            with np.load(parts.state) as saved:
+                sums, done = MapSums(saved["sums"], saved["counts"]), int(saved["parts"])
+        except (BadZipFile, EOFError, KeyError, OSError, ValueError) as error:
+            logger.warning("%s is damaged (%s); all images are looked at again.", parts.state, error)
     with tqdm(
         total=len(images),
         initial=min(done * PART_SIZE, len(images)),

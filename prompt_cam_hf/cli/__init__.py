@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
 """The command `prompt-cam`: one module for each subcommand."""
 
+import os
 from typing import Annotated
 
 import typer
 
 from prompt_cam_hf.cli import atlas, compare, convert, demo, evaluate, explain, predict, prepare, publish, taxonomy
+from prompt_cam_hf.cli.common import one_sentence_errors
+from prompt_cam_hf.messages import DEBUG_VARIABLE
 from prompt_cam_hf.version import __version__
 
 # Plain help: rich's would show a flag as an option that takes a value, `--overwrite <bool>`.
@@ -25,19 +28,25 @@ def _main(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the full traceback of an error.")] = False,
 ) -> None:
     """Take the options that come before a command."""
+    if debug:
+        os.environ[DEBUG_VARIABLE] = "1"
 
 
-app.command()(predict.predict)
-app.command()(explain.explain)
-app.command()(compare.compare)
-app.command()(atlas.atlas)
-app.command()(taxonomy.taxonomy)
-app.command()(evaluate.evaluate)
-app.command()(demo.demo)
-app.command()(prepare.prepare)
-app.command()(publish.publish)
-app.command()(convert.convert)
+for _command in (
+    predict.predict,
+    explain.explain,
+    compare.compare,
+    atlas.atlas,
+    taxonomy.taxonomy,
+    evaluate.evaluate,
+    demo.demo,
+    prepare.prepare,
+    publish.publish,
+    convert.convert,
+):
+    app.command()(one_sentence_errors()(_command))
 
 __all__ = ["app"]

@@ -38,20 +38,19 @@ def atlas(
     from prompt_cam_hf.class_atlas import atlas as make_atlas
     from prompt_cam_hf.loading import load_pipeline
 
-    with common.one_sentence_errors():
-        result = make_atlas(
-            load_pipeline(model, device),
-            data,
-            out,
-            split=split,
-            top_heads=top_heads,
-            num_examples=examples,
-            method=method,
-            batch_size=batch_size,
-            overwrite=overwrite,
-            image_column=image_column,
-            label_column=label_column,
-        )
+    result = make_atlas(
+        load_pipeline(model, device),
+        data,
+        out,
+        split=split,
+        top_heads=top_heads,
+        num_examples=examples,
+        method=method,
+        batch_size=batch_size,
+        overwrite=overwrite,
+        image_column=image_column,
+        label_column=label_column,
+    )
     summary = result.summary
     rate = f", {summary.accuracy:.1%} recognised" if summary.accuracy is not None else ""
     print(f"{summary.total - summary.num_unreadable} images of {len(summary.classes)} classes{rate}: {result.page}")

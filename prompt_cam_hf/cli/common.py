@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from prompt_cam_hf.messages import one_line, printable, tell_error
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -49,17 +51,28 @@ DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps .
 
 
 def say(message: str, style: str = "") -> None:
-    """Print a line to standard error, as it is."""
-    messages.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+    """Print lines to standard error; what would move the cursor is written as an escape."""
+    text = "\n".join(map(printable, message.split("\n")))
+    messages.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def show(result: object) -> None:
+    """Print a result to standard output; what would move the cursor is written as an escape."""
+    print("\n".join(map(printable, str(result).split("\n"))))
 
 
 @contextmanager
 def one_sentence_errors() -> Iterator[None]:
-    """Turn the errors that a user can mend into one sentence and the exit status 2."""
+    """Turn an error into one sentence and the exit status 2, and wait for the Hub for a bounded time."""
+    from prompt_cam_hf.hub.patience import limit_waiting
+
+    limit_waiting()
     try:
         yield
-    except (OSError, ValueError) as error:
-        say(f"Error: {error}", style="red")
+    except (typer.Exit, typer.Abort):
+        raise
+    except Exception as error:
+        say(f"Error: {tell_error(error)}", style="red")
         raise typer.Exit(2) from error
 
 
@@ -71,7 +84,7 @@ def open_readable(files: Iterable[Path]) -> Iterator[tuple[Path, "Image.Image"]]
         try:
             image = open_image(file)
         except (UnreadableImageError, OSError) as error:
-            say(f"Left out: {error}", style="yellow")
+            say(f"Left out: {one_line(error)}", style="yellow")
             continue
         yield file, image
 

@@ -35,10 +35,9 @@ def compare(
     from prompt_cam_hf.explanations.figures import check_head_count
     from prompt_cam_hf.loading import load_pipeline
 
-    with common.one_sentence_errors():
-        outputs = common.output_paths([image], out, "comparison", overwrite)
-        classifier = load_pipeline(model, device)
-        check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
-        comparison = compare_classes(classifier, image, classes or None, true=true, kind=kind, method=method)
-        common.save_result(comparison, outputs[image], heads=heads, scale=scale, outline=outline)
-        print(comparison)
+    outputs = common.output_paths([image], out, "comparison", overwrite)
+    classifier = load_pipeline(model, device)
+    check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
+    comparison = compare_classes(classifier, image, classes or None, true=true, kind=kind, method=method)
+    common.save_result(comparison, outputs[image], heads=heads, scale=scale, outline=outline)
+    common.show(comparison)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from prompt_cam_hf.cli.common import one_sentence_errors, say
+from prompt_cam_hf.cli.common import say
 
 
 def convert(
@@ -29,14 +29,13 @@ def convert(
     """
     from prompt_cam_hf.hub.convert import convert_official_checkpoint, find_official_checkpoint, read_class_names
 
-    with one_sentence_errors():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise FileExistsError(f"{out} is there already and is not an empty folder; choose another --out.")
-        id2label = None if classes is None else read_class_names(classes)
-        path = find_official_checkpoint(source, file)
-        model, image_processor = convert_official_checkpoint(path, num_attention_heads=heads, id2label=id2label)
-        model.save_pretrained(out)
-        image_processor.save_pretrained(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} is there already and is not an empty folder; choose another --out.")
+    id2label = None if classes is None else read_class_names(classes)
+    path = find_official_checkpoint(source, file)
+    model, image_processor = convert_official_checkpoint(path, num_attention_heads=heads, id2label=id2label)
+    model.save_pretrained(out)
+    image_processor.save_pretrained(out)
     if id2label is None:
         say(f"Its {model.config.num_labels} classes are called LABEL_0, LABEL_1 ...; --classes names them.", "yellow")
     print(out)

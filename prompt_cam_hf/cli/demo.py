@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from prompt_cam_hf.cli.common import one_sentence_errors, say
+from prompt_cam_hf.cli.common import say
 
 if TYPE_CHECKING:
     from prompt_cam_hf.training.demo import DemoReport
@@ -37,8 +37,7 @@ def demo(
             "The reduced variant: class prompts at the last layer only, no class-agnostic prompts, so that the layers "
             "before are computed once. --deep trains the paper's Deep."
         )
-    with one_sentence_errors():
-        report = run_demo(folder, deep=deep, seed=seed)
+    report = run_demo(folder, deep=deep, seed=seed)
     _print_report(report)
 
 

@@ -88,34 +88,33 @@ def evaluate(
     from prompt_cam_hf.evaluation import evaluate as run_evaluation
     from prompt_cam_hf.evaluation.measure import Protocol
 
-    with common.one_sentence_errors():
-        images: str | datasets.Dataset = data
-        ground_truth = None if cub is None else _cub_truth(cub, cub_mask)
-        if data == DRAWN_BIRDS and not os.path.exists(data):
-            images = birds_dataset(split or "test", birds_per_class)
-            ground_truth, split = _bird_truth(images), None
-        found = run_evaluation(
-            model,
-            images,
-            out,
-            baselines=baseline or (),
-            maps=maps,
-            baseline_maps=baseline_maps,
-            protocol=Protocol(
-                metrics=tuple(metrics) if metrics else Protocol.metrics,
-                preset=preset,
-                classes=classes,
-                limit=limit,
-                seed=seed,
-                batch_size=batch_size,
-            ),
-            ground_truth=ground_truth,
-            split=split,
-            image_column=image_column,
-            label_column=label_column,
-            overwrite=overwrite,
-            device=device,
-        )
+    images: str | datasets.Dataset = data
+    ground_truth = None if cub is None else _cub_truth(cub, cub_mask)
+    if data == DRAWN_BIRDS and not os.path.exists(data):
+        images = birds_dataset(split or "test", birds_per_class)
+        ground_truth, split = _bird_truth(images), None
+    found = run_evaluation(
+        model,
+        images,
+        out,
+        baselines=baseline or (),
+        maps=maps,
+        baseline_maps=baseline_maps,
+        protocol=Protocol(
+            metrics=tuple(metrics) if metrics else Protocol.metrics,
+            preset=preset,
+            classes=classes,
+            limit=limit,
+            seed=seed,
+            batch_size=batch_size,
+        ),
+        ground_truth=ground_truth,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+        overwrite=overwrite,
+        device=device,
+    )
     if PartialState().is_main_process:
         _print(found)
     if found.num_unreadable:

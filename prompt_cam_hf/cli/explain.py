@@ -39,20 +39,19 @@ def explain(
     from prompt_cam_hf.loading import as_classifier, load_pipeline
 
     num_explained = 0
-    with common.one_sentence_errors():
-        outputs = common.output_paths(find_images(images), out, "traits", overwrite)
-        classifier = as_classifier(load_pipeline(model, device))
-        numbers = find_classes(classifier.model.config.id2label, classes) if classes else None
-        check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
-        readable = common.open_readable(outputs)
-        while batch := dict(islice(readable, batch_size)):
-            explanations = explain_each(
-                classifier, batch.values(), numbers, kind=kind, method=method, batch_size=batch_size
-            )
-            for file, explanation in zip(batch, explanations, strict=True):
-                explanation = replace(explanation, source=str(file))
-                common.save_result(explanation, outputs[file], heads=heads, scale=scale, outline=outline)
-                print(explanation, end="\n\n")
-            num_explained += len(batch)
+    outputs = common.output_paths(find_images(images), out, "traits", overwrite)
+    classifier = as_classifier(load_pipeline(model, device))
+    numbers = find_classes(classifier.model.config.id2label, classes) if classes else None
+    check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
+    readable = common.open_readable(outputs)
+    while batch := dict(islice(readable, batch_size)):
+        explanations = explain_each(
+            classifier, batch.values(), numbers, kind=kind, method=method, batch_size=batch_size
+        )
+        for file, explanation in zip(batch, explanations, strict=True):
+            explanation = replace(explanation, source=str(file))
+            common.save_result(explanation, outputs[file], heads=heads, scale=scale, outline=outline)
+            common.show(f"{explanation}\n")
+        num_explained += len(batch)
     if num_explained < len(outputs):
         raise typer.Exit(1)

@@ -14,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from prompt_cam_hf.cli import common
+from prompt_cam_hf.messages import printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -36,9 +37,8 @@ def predict(
     from prompt_cam_hf.data.images import find_images
     from prompt_cam_hf.loading import load_pipeline
 
-    with common.one_sentence_errors():
-        files = find_images(images)
-        classifier = load_pipeline(model, device)
+    files = find_images(images)
+    classifier = load_pipeline(model, device)
     readable: list[Path] = []
 
     def opened() -> "Iterator[Image.Image]":
@@ -74,5 +74,5 @@ def _print_predictions(files: list[Path], answers: list[list[dict[str, Any]]], o
     table = Table(*columns)
     table.columns[0].overflow = "fold"
     for row in cells:
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     Console().print(table, markup=False)

@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from prompt_cam_hf.cli.common import one_sentence_errors, say
+from prompt_cam_hf.cli.common import say
 
 if TYPE_CHECKING:
     from prompt_cam_hf.data.prepare import Plan
@@ -44,18 +44,17 @@ def prepare(
     """
     from prompt_cam_hf.data.prepare import prepare as prepare_dataset
 
-    with one_sentence_errors():
-        plan = prepare_dataset(
-            dataset,
-            source,
-            destination,
-            taxa=_parse_ranks(taxa),
-            without=_parse_ranks(without),
-            test_fraction=test_fraction,
-            seed=seed,
-            skip_missing=skip_missing,
-            announce=lambda summary: say(f"{summary}\nFrom {source} into {destination}."),
-        )
+    plan = prepare_dataset(
+        dataset,
+        source,
+        destination,
+        taxa=_parse_ranks(taxa),
+        without=_parse_ranks(without),
+        test_fraction=test_fraction,
+        seed=seed,
+        skip_missing=skip_missing,
+        announce=lambda summary: say(f"{summary}\nFrom {source} into {destination}."),
+    )
     _print_counts(plan)
 
 

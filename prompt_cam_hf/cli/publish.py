@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from prompt_cam_hf.cli.common import one_sentence_errors, say
+from prompt_cam_hf.cli.common import say
 
 if TYPE_CHECKING:
     from prompt_cam_hf.hub.publish import Publication
@@ -50,18 +50,17 @@ def publish(
         "gallery_license": gallery_license,
         "evaluation_folder": evaluation,
     }
-    with one_sentence_errors():
-        publication = publish_folder(
-            folder,
-            repo,
-            private=private,
-            prompts_only=prompts_only,
-            revision=revision,
-            dry_run=dry_run,
-            out=out,
-            gallery=gallery or [],
-            **{name: value for name, value in facts.items() if value is not None},
-        )
+    publication = publish_folder(
+        folder,
+        repo,
+        private=private,
+        prompts_only=prompts_only,
+        revision=revision,
+        dry_run=dry_run,
+        out=out,
+        gallery=gallery or [],
+        **{name: value for name, value in facts.items() if value is not None},
+    )
     _print_files(publication)
     if publication.commit_url:
         print(publication.commit_url)

@@ -38,15 +38,14 @@ def taxonomy(
     from prompt_cam_hf.loading import load_pipeline
 
     num_explained = 0
-    with common.one_sentence_errors():
-        outputs = common.output_paths(find_images(images), out, "path", overwrite)
-        classifier = load_pipeline(model, device)
-        levels = read_taxonomy(tree or find_taxonomy(model))
-        check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
-        for file, image in common.open_readable(outputs):
-            path = replace(explain_path(classifier, image, levels, kind=kind), source=str(file))
-            common.save_result(path, outputs[file], heads=heads, scale=scale, outline=outline)
-            print(path)
-            num_explained += 1
+    outputs = common.output_paths(find_images(images), out, "path", overwrite)
+    classifier = load_pipeline(model, device)
+    levels = read_taxonomy(tree or find_taxonomy(model))
+    check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
+    for file, image in common.open_readable(outputs):
+        path = replace(explain_path(classifier, image, levels, kind=kind), source=str(file))
+        common.save_result(path, outputs[file], heads=heads, scale=scale, outline=outline)
+        common.show(path)
+        num_explained += 1
     if num_explained < len(outputs):
         raise typer.Exit(1)

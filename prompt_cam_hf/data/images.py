@@ -4,8 +4,11 @@
 The official implementation squashes every image to a fixed size, with mean and standard deviation 0.5.
 """
 
+import logging
 import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,23 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import is_torchvision_available
+
+from prompt_cam_hf.messages import printable
+
+logger = logging.getLogger(__name__)
+
+# Pixels only: for PostScript Pillow would start Ghostscript.
+_FORMATS = {
+    "AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA",
+    "TIFF", "WEBP",
+}  # fmt: skip
+
+# Sets the most pixels that an image may have; a small file may hold gigabytes of them.
+MAX_PIXELS_VARIABLE = "PROMPT_CAM_MAX_PIXELS"
+_MAX_PIXELS = 128_000_000
+
+# Pixels a side that an image processor may make; beyond, no memory would hold the attention.
+MAX_SIDE = 8192
 
 ImageSource = str | os.PathLike | bytes | Image.Image | Mapping[str, Any]
 
@@ -39,7 +59,30 @@ def _open_lazily(source: ImageSource) -> Image.Image:
         if source.get("bytes") is None and source.get("path") is None:
             raise ValueError("there is neither a path nor bytes")
         return _open_lazily(source["path"] if source.get("bytes") is None else source["bytes"])
-    return Image.open(BytesIO(source) if isinstance(source, bytes) else source)
+    if isinstance(source, bytes):
+        return _within_limit(Image.open(BytesIO(source), formats=_formats()))
+    if not stat.S_ISREG(os.stat(source).st_mode):
+        raise ValueError("it is not a regular file")
+    return _within_limit(Image.open(source, formats=_formats()))
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """The formats of pixels that Pillow can open here."""
+    Image.init()
+    return tuple(sorted(_FORMATS & Image.OPEN.keys()))
+
+
+def _within_limit(image: Image.Image) -> Image.Image:
+    """Refuse an image of too many pixels before any is decoded."""
+    limit, number = int(os.environ.get(MAX_PIXELS_VARIABLE, _MAX_PIXELS)), image.width * image.height
+    if number > limit:
+        image.close()
+        raise ValueError(
+            f"it has {number:,} pixels, and at most {limit:,} are read; make it smaller, or set the environment "
+            f"variable {MAX_PIXELS_VARIABLE}"
+        )
+    return image
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
@@ -82,7 +125,8 @@ def open_image(source: ImageSource) -> Image.Image:
 
     Raises:
         FileNotFoundError: the path does not exist.
-        UnreadableImageError: the image is broken or truncated, or has 32-bit pixels.
+        UnreadableImageError: the image is broken or truncated, no regular file, in no format of pixels, too large (see
+            `MAX_PIXELS_VARIABLE`), or has 32-bit pixels.
     """
     try:
         with _open_lazily(source) as image:
@@ -91,24 +135,46 @@ def open_image(source: ImageSource) -> Image.Image:
         raise
     except Exception as error:  # Pillow's decoders raise nearly every type there is on broken files
         name = image_name(source) or "given as bytes or pixels"
-        raise UnreadableImageError(f"Cannot read the image {name}: {_reason(error)}") from error
+        raise UnreadableImageError(f"Cannot read the image {printable(name)}: {_reason(error)}") from error
 
 
 def image_suffixes() -> set[str]:
-    """List the endings of the formats that Pillow can open, in lower case and with the dot."""
-    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    """List the endings of the formats that are opened, in lower case and with the dot."""
+    return {suffix for suffix, kind in Image.registered_extensions().items() if kind in _formats()}
 
 
-def visible_files(folder: Path) -> list[Path]:
-    """List the files in a folder at any depth, sorted, following links to folders.
+def visible_files(folder: Path, elsewhere: Iterable[Path] = ()) -> list[Path]:
+    """List the files in a folder at any depth, sorted, following links to files and folders.
 
-    Hidden files and folders (`.name`) are passed over, and so are folders like `__MACOSX`.
+    Each folder is read once, whatever links lead to it. Hidden files and folders (`.name`) are passed over, and so are
+    folders like `__MACOSX` and the folders `elsewhere`, which are read on their own.
+
+    Raises:
+        PermissionError: a folder may not be read.
     """
     found: list[Path] = []
-    for parent, subfolders, files in os.walk(folder, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith((".", "__"))]
-        found += [Path(parent, name) for name in files if not name.startswith(".")]
+    # Real folders come before links, so that files have their own paths.
+    waiting, links = [folder], list[Path]()
+    seen = {_identity(path) for path in elsewhere} - {_identity(folder)}
+    while waiting or links:
+        current = waiting.pop() if waiting else links.pop(0)
+        if _identity(current) in seen:
+            logger.warning("%s: passed over, because it leads to a folder that is read already.", current)
+            continue
+        seen.add(_identity(current))
+        for path in sorted(current.iterdir()):
+            if path.name.startswith("."):
+                continue
+            if not path.is_dir():
+                found.append(path)
+            elif not path.name.startswith("__"):
+                (links if path.is_symlink() else waiting).append(path)
     return sorted(found)
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
@@ -118,17 +184,18 @@ def find_images(paths: Iterable[str | os.PathLike]) -> list[Path]:
 
     Raises:
         FileNotFoundError: a path does not exist.
+        PermissionError: a folder may not be read.
         ValueError: a folder has no images.
     """
     suffixes = image_suffixes()
     found: list[Path] = []
     for path in map(Path, paths):
         if not path.exists():
-            raise FileNotFoundError(f"There is no file or folder {path}.")
+            raise FileNotFoundError(f"There is no file or folder {printable(str(path))}.")
         if not path.is_dir():
             found.append(path)
             continue
-        images = [file for file in visible_files(path) if file.suffix.lower() in suffixes and file.is_file()]
+        images = [file for file in visible_files(path) if file.suffix.lower() in suffixes]
         if not images:
             raise ValueError(f"The folder {path} holds no images.")
         found += images
@@ -167,8 +234,8 @@ def build_image_processor(
         ValueError: a size is below one pixel, or the statistics are not three numbers.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(size) != 2 or not all(isinstance(side, int) and side > 0 for side in size):
-        raise ValueError(f"image_size is {image_size!r}; it has to be a side or (rows, cols) in pixels, from 1 up.")
+    if len(size) != 2 or not all(isinstance(side, int) and 0 < side <= MAX_SIDE for side in size):
+        raise ValueError(f"image_size is {image_size!r}; it has to be a side or (rows, cols), 1 to {MAX_SIDE} pixels.")
     if len(image_mean) != 3 or len(image_std) != 3 or min(image_std) <= 0:
         raise ValueError(
             f"image_mean is {image_mean!r} and image_std {image_std!r}; each has to be three numbers, one a channel, "

@@ -9,13 +9,15 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import datasets
 import pandas as pd
+import pyarrow as pa
 from datasets.exceptions import DatasetNotFoundError
 
 from prompt_cam_hf.data.images import image_suffixes, visible_files
+from prompt_cam_hf.messages import one_line, printable
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ class SourceSplit(NamedTuple):
 
 def some_of(names: Iterable[object]) -> str:
     """List the first few names for a message, and count the rest: "a, b, c, d, e and 7 more"."""
-    ordered = [str(name) for name in names]
+    ordered = [printable(str(name)) for name in names]
     rest = len(ordered) - _MAX_NAMED
     return ", ".join(ordered[:_MAX_NAMED]) + (f" and {rest} more" if rest > 0 else "")
 
@@ -90,11 +92,14 @@ def _read_folder(folder: Path) -> dict[str, SourceSplit]:
         found = {split: folder / name for split, name in _named_splits(split_like, f"The folder {folder}").items()}
     else:
         found = {"train": folder}
-    class_names = sorted({path.name for split_folder in found.values() for path in _visible_folders(split_folder)})
-    return {split: _read_class_folders(split_folder, class_names) for split, split_folder in found.items()}
+    class_folders = [path for split_folder in found.values() for path in _visible_folders(split_folder)]
+    class_names = sorted({path.name for path in class_folders})
+    # A link in one class may lead to another, or to another split.
+    apart = [folder, *found.values(), *(path for path in class_folders if not path.is_symlink())]
+    return {split: _read_class_folders(split_folder, class_names, apart) for split, split_folder in found.items()}
 
 
-def _read_class_folders(folder: Path, class_names: list[str]) -> SourceSplit:
+def _read_class_folders(folder: Path, class_names: list[str], apart: list[Path]) -> SourceSplit:
     """Read one split; an image's class is the folder directly below `folder` that it lies in, at whatever depth.
 
     This is not left to the image folders of the datasets library: they pass over an empty class, take a file called
@@ -106,7 +111,7 @@ def _read_class_folders(folder: Path, class_names: list[str]) -> SourceSplit:
     empty: list[str] = []
     other: list[str] = []
     for class_folder in _visible_folders(folder):
-        inside = visible_files(class_folder)
+        inside = visible_files(class_folder, apart)
         images = [path for path in inside if path.suffix.lower() in suffixes]
         other += [str(path.relative_to(folder)) for path in inside if path.suffix.lower() not in suffixes]
         files += images
@@ -125,14 +130,24 @@ def _read_csv(path: Path) -> datasets.Dataset:
     try:
         # As text, so that a class may be called NA and keep its leading zeros.
         frame = pd.read_csv(path, dtype=str, keep_default_na=False)
+        # A stray space would make a second class.
+        return datasets.Dataset.from_pandas(frame.apply(lambda column: column.str.strip()), preserve_index=False)
     except ValueError as error:  # what pandas raises for a malformed file and for a wrong encoding
-        raise ValueError(f"{path} cannot be read as CSV in UTF-8: {error}") from error
-    # A stray space would make a second class.
-    return datasets.Dataset.from_pandas(frame.apply(lambda column: column.str.strip()), preserve_index=False)
+        raise ValueError(f"{path} cannot be read as CSV in UTF-8: {one_line(error)[:300]}") from error
+
+
+def _read_parquet(path: Path) -> datasets.Dataset:
+    try:
+        return cast(datasets.Dataset, datasets.Dataset.from_parquet(str(path)))
+    except (datasets.exceptions.DatasetGenerationError, datasets.table.CastError, pa.ArrowException) as error:
+        reason = one_line(error.__cause__ or error)[:300]
+        raise ValueError(
+            f"{path} cannot be read as Parquet: it is damaged, or another kind of file ({reason})."
+        ) from error
 
 
 def _read_table(path: Path, image_column: str, label_column: str) -> dict[str, SourceSplit]:
-    table = _read_csv(path) if path.suffix.lower() == ".csv" else datasets.Dataset.from_parquet(str(path))
+    table = _read_csv(path) if path.suffix.lower() == ".csv" else _read_parquet(path)
     images, labels, class_names = _read_columns(table, str(path), path.parent, image_column, label_column)
     if "split" not in table.column_names:
         return {"train": SourceSplit(images, labels, class_names)}
@@ -223,7 +238,10 @@ def _load_dataset(source: str, name: str | None, revision: str | None) -> datase
     try:
         return datasets.load_dataset(source, name=name, revision=revision)
     except (DatasetNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(f"{missing}, and no data set could be had from the Hub: {error}") from error
+        raise FileNotFoundError(f"{missing}, and no data set could be had from the Hub: {one_line(error)}") from error
+    except (datasets.exceptions.DatasetGenerationError, datasets.table.CastError, pa.ArrowException) as error:
+        reason = one_line(error.__cause__ or error)[:300]
+        raise ValueError(f"The files of {source} are damaged, or of another kind ({reason}).") from error
 
 
 def _read_dataset_dict(

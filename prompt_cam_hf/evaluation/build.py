@@ -25,6 +25,7 @@ from prompt_cam_hf.evaluation.measure import ROW_SCHEMA, SANITY_IMAGES, Batch, P
 from prompt_cam_hf.evaluation.report import CURVES, EVALUATION, MEASUREMENTS, PAGE, draw_curves, render_report, to_json
 from prompt_cam_hf.evaluation.subjects import Subject, check_same_classes, load_subject
 from prompt_cam_hf.evaluation.summary import Evaluation, summarize
+from prompt_cam_hf.files import only_writer
 from prompt_cam_hf.loading import weights_digest
 from prompt_cam_hf.parts import Parts
 
@@ -93,7 +94,7 @@ def evaluate(
         The means with their confidence intervals, and the mean curves.
 
     Raises:
-        FileExistsError: `out` holds results, and `overwrite` is not set.
+        FileExistsError: `out` holds results, and `overwrite` is not set, or another process writes there.
         FileNotFoundError: a model or the data cannot be found.
         ValueError: an argument is wrong, the models have different classes, no image can be read, or `out` holds an
             unfinished evaluation with other settings.
@@ -118,27 +119,28 @@ def evaluate(
     order = np.random.default_rng(protocol.seed).permutation(len(images)).tolist()
     results = (EVALUATION, MEASUREMENTS, CURVES, PAGE)
     parts = Parts(Path(out), "evaluation", results, ROW_SCHEMA, len(images), PART_SIZE)
-    if state.is_main_process:
-        parts.open(_settings(subjects, images, protocol, ground_truth), overwrite)
-    state.wait_for_everyone()
-    missing = parts.missing()
-    mine = missing[state.process_index :: state.num_processes]
-    for number in tqdm(mine, desc="Measuring", unit="part", disable=None if state.is_main_process else True):
-        parts.add(number, _measure_part(subjects, images, parts.places(number), order, protocol, ground_truth))
-    state.wait_for_everyone()
-    found = _summarize(parts, images, protocol, ground_truth)
-    # The main process removes the parts, so all others must have read them.
-    state.wait_for_everyone()
-    if state.is_main_process:
-        parts.finish(
-            MEASUREMENTS,
-            {
-                EVALUATION: to_json(found, [subject.name for subject in subjects]).encode(),
-                CURVES: draw_curves(found) if found.curves else None,
-                PAGE: render_report(found, parts.tables(), subjects, images).encode(),
-            },
-        )
-    state.wait_for_everyone()
+    with only_writer(Path(out)) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            parts.open(_settings(subjects, images, protocol, ground_truth), overwrite)
+        state.wait_for_everyone()
+        missing = parts.missing()
+        mine = missing[state.process_index :: state.num_processes]
+        for number in tqdm(mine, desc="Measuring", unit="part", disable=None if state.is_main_process else True):
+            parts.add(number, _measure_part(subjects, images, parts.places(number), order, protocol, ground_truth))
+        state.wait_for_everyone()
+        found = _summarize(parts, images, protocol, ground_truth)
+        # The main process removes the parts, so all others must have read them.
+        state.wait_for_everyone()
+        if state.is_main_process:
+            parts.finish(
+                MEASUREMENTS,
+                {
+                    EVALUATION: to_json(found, [subject.name for subject in subjects]).encode(),
+                    CURVES: draw_curves(found) if found.curves else None,
+                    PAGE: render_report(found, parts.tables(), subjects, images).encode(),
+                },
+            )
+        state.wait_for_everyone()
     return found
 
 

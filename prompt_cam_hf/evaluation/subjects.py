@@ -5,12 +5,13 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
-from transformers import Pipeline, PreTrainedModel, pipeline
+from transformers import Pipeline, PreTrainedModel
 
 from prompt_cam_hf.baselines import CAM_METHODS, cam_maps
 from prompt_cam_hf.baselines.cams import CamMethod
 from prompt_cam_hf.explanations.aggregate import AGGREGATIONS, DEFAULT_AGGREGATION, Aggregation, aggregate_maps
 from prompt_cam_hf.explanations.ranking import check_ranking
+from prompt_cam_hf.loading import load_classifier
 from prompt_cam_hf.metrics.scoring import Explainer
 
 _FINER = "finer_"
@@ -46,11 +47,11 @@ def load_subject(
     For None as `maps`: the aggregated map of a Prompt-CAM, the usual post-hoc maps of other models.
 
     Raises:
-        ValueError: a map is unknown, or the model does not allow it.
+        ValueError: a map is unknown, the model does not allow it, or it is damaged or needs code of its own.
         OSError: the model cannot be found.
     """
     if not isinstance(model, Pipeline):
-        model = pipeline("image-classification", model=os.fspath(model), device=device)
+        model = load_classifier(model, device)
     is_prompt_cam = model.model.config.model_type == "prompt_cam"
     name = _short_name(str(model.model.name_or_path)) or type(model.model).__name__
     if maps is None:

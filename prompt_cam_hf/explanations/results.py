@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from prompt_cam_hf.explanations.figures import Scale
 from prompt_cam_hf.files import write_atomically
+from prompt_cam_hf.messages import printable
 
 # At the size of a README, and sharp in print.
 _DOTS_PER_INCH = 150
@@ -82,7 +83,8 @@ class Result(ABC):
 
 
 def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain text with aligned columns, each line indented by two spaces."""
+    """Plain text with aligned columns, each line indented by two spaces; names are made printable."""
+    columns, rows = list(map(printable, columns)), [list(map(printable, row)) for row in rows]
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (columns, *rows))
     return "\n".join(f"  {line}".rstrip() for line in lines)

@@ -5,6 +5,7 @@ What is not known is left out. The text is the Jinja template `model_cards/templ
 its top. The finished cards in `model_cards/` are those of the official checkpoints (`official.py`).
 """
 
+import html
 import json
 import os
 import re
@@ -20,6 +21,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers.image_processing_utils import BaseImageProcessor
 
 from prompt_cam_hf.hub.upload import is_hub_id
+from prompt_cam_hf.messages import one_line
 from prompt_cam_hf.modeling import PromptCAMConfig, PromptCAMForImageClassification
 from prompt_cam_hf.modeling.backbone_prompt_cam import patch_size
 
@@ -135,11 +137,14 @@ def render_card(facts: CardFacts) -> ModelCard:
     )
     template = environment.from_string(files("prompt_cam_hf.model_cards").joinpath("template.md").read_text("utf-8"))
     what = f"Prompt-CAM on {facts.backbone.split('/')[-1]}" if facts.backbone else "Prompt-CAM"
+    class_names = list(map(one_line, facts.class_names))
     text = template.render(
         vars(facts)
         | {
             "metadata": facts.hub_metadata().to_yaml(),
-            "title": f"{what}: {facts.dataset_name}" if facts.dataset_name else what,
+            "title": _cell(f"{what}: {facts.dataset_name}" if facts.dataset_name else what),
+            "class_names": class_names,
+            "fence": _fence(class_names),
             "backbone_fetched_from": _backbone(facts, "@") if facts.prompts_only else None,
             "description": {name: _cell(value) for name, value in _description(facts).items()},
             "accuracy": _accuracy_table(facts),
@@ -347,4 +352,9 @@ def _eval_results(facts: CardFacts, hub_dataset: str | None) -> list[EvalResult]
 
 def _cell(text: str) -> str:
     """Text on one line, without what would end the cell of a Markdown table."""
-    return " ".join(str(text).split()).replace("|", "\\|")
+    return html.escape(one_line(text)).replace("|", "\\|")
+
+
+def _fence(lines: Sequence[str]) -> str:
+    """A fence that none of the lines can close."""
+    return "`" * max(3, *(len(run) + 1 for line in lines for run in re.findall("`+", line)), 3)

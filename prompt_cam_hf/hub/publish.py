@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, ModelCardData, constants
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from prompt_cam_hf.data.images import open_image
 from prompt_cam_hf.explanations.figures import plot_trait_maps
 from prompt_cam_hf.explanations.taxonomy_path import TAXONOMY_FILE
 from prompt_cam_hf.hub import upload
 from prompt_cam_hf.hub.card import GalleryImage, read_card_facts, render_card
+from prompt_cam_hf.loading import load_complete, load_image_processor
 from prompt_cam_hf.modeling import (
     PromptCAMConfig,
     PromptCAMForImageClassification,
@@ -226,13 +226,10 @@ def _load(folder: Path) -> tuple[PromptCAMForImageClassification, BaseImageProce
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"There is no model in {folder}: it has no config.json.")
     config = PromptCAMConfig.from_pretrained(folder)
-    model, report = PromptCAMForImageClassification.from_pretrained(folder, output_loading_info=True)
-    wrong = sorted({str(key) for kind in report.values() if kind for key in kind})
-    if wrong:
-        raise ValueError(f"The weights in {folder} do not fill the model; first of {len(wrong)} misfits: {wrong[0]}.")
+    model = load_complete(PromptCAMForImageClassification, folder)
     try:
-        image_processor = AutoImageProcessor.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+        image_processor = load_image_processor(folder)
+    except OSError as error:
         raise ValueError(
             f"{folder} holds no image processor; save the one that the model was trained with there: "
             "image_processor.save_pretrained(folder)."

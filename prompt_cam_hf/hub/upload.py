@@ -21,9 +21,9 @@ from huggingface_hub import (
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 from transformers import BaseImageProcessor, PreTrainedModel
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.utils import cached_file
 
+from prompt_cam_hf.loading import load_image_processor
 from prompt_cam_hf.modeling.checkpoint_prompt_cam import NOT_ACCEPTED, find_cause, tell_reason
 
 CARD_FILE = "README.md"
@@ -118,7 +118,7 @@ def save_repository(
 def image_processor_of(model: PreTrainedModel) -> BaseImageProcessor:
     """The image processor in the folder or repository that a model was loaded from; a ValueError without one."""
     try:
-        return AutoImageProcessor.from_pretrained(model.name_or_path or os.devnull)
+        return load_image_processor(model.name_or_path or os.devnull)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"The image processor is missing: {model.name_or_path or 'a model made in memory'} has none. Give it as "

@@ -17,6 +17,9 @@ from pathlib import Path, PurePosixPath
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".zip")
 
+# What the largest list of a data set stays far below, and an image too.
+_MAX_FILE_SIZE = 1 << 29
+
 # What the standard library raises on an archive that is cut off, altered or locked with a password.
 _DAMAGE = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, RuntimeError)
 
@@ -47,6 +50,8 @@ class SourceFile:
 
     def read(self) -> bytes:
         """Read all of it; raises ValueError where the archive is damaged, or the content has not `size` bytes."""
+        if self.size > _MAX_FILE_SIZE:
+            raise _too_large(self, self.size)
         with _damage_named(self):
             content = self.content()
         if len(content) != self.size:
@@ -196,9 +201,17 @@ class Source:
                 continue
             content = partial(_read_tar_entry, opened, entry)
             if PurePosixPath(path).name in self._list_names:
+                if entry.size > _MAX_FILE_SIZE:
+                    raise _too_large(f"{path} in {archive}", entry.size)
                 # Going back to it later would unpack the archive from its beginning.
                 content = partial(bytes, content())
             self._add(SourceFile(path, entry.size, archive, True, (number, place), content))
+
+
+def _too_large(what: object, size: int) -> ValueError:
+    return ValueError(
+        f"{what} has {size:,} bytes, and at most {_MAX_FILE_SIZE:,} are read; it is no file of the data set."
+    )
 
 
 def _is_archive(name: str) -> bool:

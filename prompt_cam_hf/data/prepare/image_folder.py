@@ -16,6 +16,7 @@ from datasets.utils import tqdm
 from prompt_cam_hf.data.prepare.archives import Source, SourceFile
 from prompt_cam_hf.data.prepare.plan import Plan, PlannedImage
 from prompt_cam_hf.data.sources import some_of
+from prompt_cam_hf.files import only_writer
 
 # Written last: it lists every image, and says that the folder is complete.
 MANIFEST = "manifest.csv"
@@ -29,22 +30,23 @@ def write_image_folder(plan: Plan, source: Source, destination: Path) -> None:
     image that is there already, with the right size, stays as it is.
 
     Raises:
-        FileExistsError: `destination` holds something that the plan does not, or another file in an image's place.
+        FileExistsError: `destination` holds something that the plan does not, or another file in an image's place, or
+            another process writes there.
         OSError: there is too little space, or writing failed.
         ValueError: `destination` and the source lie in one another, or an archive is damaged.
     """
     _check_destination(plan, source, destination)
-    missing = [image for image in plan.images if not _is_there(image, destination)]
-    destination.mkdir(parents=True, exist_ok=True)
-    extracted = next((image.source for image in missing if not image.source.in_archive), None)
-    can_link = extracted is not None and _can_link(extracted, destination)
-    to_copy = [image for image in missing if image.source.in_archive or not can_link]
-    _check_space(sum(image.source.size for image in to_copy), destination)
-    with tqdm(total=len(missing), desc=f"Preparing {plan.facts.title}", unit=" images") as progress:
-        for image in sorted(missing, key=lambda image: image.source.position):
-            _place(image.source, destination / image.path, can_link)
-            progress.update()
-    _write_manifest(plan, destination)
+    with only_writer(destination):
+        missing = [image for image in plan.images if not _is_there(image, destination)]
+        extracted = next((image.source for image in missing if not image.source.in_archive), None)
+        can_link = extracted is not None and _can_link(extracted, destination)
+        to_copy = [image for image in missing if image.source.in_archive or not can_link]
+        _check_space(sum(image.source.size for image in to_copy), destination)
+        with tqdm(total=len(missing), desc=f"Preparing {plan.facts.title}", unit=" images") as progress:
+            for image in sorted(missing, key=lambda image: image.source.position):
+                _place(image.source, destination / image.path, can_link)
+                progress.update()
+        _write_manifest(plan, destination)
 
 
 def _check_destination(plan: Plan, source: Source, destination: Path) -> None:
