@@ -87,7 +87,7 @@ def run_tokens(backbone, pixel_values):
     grid = grid_size(backbone.config, *pixel_values.shape[-2:])
     rotary = rotary_positions(backbone, hidden_states, grid, num_prefix_tokens(backbone.config))
     for layer in backbone_layers(backbone):
-        hidden_states, _ = run_layer(layer, backbone.config, hidden_states, query_rotary=rotary)
+        hidden_states = run_layer(layer, hidden_states, backbone.config, query_rotary=rotary).hidden_states
     return final_norm(backbone)(hidden_states)
 
 
