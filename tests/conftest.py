@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import set_client_factory
+from huggingface_hub.utils import _http
 from transformers import (
     CLIPVisionConfig,
     DeiTConfig,
@@ -30,6 +32,7 @@ from transformers import (
 
 from prompt_cam_hf import PromptCAMConfig, PromptCAMForImageClassification
 from prompt_cam_hf.data.images import build_image_processor
+from prompt_cam_hf.hub.patience import limit_waiting
 
 IMAGE_SIZE = 32
 NUM_CLASSES = 5
@@ -136,6 +139,16 @@ def model_folder(tmp_path) -> Path:
     tiny_model().save_pretrained(folder)
     build_image_processor(IMAGE_SIZE).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_hub_client():
+    """A command that a test calls in this process bounds all waiting for the Hub, and remembers failures: undo it."""
+    factory = _http._GLOBAL_CLIENT_FACTORY
+    yield
+    if _http._GLOBAL_CLIENT_FACTORY is not factory:
+        set_client_factory(factory)
+        limit_waiting.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -296,8 +296,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(photos, tmp_path, monkeypatch):
             run(photos, out, overwrite=done)
             stop_at = -stop_at
         assert contents(out) == whole, f"stopped at {stop_at}"
-    # The settings, three parts each with a state, three results; then the state, three parts and the settings go.
-    assert stop_at == 1 + 3 * 2 + 3 + tidying + 1 and tidying == 5
+    # The settings, three parts each with a state, three results; then the state, three parts, the settings and the lock go.
+    assert stop_at == 1 + 3 * 2 + 3 + tidying + 1 and tidying == 6
 
 
 def test_finished_parts_are_not_made_again(photos, tmp_path, monkeypatch):
