@@ -296,7 +296,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(photos, tmp_path, monkeypatch):
             run(photos, out, overwrite=done)
             stop_at = -stop_at
         assert contents(out) == whole, f"stopped at {stop_at}"
-    # The settings, three parts each with a state, three results; then the state, three parts, the settings and the lock go.
+    # Settings, three parts each with a state, three results; then the state, three parts, settings and the lock go.
     assert stop_at == 1 + 3 * 2 + 3 + tidying + 1 and tidying == 6
 
 
