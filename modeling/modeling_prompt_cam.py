@@ -242,14 +242,7 @@ class PromptCAMForImageClassification(PromptSetsModel):
         )
 
     def encode_prefix(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
-        """What the layers before the first prompt compute, a fixed function of the image; without gradient.
-
-        Args:
-            pixel_values: (batch, channels, height, width).
-            interpolate_pos_encoding: As in `forward`.
-
-        Returns:
-            Hidden states (batch, tokens, hidden_size), for `forward(prefix_hidden_states=...)`.
+        """What the layers before the first prompt compute, as in `PromptedModel.encode_prefix`, where that is fixed.
 
         Raises:
             ValueError: prompts enter the first layer, or the backbone is trained, so that nothing is fixed.

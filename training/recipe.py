@@ -21,6 +21,7 @@ import yaml
 from transformers import TrainingArguments
 
 from prompt_cam_hf.data.images import MAX_SIDE
+from prompt_cam_hf.messages import one_line
 
 # Beyond these no machine would come to an end, so they are slips.
 _LARGEST = {
@@ -355,7 +356,7 @@ def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{where} is not YAML: {one_line(error)}") from error
 
 
 def _read_yaml(path: str | os.PathLike) -> dict[str, Any]:
