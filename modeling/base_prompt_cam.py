@@ -239,12 +239,11 @@ class PromptedModel(PreTrainedModel):
         `memories` are the keys and values of the prompts of every layer, where they are known.
         """
         for index in indices:
-            prompts = self._agnostic_prompts_of(index)
             memory: torch.Tensor | KeysAndValues | None = None
-            if prompts is not None:
-                memory = self._drop_prompts(prompts).to(hidden.device).unsqueeze(0)
             if memories is not None:
                 memory = memories[index]
+            elif (prompts := self._agnostic_prompts_of(index)) is not None:
+                memory = self._drop_prompts(prompts).to(hidden.device).unsqueeze(0)
             arguments = (hidden, self.backbone.config, memory, rotary, None, self._drop_path_rate(index))
             if record.attentions is None:
                 hidden, weights = self._call_layer(index, update_queries, *arguments, False, None, True), None
