@@ -234,12 +234,24 @@ def find_weights(path: str | os.PathLike, variant: str | None = None, **hub: Any
     return [] if index is None else get_checkpoint_shard_files(path, index, **hub)[0]
 
 
-def read_shapes(files: list[str]) -> dict[str, tuple[int, ...]]:
-    """The shape of each weight in these files by its name, without reading the weights."""
+def read_shapes(path: str | os.PathLike, files: list[str]) -> dict[str, tuple[int, ...]]:
+    """The shape of each weight in these files by its name, without reading the weights.
+
+    Args:
+        path: The checkpoint's Hub id or folder, for messages.
+        files: From `find_weights`.
+
+    Raises:
+        ValueError: weights are whole numbers or truth values, and so not those of a model.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, framework="pt") as weights:
-            shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+            for name in weights.keys():  # noqa: SIM118
+                header = weights.get_slice(name)
+                if not header.get_dtype().startswith(("F", "BF")):
+                    raise ValueError(f"The weight {name} of {path} is stored as {header.get_dtype()}, not as floats.")
+                shapes[name] = tuple(header.get_shape())
     return shapes
 
 
@@ -271,7 +283,7 @@ def check_shapes(
 ) -> None:
     """Refuse weights that are not the model's that the configuration describes, before any memory is taken for it.
 
-    Weights of other formats, and quantised ones, are left to transformers.
+    Weights of other formats are left to transformers.
 
     Args:
         model_class: What is loaded.
@@ -283,7 +295,7 @@ def check_shapes(
     Raises:
         ValueError: a weight has another shape, or the model is far larger than the weights.
     """
-    if not shapes or hasattr(config, "quantization_config"):
+    if not shapes:
         return
     if config.vision.num_hidden_layers > len(shapes):
         raise ValueError(f"{path} has {len(shapes)} weights, too few for {config.vision.num_hidden_layers} layers.")

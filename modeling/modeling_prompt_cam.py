@@ -129,7 +129,8 @@ class PromptCAMForImageClassification(PromptSetsModel):
                 check_same_prompts(config, saved, path)
                 files, ignore = find_weights(path, kwargs.get("variant"), **hub), kwargs.get("ignore_mismatched_sizes")
                 if saved.backbone_in_checkpoint:
-                    check_shapes(cls, config, read_shapes(files), path, bool(ignore))
+                    if not hasattr(config, "quantization_config"):
+                        check_shapes(cls, config, read_shapes(path, files), path, bool(ignore))
                     return super().from_pretrained(path, *model_args, config=config, **kwargs)
             state_dict = complete_state_dict(path, files, config, backbone, **hub)
             check_shapes(cls, config, {name: each.shape for name, each in state_dict.items()}, path, bool(ignore))

@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,10 +42,9 @@ def only_writer(folder: Path) -> Iterator[None]:
                 # Not flock, which processes that read images would inherit.
                 lockf(file, LOCK_EX | LOCK_NB)
             except (BlockingIOError, PermissionError) as error:
-                file.seek(0)
-                holder = file.read() or "another process"
                 raise FileExistsError(
-                    f"{folder} is being written to by {holder}; wait for it to end, or choose another folder."
+                    f"{folder} is being written to by {_read_holder(path)}; wait for it to end, or choose another "
+                    "folder."
                 ) from error
             except OSError as error:  # a file system without locks
                 logger.warning("%s cannot be locked (%s); start no second run there.", folder, error)
@@ -61,6 +61,16 @@ def only_writer(folder: Path) -> Iterator[None]:
                     with suppress(OSError):  # it holds something
                         folder.rmdir()
             return
+
+
+def _read_holder(lock: Path) -> str:
+    """What the process that has just taken the lock has written into it, or writes in the next moment."""
+    for _ in range(20):
+        with suppress(FileNotFoundError):  # it has ended
+            if holder := lock.read_text(encoding="utf-8"):
+                return holder
+        time.sleep(0.05)
+    return "another process"
 
 
 @contextmanager

@@ -156,6 +156,12 @@ def _refusals(name: str | os.PathLike) -> Iterator[None]:
     except ValueError as error:
         if "trust_remote_code" in str(error):
             raise ValueError(f"{name} needs code of its own, which is never run.") from error
+        if "File reconstruction error" in str(error):  # of the client of Xet, with addresses
+            raise ConnectionError(
+                f"The download of {name} broke off. Nothing incomplete is kept: try again later."
+            ) from error
+        if str(error).startswith("Unrecognized image processor"):  # a list of all there are follows
+            raise ValueError(f"{name} does not say which image processor of transformers it needs.") from error
         raise
     except Exception as error:  # there is no end to the types that a damaged file brings forth
         reason = one_line(error).split("ignore_mismatched_sizes")[0][:300]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A small Hub on this machine: as much of the Hub's HTTP interface as publishing and loading a model needs.
 
-The real huggingface_hub client talks to it through HF_ENDPOINT, with HF_HUB_DISABLE_XET=1: it knows LFS, not Xet.
+The real huggingface_hub client talks to it through HF_ENDPOINT, with HF_HUB_DISABLE_XET=1: it knows LFS, and only how
+to fail of Xet.
 Faults are ordered with `HubServer.fail`, and every request is kept in `HubServer.requests`.
 """
 
@@ -413,12 +414,18 @@ class _Handler(BaseHTTPRequestHandler):
             # Large files live elsewhere: the Hub answers with where, how large and what digest.
             digest = hashlib.sha256(content).hexdigest()
             headers |= {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(content))}
+            # A client that knows Xet asks there for the parts, which are not to be had here.
+            headers |= {"X-Xet-Hash": digest, "X-Xet-Refresh-Route": f"{self.hub.url}/xet-token"}
             self.hub.objects[digest] = content
             self._send(
                 302, b"", {**headers, "Location": f"{self.hub.storage_url}/cdn/{digest}?Signature=signed-for-{repo}"}
             )
             return
         self._send_range(content, {**headers, "ETag": f'"{_git_oid(content)}"'})
+
+    def _xet_token(self) -> None:
+        place = {"X-Xet-Cas-Url": f"{self.hub.url}/xet", "X-Xet-Access-Token": "signed"}
+        self._send(200, b"", {**place, "X-Xet-Token-Expiration": "4000000000"})
 
     def _cdn(self, oid: str) -> None:
         self._send_range(self.hub.objects[oid], {"ETag": f'"{oid}"'})
@@ -450,6 +457,7 @@ _ROUTES = [
     ("GET", rf"/api/models/{_REPO}/commits/{_REVISION}", _Handler._commits),
     ("GET HEAD", rf"/{_REPO}/resolve/{_REVISION}/(?P<path>.+)", _Handler._resolve),
     ("GET HEAD", r"/cdn/(?P<oid>\w+)", _Handler._cdn),
+    ("GET", "/xet-token", _Handler._xet_token),
 ]
 
 

@@ -3,6 +3,7 @@
 
 import importlib
 import logging
+import os
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -21,16 +22,21 @@ logger = logging.getLogger(__name__)
 _ANSWER, _TROUBLE = 10.0, 20.0
 # Bytes a second, below which a download is given up after `_TROUBLE`.
 _SLOWEST = 1000
+# The Xet protocol has a client of its own, which reads these when its first download begins.
+_XET_SETTINGS = {
+    "HF_XET_CLIENT_CONNECT_TIMEOUT": f"{_ANSWER:.0f}s",
+    "HF_XET_CLIENT_READ_TIMEOUT": f"{_ANSWER:.0f}s",
+    "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2",
+    "HF_XET_CLIENT_RETRY_MAX_DURATION": f"{_TROUBLE:.0f}s",
+}
 _TRY_AGAIN = "nothing incomplete is kept: try again later"
 
 
 @cache
 def limit_waiting() -> None:
-    """Let no request of this process to the Hub hang, trickle, or wait as long as the server pleases.
-
-    Downloads through the Xet protocol are not covered.
-    """
-
+    """Let no request of this process to the Hub hang, trickle, or wait as long as the server pleases."""
+    for name, value in _XET_SETTINGS.items():
+        os.environ.setdefault(name, value)
     factory = _http._GLOBAL_CLIENT_FACTORY  # the default, or the user's own
 
     def make_client() -> Any:

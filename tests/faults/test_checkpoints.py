@@ -167,7 +167,7 @@ HARMLESS = [
     ("an unknown tensor", "model", with_more(stranger=torch.zeros(3))),
 ]
 FLIPPED = [(f"bit {seed} of the header", "model", flipped(SEED + seed)) for seed in range(8)]
-SHORT = ("cut to 50.0%", "no class_prompts")
+SHORT = ("cut to 50.0%", "no class_prompts", "a backbone's norm of its own")
 
 
 def params(rows: list) -> list:

@@ -56,6 +56,7 @@ BY_HAND = [
     {("backbone_in_checkpoint",): False},
     {("backbone_in_checkpoint",): False, ("backbone_name_or_path",): "../../etc"},
 ]
+SHORT = [{("backbone_config", "num_hidden_layers"): 10**6}, {("attn_implementation",): "org/kernels"}]
 # As they stand in the file.
 TEXTS = ["", "{", "[]", "null", "3", '"x"', "\x00" * 100, "{}", "[" * 20_000, '{"model_type": "prompt_cam"}', "\ufffe"]
 
@@ -90,7 +91,8 @@ def cases() -> list:
     config = json.loads(tiny_model(first_prompt_layer=1).config.to_json_string(use_diff=False))
     everything = [{path: value} for path in paths_of(config) for value in VALUES]
     altered = [*BY_HAND, *drawn.sample(everything, NUMBER - len(BY_HAND) - len(TEXTS))]
-    made = [pytest.param(changes, id=name_of(changes)) for changes in altered]
+    short = {name_of(changes): [pytest.mark.short] for changes in SHORT}
+    made = [pytest.param(changes, id=name_of(changes), marks=short.get(name_of(changes), [])) for changes in altered]
     return made + [pytest.param(text, id=f"text {text[:30]!r}") for text in TEXTS]
 
 

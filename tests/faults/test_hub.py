@@ -47,15 +47,23 @@ FAULTS = {
     "everything hangs": (".", HANG),
     "everything: 429": (".", BUSY),
 }  # fmt: skip
+# Of a client that uses Xet for large files.
+XET_FAULTS = {
+    "xet: no parts": ("never", {}),
+    "xet: 500": ("GET /xet/", SICK),
+    "xet: 429": ("GET /xet/", BUSY),
+    "xet: hangs": ("GET /xet/", HANG),
+    "xet: trickles": ("GET /xet/", {"slow": True, "content": b"{}" * 1000}),
+}
 HARMLESS = {"nothing": ("never", {}), "one break": ("GET /cdn", {"times": 1})}
 
 
-def predict_from(url: str, home: str, *arguments: str) -> None:
+def predict_from(url: str, home: str, xet: bool, *arguments: str) -> None:
     """`prompt-cam predict`, with a Hub at `url`; the client has read its settings already."""
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, url)
     settings = {
-        "HUGGINGFACE_CO_URL_TEMPLATE": template, "ENDPOINT": url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True,
-        "HF_HUB_CACHE": f"{home}/hub", "HF_TOKEN_PATH": f"{home}/token",
+        "HUGGINGFACE_CO_URL_TEMPLATE": template, "ENDPOINT": url, "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": not xet, "HF_HUB_CACHE": f"{home}/hub", "HF_TOKEN_PATH": f"{home}/token",
     }  # fmt: skip
     for name, value in settings.items():
         setattr(constants, name, value)
@@ -70,18 +78,19 @@ def fixture_ended(world, tmp_path_factory):
     photo = world.photos / "test" / "red" / "0.png"
     with contextlib.ExitStack() as stack:
         running = {}
-        for name, (pattern, fault) in (FAULTS | HARMLESS).items():
+        for name, (pattern, fault) in (FAULTS | XET_FAULTS | HARMLESS).items():
             hub = stack.enter_context(serve())
             hub.add(REPO, files)
             hub.fail(pattern, **({"times": 10**6} | fault))
             home = tmp_path_factory.mktemp("home")
             running[name] = start(
-                predict_from, hub.url, str(home), str(photo), "--format", "json", environment={"HF_TOKEN": WRITER}
-            )
+                predict_from, hub.url, str(home), name in XET_FAULTS, str(photo), "--format", "json",
+                environment={"HF_TOKEN": WRITER},
+            )  # fmt: skip
         yield {name: process.wait(LONGEST) for name, process in running.items()}
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", FAULTS | XET_FAULTS)
 def test_a_failing_hub_is_not_waited_for(ended, refused, name):
     ran = ended[name]
     assert ran.code is not None, f"still waiting after {LONGEST:.0f} s\n{ran}"
@@ -101,3 +110,8 @@ def test_what_is_waited_for_is_said(ended):
     """Whoever waits a while is told for what."""
     said = ended["everything hangs"].err
     assert REPO in said, said
+
+
+def test_xet_is_used_where_it_is_tested(ended):
+    for name in XET_FAULTS:
+        assert "The download of org/birds broke off" in ended[name].err, ended[name]
