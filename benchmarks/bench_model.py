@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ from transformers import ViTConfig
 from prompt_cam_hf import PromptCAMConfig, PromptCAMForImageClassification
 
 CLASSES = (37, 200, 525)
+# Without agnostic prompts, as nobody would have so many of them.
+MANY_CLASSES = (1_000, 10_000)
 # The straightforward computation: with explicit attention, as the official code does it, and with fused attention.
 BASELINES = {"eager": "the official way", "sdpa": "the long way, fused"}
 
@@ -29,7 +32,8 @@ BASELINES = {"eager": "the official way", "sdpa": "the long way, fused"}
 def build(num_classes: int) -> PromptCAMForImageClassification:
     """A ViT-B/16 with prompts."""
     torch.manual_seed(0)
-    config = PromptCAMConfig(backbone_config=ViTConfig(), num_labels=num_classes)
+    agnostic = 0 if num_classes in MANY_CLASSES else None
+    config = PromptCAMConfig(backbone_config=ViTConfig(), num_labels=num_classes, num_agnostic_prompts=agnostic)
     return PromptCAMForImageClassification(config).eval()
 
 
@@ -46,9 +50,9 @@ def ratios(first: Callable[[], object], second: Callable[[], object], rounds: in
     return [seconds(first) / seconds(second) for _ in range(rounds)]
 
 
-def training_step(model: torch.nn.Module, pixel_values: torch.Tensor, labels: torch.Tensor) -> None:
+def training_step(model: torch.nn.Module, *inputs: torch.Tensor, **keywords: torch.Tensor) -> None:
     """Forward, backward, and the gradients thrown away."""
-    output = model(pixel_values, labels=labels)
+    output = model(*inputs, **keywords)
     (output if isinstance(output, torch.Tensor) else output.loss).backward()
     model.zero_grad(set_to_none=True)
 
@@ -67,7 +71,7 @@ def measure_own_memory(kind: str, num_classes: int, batch: int) -> None:
     images, labels = torch.randn(batch, 3, 224, 224), torch.zeros(batch, dtype=torch.long)
     before = peak_megabytes()
     for _ in range(2):
-        training_step(model, images, labels)
+        training_step(model, images, labels=labels)
     print(json.dumps({"peak": peak_megabytes(), "before": before}))
 
 
@@ -95,6 +99,24 @@ def bench_one_image(ours: PromptCAMForImageClassification, image: torch.Tensor, 
         report(name, ratios(lambda: ours(image), plain, 5 * rounds))
 
 
+def bench_many(num_classes: int, batch: int, rounds: int) -> None:
+    """Thousands of classes, beside the backbone alone on the same images; training is on cached features."""
+    images, labels = torch.randn(batch, 3, 224, 224), torch.zeros(batch, dtype=torch.long)
+    ours = build(num_classes)
+    plain = torch.no_grad()(lambda: ours.backbone(images))
+    print(f"\n{num_classes} classes without agnostic prompts")
+    with torch.no_grad():
+        features = ours.encode_prefix(images)
+        report("forward, ours / plain backbone", ratios(lambda: ours(images), plain, rounds))
+        with ours.prepared():
+            report("forward, ours prepared / plain backbone", ratios(lambda: ours(images), plain, rounds))
+    print(f"  {'peak memory of the process so far':62s} {peak_megabytes():5.0f} MB")
+    ours.train()
+    step = partial(training_step, ours, labels=labels, prefix_hidden_states=features)
+    report("training step on cached features, ours / plain forward", ratios(step, plain, rounds))
+    print(f"  {'peak memory of the process so far':62s} {peak_megabytes():5.0f} MB")
+
+
 def bench(num_classes: int, batch: int, rounds: int) -> None:
     """All figures for one number of classes."""
     images, labels = torch.randn(batch, 3, 224, 224), torch.zeros(batch, dtype=torch.long)
@@ -111,8 +133,10 @@ def bench(num_classes: int, batch: int, rounds: int) -> None:
     ours.train()
     for name, other in others.items():
         other.train()
-        slow = lambda: training_step(other, images, labels)  # noqa: B023, E731
-        report(f"training step, {name} / ours", ratios(slow, lambda: training_step(ours, images, labels), rounds))
+        slow = lambda: training_step(other, images, labels=labels)  # noqa: B023, E731
+        report(
+            f"training step, {name} / ours", ratios(slow, lambda: training_step(ours, images, labels=labels), rounds)
+        )
     mine = peak_memory("ours", num_classes, batch)
     for kind, name in BASELINES.items():
         theirs = peak_memory(kind, num_classes, batch)
@@ -132,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--classes", type=int, nargs="*", default=CLASSES)
+    parser.add_argument("--classes", type=int, nargs="*", default=CLASSES + MANY_CLASSES)
     parser.add_argument("--memory-of", choices=("ours", *BASELINES), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory_of:
@@ -143,7 +167,8 @@ def main() -> None:
         f"torch {torch.__version__}; medians of the ratios"
     )
     for num_classes in arguments.classes:
-        bench(num_classes, arguments.batch, arguments.rounds)
+        measure = bench_many if num_classes in MANY_CLASSES else bench
+        measure(num_classes, arguments.batch, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import transformers
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -36,6 +37,10 @@ _AFTER_MLP = (("dropout",), ("layer_scale2",), ("drop_path",))
 # 256 MB in float32.
 _SCORES_AT_ONCE = 2**26
 _QUERIES_AT_ONCE = 256
+# Rows of queries that go through an MLP together: 10,000 queries of 8 images would take a gigabyte there.
+_ROWS_AT_ONCE = 8192
+# From as many queries on, what they make of each other is computed once, and not for each image.
+_MANY_QUERIES = 512
 
 
 class RotaryPositions(NamedTuple):
@@ -346,13 +351,25 @@ def project(
 def know_queries(layer: nn.Module, num_heads: int, queries: torch.Tensor) -> KnownQueries:
     """What queries (1, queries, hidden size) make of each other in a layer; without rotary positions."""
     projections = project(layer, num_heads, queries)
-    contexts, sums = [], []
     # In parts, since thousands of queries would fill the memory with scores.
-    for part in projections.queries.split(_QUERIES_AT_ONCE, dim=-2):
-        scores = _attention_scores(part, projections.keys).float()
-        contexts.append(scores.softmax(dim=-1).to(part.dtype) @ projections.values)
-        sums.append(scores.logsumexp(dim=-1, keepdim=True))
-    return KnownQueries(projections, torch.cat(contexts, dim=-2), torch.cat(sums, dim=-2))
+    parts = projections.queries.split(_QUERIES_AT_ONCE, dim=-2)
+    known = [_without_scores(_know_part, part, *projections[1:]) for part in parts]
+    contexts, sums = (torch.cat(each, dim=-2) for each in zip(*known, strict=True))
+    return KnownQueries(projections, contexts, sums)
+
+
+def _know_part(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scores = _attention_scores(queries, keys).float()
+    return scores.softmax(dim=-1).to(values.dtype) @ values, scores.logsumexp(dim=-1, keepdim=True)
+
+
+def _without_scores(run: Callable, *args: torch.Tensor) -> Any:
+    """Call a function, whose results alone are kept for the backward pass: it is run again there."""
+    return (
+        checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+        if torch.is_grad_enabled()
+        else run(*args)
+    )
 
 
 def _expand(states: torch.Tensor, batch: int) -> torch.Tensor:
@@ -398,15 +415,19 @@ def _attend_to_memory(projections: Projections, known: KnownQueries) -> torch.Te
     num_own = known.contexts.shape[-2]
     # The token's place among the scores and, without effect, among the values.
     keys, values = (nn.functional.pad(each[..., num_own:, :], (0, 0, 0, 1)) for each in projections[1:])
-    parts = []
     at_once = max(_SCORES_AT_ONCE // math.prod(keys.shape[:3]), 1)
     each_part = (each.split(at_once, dim=-2) for each in (projections.queries, known.contexts, known.logsumexp))
-    for queries, contexts, logsumexp in zip(*each_part, strict=True):
-        scores = _attention_scores(queries, keys).float()
-        scores[..., -1:] = logsumexp
-        weights = scores.softmax(dim=-1).to(values.dtype)
-        parts.append(weights @ values + weights[..., -1:] * contexts)
+    parts = [_without_scores(_attend_part, *part, keys, values) for part in zip(*each_part, strict=True)]
     return torch.cat(parts, dim=-2).transpose(1, 2)
+
+
+def _attend_part(
+    queries: torch.Tensor, contexts: torch.Tensor, logsumexp: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> torch.Tensor:
+    scores = _attention_scores(queries, keys).float()
+    scores[..., -1:] = logsumexp
+    weights = scores.softmax(dim=-1).to(values.dtype)
+    return weights @ values + weights[..., -1:] * contexts
 
 
 def attend(
@@ -435,7 +456,6 @@ def attend(
     implementation: Callable = _eager_attention
     if not output_attentions:
         implementation = ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, _eager_attention)
-    dropout = getattr(config, "attention_probs_dropout_prob", None) or getattr(config, "attention_dropout", 0.0)
     queries, keys, values = projections
     contexts, weights = implementation(
         attention,
@@ -443,11 +463,16 @@ def attend(
         keys,
         values,
         None,
-        dropout=dropout if attention.training else 0.0,
+        dropout=_attention_dropout(layer, config),
         scaling=queries.shape[-1] ** -0.5,
         is_causal=False,
     )
     return contexts, weights if output_attentions else None
+
+
+def _attention_dropout(layer: nn.Module, config: PreTrainedConfig) -> float:
+    rate = getattr(config, "attention_probs_dropout_prob", None) or getattr(config, "attention_dropout", None)
+    return rate if rate and _get(layer, _ATTENTION).training else 0.0
 
 
 def drop_path(branch: torch.Tensor, rate: float) -> torch.Tensor:
@@ -480,6 +505,16 @@ def finish_layer(
     Returns:
         The updated hidden states (batch, queries, hidden size).
     """
+    at_once = max(_ROWS_AT_ONCE // contexts.shape[0], 1)
+    if drop_path_rate or torch.is_grad_enabled() or contexts.shape[1] <= at_once:
+        return _finish_rows(layer, queries, contexts, drop_path_rate)
+    rows = zip(queries.split(at_once, dim=1), contexts.split(at_once, dim=1), strict=True)
+    return torch.cat([_finish_rows(layer, *each) for each in rows], dim=1)
+
+
+def _finish_rows(
+    layer: nn.Module, queries: torch.Tensor, contexts: torch.Tensor, drop_path_rate: float = 0.0
+) -> torch.Tensor:
     branch = _run_branch(layer, _get(layer, _OUTPUT)(contexts.flatten(-2)), _AFTER_ATTENTION)
     # The residual stream follows the layer's device where a device map spreads the backbone.
     hidden_states = queries.to(branch.device) + drop_path(branch, drop_path_rate)
@@ -504,11 +539,22 @@ def run_layer(
     Without memory this is the family's own layer, up to rounding. Arguments as in `project`, `attend` and
     `finish_layer`.
     """
+    if known is None and not output_attentions and _are_worth_knowing(layer, config, queries, memory):
+        known = know_queries(layer, config.num_attention_heads, queries)
     projections = project(
         layer, config.num_attention_heads, queries, memory, query_rotary, memory_rotary, known, memory_first
     )
     contexts, weights = attend(layer, projections, config, output_attentions, known)
     return LayerOutput(finish_layer(layer, queries, contexts, drop_path_rate), weights, projections)
+
+
+def _are_worth_knowing(
+    layer: nn.Module, config: PreTrainedConfig, queries: torch.Tensor, memory: torch.Tensor | KeysAndValues | None
+) -> bool:
+    """Whether there are many queries, the same for several images, so that they need to see each other only once."""
+    if torch.compiler.is_compiling() or not isinstance(memory, torch.Tensor) or queries.shape[1] < _MANY_QUERIES:
+        return False
+    return queries.shape[0] == 1 < memory.shape[0] and not _attention_dropout(layer, config)
 
 
 def update_queries(layer: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
