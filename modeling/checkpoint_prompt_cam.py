@@ -396,8 +396,8 @@ def _explain(error: BaseException, name: str, revision: str | None) -> Exception
         return None
     if find_cause(error, OfflineModeIsEnabled):
         return ConnectionError(
-            f"The Hub at {constants.ENDPOINT} cannot be reached ({tell_reason(broken)}), and {name} is neither a folder "
-            "here nor in the cache; check the network and try again."
+            f"The Hub at {constants.ENDPOINT} cannot be reached ({tell_reason(broken)}), and {name} is neither a "
+            "folder here nor in the cache; check the network and try again."
         )
     return ConnectionError(
         f"The Hub at {constants.ENDPOINT} cannot be reached, or the download of {name} broke off "

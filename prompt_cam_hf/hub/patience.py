@@ -108,8 +108,6 @@ class _Impatient(_HTTPX.BaseTransport):
             self._first_failure = now - _ANSWER
         self._last_failure = now
         logger.warning("Waiting for the Hub: %s (%s).", place, reason)
-        if self._unreachable is not None and time.monotonic() - self._last_failure < _TROUBLE:
-            raise OfflineModeIsEnabled(f"{request.url.host} cannot be reached.") from self._unreachable
         if self._troubled():
             raise ConnectionError(f"The Hub does not answer for {place} ({reason}); {_TRY_AGAIN}.")
 
