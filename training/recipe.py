@@ -19,7 +19,10 @@ import numpy as np
 import torch
 import yaml
 from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from prompt_cam_hf.data.images import MAX_SIDE
 from prompt_cam_hf.messages import one_line
@@ -282,10 +285,12 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
     `warmup_steps` stays 0: only with the data is it known how many steps an epoch has.
 
     Raises:
-        ValueError: the batch cannot be shared evenly by the processes, or what `report_to` names is not installed.
+        ValueError: the batch cannot be shared evenly by the processes, or `report_to` names what is not installed.
     """
     defaults = {
         "report_to": "none",
+        # Loggers that end a run after training take up the same one for the figures of the test split.
+        "run_name": os.path.basename(os.path.abspath(recipe.output_dir)),
         # The official recipe does not clip gradients.
         "max_grad_norm": 0.0,
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -301,12 +306,14 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             f"shared evenly by {shares} (processes x accumulation steps); choose a multiple of {shares}."
         )
     arguments.per_device_train_batch_size = recipe.train_batch_size // shares
-    installed = get_available_reporting_integrations()
-    if missing := [name for name in arguments.report_to or () if name not in installed]:
-        raise ValueError(
-            f"trainer.report_to: {missing[0]} is not installed; for tensorboard and trackio run `pip install "
-            '"prompt_cam_hf[logging]"`, for another logger install its own package.'
-        )
+    for name in arguments.report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"trainer.report_to: {_unknown(name, INTEGRATION_TO_CALLBACK, 'logger')}")
+        if name not in get_available_reporting_integrations():
+            raise ValueError(
+                f"trainer.report_to names {name}, which is not installed; run `pip install {name}`, or leave "
+                "report_to out. The extra `logging` of this package brings tensorboard and trackio."
+            )
     return arguments
 
 
@@ -464,9 +471,9 @@ def _names() -> list[str]:
     return [key.name for key in dataclasses.fields(Recipe)]
 
 
-def _unknown(name: Any, names: Iterable[str]) -> str:
+def _unknown(name: Any, names: Iterable[str], what: str = "key") -> str:
     nearest = difflib.get_close_matches(str(name), sorted(names), n=1, cutoff=0)[0]
-    return f"unknown key {name!r}; the nearest one is {nearest!r}."
+    return f"unknown {what} {name!r}; the nearest one is {nearest!r}."
 
 
 def _require(condition: bool, recipe: Recipe, name: str, rule: str) -> None:

@@ -79,8 +79,8 @@ def _within_limit(image: Image.Image) -> Image.Image:
     if number > limit:
         image.close()
         raise ValueError(
-            f"it has {number:,} pixels, and at most {limit:,} are read; make it smaller, or set the environment "
-            f"variable {MAX_PIXELS_VARIABLE}"
+            f"it has {number:,} pixels, and at most {limit:,} are read; make it smaller, or, where memory allows, set "
+            f"{MAX_PIXELS_VARIABLE}={number} in the environment"
         )
     return image
 
