@@ -406,6 +406,11 @@ def _explain(error: BaseException, name: str, revision: str | None) -> Exception
         return FileNotFoundError(f"Offline mode is on, and {name} is not in the cache; unset HF_HUB_OFFLINE.")
     if broken is None:
         return None
+    if find_cause(error, OfflineModeIsEnabled):
+        return ConnectionError(
+            f"The Hub at {constants.ENDPOINT} cannot be reached ({tell_reason(broken)}), and {name} is neither a "
+            "folder here nor in the cache; check the network and try again."
+        )
     return ConnectionError(
         f"The Hub at {constants.ENDPOINT} cannot be reached, or the download of {name} broke off "
         f"({tell_reason(broken)}). {_NOTHING_KEPT}."

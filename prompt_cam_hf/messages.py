@@ -8,7 +8,7 @@ import traceback
 DEBUG_VARIABLE = "PROMPT_CAM_DEBUG"
 
 # What torch and safetensors say in errors of their own when a disk is full.
-_DISK_ERRORS = ("No space left on device", "File too large", "quota exceeded", "failed writing file")
+_DISK_ERRORS = ("No space left on device", "File too large", "quota exceeded", "failed writing file", "unexpected pos")
 
 
 def printable(text: str) -> str:

@@ -4,6 +4,7 @@
 import csv
 import io
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -50,6 +51,36 @@ def test_formats_agree_with_the_pipeline(model_folder, photos):
 
     shown = run("predict", model_folder, files[0], "--top-k", 99).stdout
     assert all(name in shown for name in ID2LABEL.values())
+
+
+def test_the_table_shows_the_shortest_names_that_tell_images_apart(model_folder, photos):
+    def first_column() -> list[str]:
+        printed = run("predict", model_folder, photos).stdout.splitlines()
+        return [line.split()[1] for line in printed if line.startswith("│")]
+
+    assert first_column() == ["a.jpg", "b.png", "c.png"]
+    (photos / "more" / "a.jpg").write_bytes((photos / "a.jpg").read_bytes())
+    assert first_column() == ["a.jpg", "b.png", "more/a.jpg", "more/c.png"]
+
+
+def test_images_in_class_folders_are_counted(model_folder, photos):
+    """Class folders lie at any depth, with a number in front or without."""
+    assert "Read correctly" not in run("predict", model_folder, photos).stderr
+    rows = json.loads(run("predict", model_folder, photos, "--format", "json").stdout)
+    predicted = [row["predictions"][0]["label"] for row in rows]
+    wrong = next(name for name in ID2LABEL.values() if name != predicted[0])
+    folders = [f"test/007.{predicted[0]}", f"test/{wrong}/deep", "test/unknown"]
+    for row, folder in zip(rows, folders, strict=True):
+        (photos / folder).mkdir(parents=True)
+        shutil.copy(row["image"], photos / folder)
+    right = 1 + (predicted[1] == wrong)
+    answer = run("predict", model_folder, photos / "test")
+    sentence = f"Read correctly: {right} of 2 images that lie in folders called like a class ({right / 2:.1%})."
+    assert answer.stderr.splitlines()[-1] == sentence
+    shutil.rmtree(photos / "test" / "unknown")
+    answer = run("predict", model_folder, photos / "test", "--format", "json")
+    assert answer.stderr.splitlines()[-1] == f"Read correctly: {right} of 2 images ({right / 2:.1%})."
+    assert len(json.loads(answer.stdout)) == 2
 
 
 def test_unreadable_images_are_named_and_left_out(model_folder, photos):

@@ -158,6 +158,30 @@ def test_with_the_package_no_permission_is_needed(published):
     assert not list(home.rglob("*_prompt_cam.py"))  # code of the repository was not even fetched
 
 
+_PREDICT = "import sys; from prompt_cam_hf.cli import app; app(['predict', *sys.argv[2:]], prog_name='prompt-cam')"
+
+
+def test_a_command_without_a_network_tries_once(published):
+    home, photo = published.folder / "home-command", "photo.jpg"
+
+    def predict(url: str, repo: str):
+        return other_process(_PREDICT, url, home, repo, photo, "--format", "json", package=True)
+
+    first = predict(published.hub.url, PROMPTS)
+    assert first.returncode == 0, first.stderr
+    nobody = "http://127.0.0.1:9"
+    cached = predict(nobody, PROMPTS)  # with its backbone
+    assert cached.returncode == 0 and json.loads(cached.stdout) == json.loads(first.stdout), cached.stderr
+    unknown = predict(nobody, "org/none")
+    assert unknown.returncode == 2 and not unknown.stdout
+    assert re.fullmatch(
+        r"Error: The Hub at http://127\.0\.0\.1:9 cannot be reached \(.*refused\), and org/none is neither a folder "
+        r"here nor in the cache; check the network and try again\.\n",
+        unknown.stderr,
+    )
+    assert not any("Retrying" in ran.stderr for ran in (cached, unknown))
+
+
 # --- Faults ---
 
 

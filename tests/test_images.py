@@ -4,6 +4,7 @@
 import io
 import json
 import pickle
+import struct
 import warnings
 
 import datasets
@@ -151,6 +152,25 @@ def test_unreadable_images_are_named_with_the_reason(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jpg"):
         open_image(tmp_path / "nowhere.jpg")
     assert unreadable_reason(tmp_path / "nowhere.jpg") == "No such file or directory"
+
+
+def test_what_to_do_with_an_image_that_is_too_large(tmp_path, monkeypatch):
+    """Large in its header alone. Pillow has a limit of its own, which must neither speak first nor outlast ours."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    path = tmp_path / "large.jpg"
+    Image.new("RGB", (8, 8)).save(path)
+    content = path.read_bytes()
+    frame = content.index(b"\xff\xc0") + 5
+    path.write_bytes(content[:frame] + struct.pack(">HH", 20_000, 20_000) + content[frame + 4 :])
+    with pytest.raises(UnreadableImageError) as error:
+        open_image(path)
+    assert str(error.value) == (
+        f"Cannot read the image {path}: it has 400,000,000 pixels, and at most 128,000,000 are read; make it smaller, "
+        "or, where memory allows, set PROMPT_CAM_MAX_PIXELS=400000000 in the environment"
+    )
+    assert unreadable_reason(path) in str(error.value)
+    monkeypatch.setenv("PROMPT_CAM_MAX_PIXELS", "400000000")
+    assert unreadable_reason(path) is None
 
 
 def official_preprocessing(image, size):

@@ -48,6 +48,12 @@ def test_links_lead_to_files():
         assert (ROOT / target).exists(), target
 
 
+def test_what_the_commands_make_is_not_committed():
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    made = set(re.findall(r"(?:--out|--output_dir) (\w\S*)|--data (\w+)", README))
+    assert {f"/{name}/" for pair in made for name in pair if name} <= {*ignored}
+
+
 def test_recipes_and_commands_exist():
     for recipe in re.findall(r"training/recipes/\w+\.yaml", README):
         assert (ROOT / recipe).exists(), recipe

@@ -207,8 +207,8 @@ def test_home_folder_is_understood():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "arguments are required: RECIPE.yaml"),
-        (["--seed", "1"], "arguments are required: RECIPE.yaml"),
+        ([], "arguments are required: RECIPE"),
+        (["--seed", "1"], "arguments are required: RECIPE"),
         (["{recipe}", "stray"], "'stray' is neither a key"),
         (["{recipe}", "--seed"], "--seed: expected one argument"),
         (["{recipe}", "--trainer.max_grad_norm"], "--trainer.max_grad_norm: expected one argument"),

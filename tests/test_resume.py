@@ -101,6 +101,19 @@ def test_a_finished_run_can_be_resumed(finished, recipe, tmp_path):
     assert_same_weights(out, finished[0].output_dir)
 
 
+def test_workers_change_nothing(recipe, tmp_path):
+    """Workers that outlive epochs are started once, and once more where a run is resumed; dropout must not notice."""
+    settings = {"num_train_epochs": 3, "prompt_dropout": 0.5}
+    none, two, resumed = (tmp_path / name for name in ("none", "two", "resumed"))
+    train(recipe(**settings, output_dir=str(none), dataloader_num_workers=0))
+    train(recipe(**settings, output_dir=str(two), dataloader_num_workers=2))
+    assert_same_weights(two / "checkpoint-12", none / "checkpoint-12")
+    shutil.copytree(two, resumed)
+    (resumed / "checkpoint-12" / "complete").unlink()
+    train(recipe(**settings, output_dir=str(resumed), dataloader_num_workers=2, resume_from_checkpoint=True))
+    assert_same_weights(resumed / "checkpoint-12", none / "checkpoint-12")
+
+
 def one_thread() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 

@@ -280,7 +280,7 @@ def test_evaluates_every_nth_epoch_and_the_last(recipe):
 def test_without_validation_the_last_epoch_is_kept(recipe, capsys):
     result = train(recipe(validation_fraction=0, num_train_epochs=2))
     assert result.best_epoch == 2
-    assert result.metrics.keys() == {"test", "chance"}
+    assert result.metrics.keys() == {"test", "chance", "largest_class"}
     facts = json.loads((result.output_dir / "results.json").read_text())
     assert facts["best_epoch_chosen_on"] is None
     assert "epoch 2/2   loss" in capsys.readouterr().out
@@ -288,7 +288,7 @@ def test_without_validation_the_last_epoch_is_kept(recipe, capsys):
 
 def test_without_test_split(recipe, photos):
     result = train(recipe(data=str(photos / "train"), num_train_epochs=2))
-    assert result.metrics.keys() == {"validation", "chance"}
+    assert result.metrics.keys() == {"validation", "chance", "largest_class"}
     assert (result.output_dir / "confusion_validation.csv").exists()
 
 

@@ -19,9 +19,14 @@ import numpy as np
 import torch
 import yaml
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 
 from prompt_cam_hf.data.images import MAX_SIDE
 from prompt_cam_hf.messages import one_line
+from prompt_cam_hf.training.recipe_files import find_recipe
 
 # Beyond these no machine would come to an end, so they are slips.
 _LARGEST = {
@@ -121,7 +126,11 @@ class Recipe:
     gradient_checkpointing: bool = _key(
         "Less memory, more time: layers run again in the backward pass.", default=False
     )
-    dataloader_num_workers: int = _key("Processes that read images; 0: none of their own.", default=4)
+    dataloader_num_workers: int | None = _key(
+        "Processes that read images, 0 for none of their own; empty: one for each processor core, at most 4, and none "
+        "with cache_features.",
+        default=None,
+    )
     cache_features: bool = _key("Compute once, and keep on disk, what no prompt changes.", default=False)
     cache_views: int = _key("Augmented views of each image to cache, used in turn.", default=10)
     cache_dir: str | None = _key("Folder of the cached features; empty: with the Hugging Face caches.", default=None)
@@ -152,7 +161,7 @@ class Recipe:
         for name in (*counts, "image_size", "cache_views"):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, self, name, "at least 1")
         for name in ("warmup_epochs", "weight_decay", "dataloader_num_workers", "seed"):
-            _require(getattr(self, name) >= 0, self, name, "0 or more")
+            _require((getattr(self, name) or 0) >= 0, self, name, "0 or more")
         for name, most in _LARGEST.items():
             _require((getattr(self, name) or 0) <= most, self, name, f"at most {most:,}")
         for name in ("prompt_dropout", "drop_path_rate", "momentum", "validation_fraction"):
@@ -212,33 +221,36 @@ class Recipe:
 
 
 def load_recipe(path: str | os.PathLike, **overrides: Any) -> Recipe:
-    """Read a recipe file.
+    """Read a recipe.
 
     Args:
-        path: The file, in YAML.
+        path: A file in YAML, or the name of a recipe that comes with the package, such as "own_photos".
         **overrides: Keys that win over the file.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, and no recipe of that name.
         TypeError, ValueError: the file has other lines than `key: value`, a key is unknown, there twice or missing,
             or `Recipe` refuses a value.
 
     Example:
         >>> from prompt_cam_hf import load_recipe
-        >>> recipe = load_recipe("recipe.yaml", data="photos", output_dir="out")
+        >>> recipe = load_recipe("own_photos", data="photos", output_dir="out")
         >>> recipe.learning_rate
     """
-    settings = _read_yaml(path)
+    settings = _read_yaml(find_recipe(path))
     if isinstance(settings.get("trainer"), dict):
         overrides["trainer"] = settings["trainer"] | overrides.get("trainer", {})
     return _build_recipe(settings | overrides)
 
 
 def parse_recipe(arguments: Sequence[str]) -> Recipe:
-    """Read `RECIPE.yaml [--key value ...]` as given on the command line; raises what `load_recipe` raises."""
-    found, rest = _command_line_parser().parse_known_args(arguments)
+    """Read `RECIPE [--key value ...]` as given on the command line; raises what `load_recipe` raises."""
+    found, rest = command_line_parser().parse_known_args(arguments)
     if rest and not rest[0].startswith("--"):
-        raise ValueError(f"{rest[0]!r} is neither a key (--key) nor the value of one.")
+        raise ValueError(
+            f"{rest[0]!r} is neither a key (--key) nor the value of one; name the images by --data, or, with "
+            "prompt-cam train, before all keys."
+        )
     if rest:
         raise ValueError(
             _unknown(rest[0][2:].partition("=")[0], [*_names(), *(f"trainer.{name}" for name in _TRAINER)])
@@ -256,19 +268,33 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
     return load_recipe(path, **overrides)
 
 
+def num_workers(recipe: Recipe, *, reads_images: bool) -> int:
+    """Count the processes that bring data to each process of the run."""
+    if recipe.dataloader_num_workers is not None:
+        return recipe.dataloader_num_workers
+    if not reads_images:
+        return 0
+    # What this process may use; macOS and Windows cannot say.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
 def training_arguments(recipe: Recipe) -> TrainingArguments:
     """Say what the recipe means for `Trainer`; this also joins the other processes, where there are several.
 
     `warmup_steps` stays 0: only with the data is it known how many steps an epoch has.
 
     Raises:
-        ValueError: the batch cannot be shared evenly by the processes.
+        ValueError: the batch cannot be shared evenly by the processes, or `report_to` names what is not installed.
     """
     defaults = {
         "report_to": "none",
+        # Loggers that end a run after training take up the same one for the figures of the test split.
+        "run_name": os.path.basename(os.path.abspath(recipe.output_dir)),
         # The official recipe does not clip gradients.
         "max_grad_norm": 0.0,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_persistent_workers": num_workers(recipe, reads_images=not recipe.cache_features) > 0,
         # Without this, several processes on a machine without a GPU would not know of each other.
         "use_cpu": not torch.accelerator.is_available(),
     }
@@ -280,15 +306,24 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
             f"shared evenly by {shares} (processes x accumulation steps); choose a multiple of {shares}."
         )
     arguments.per_device_train_batch_size = recipe.train_batch_size // shares
+    for name in arguments.report_to or ():
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(f"trainer.report_to: {_unknown(name, INTEGRATION_TO_CALLBACK, 'logger')}")
+        if name not in get_available_reporting_integrations():
+            raise ValueError(
+                f"trainer.report_to names {name}, which is not installed; run `pip install {name}`, or leave "
+                "report_to out. The extra `logging` of this package brings tensorboard and trackio."
+            )
     return arguments
 
 
 def _trainer_settings(recipe: Recipe) -> dict[str, Any]:
     """The `TrainingArguments` that the recipe's own keys, or the training program, decide."""
     checkpointing = {"activation_checkpointing", "gradient_checkpointing"} & _TRAINER
-    same = ("learning_rate", "weight_decay", "num_train_epochs", "seed", "bf16", "fp16", "dataloader_num_workers")
+    same = ("learning_rate", "weight_decay", "num_train_epochs", "seed", "bf16", "fp16")
     return {
         **{name: getattr(recipe, name) for name in same},
+        "dataloader_num_workers": num_workers(recipe, reads_images=not recipe.cache_features),
         "output_dir": recipe.output_dir,
         "optim": "adamw_torch" if recipe.optimizer == "adamw" else "sgd",
         "optim_args": f"momentum={recipe.momentum}" if recipe.optimizer == "sgd" else None,
@@ -330,14 +365,15 @@ class _CommandLineParser(ArgumentParser):
         raise ValueError(f"{message[0].upper()}{message[1:]}. See --help.")
 
 
-def _command_line_parser() -> ArgumentParser:
+def command_line_parser() -> ArgumentParser:
+    """Make the parser of `RECIPE [--key value ...]`, whose help has every key with its default."""
     parser = _CommandLineParser(
-        usage="accelerate launch training/train.py RECIPE.yaml [--key value ...]",
+        usage="RECIPE [--key value ...]",
         description="Train a Prompt-CAM. A key on the command line wins over the recipe, the recipe over the default.",
         argument_default=SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("recipe", metavar="RECIPE.yaml", help="File with the keys below.")
+    parser.add_argument("recipe", metavar="RECIPE", help="File with the keys below, or the name of a recipe.")
     kinds = get_type_hints(Recipe)
     for key in dataclasses.fields(Recipe):
         if key.name == "trainer":
@@ -360,8 +396,6 @@ def _parse_yaml(text: str, where: str) -> Any:
 
 
 def _read_yaml(path: str | os.PathLike) -> dict[str, Any]:
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"There is no recipe file {os.fspath(path)!r}.")
     with open(path, encoding="utf-8") as file:
         text = file.read()
     content = _parse_yaml(text, os.fspath(path))
@@ -437,9 +471,9 @@ def _names() -> list[str]:
     return [key.name for key in dataclasses.fields(Recipe)]
 
 
-def _unknown(name: Any, names: Iterable[str]) -> str:
+def _unknown(name: Any, names: Iterable[str], what: str = "key") -> str:
     nearest = difflib.get_close_matches(str(name), sorted(names), n=1, cutoff=0)[0]
-    return f"unknown key {name!r}; the nearest one is {nearest!r}."
+    return f"unknown {what} {name!r}; the nearest one is {nearest!r}."
 
 
 def _require(condition: bool, recipe: Recipe, name: str, rule: str) -> None:

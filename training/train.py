@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: MIT
 """Training: from a recipe to a trained Prompt-CAM, or to a baseline on the same backbone.
 
-    accelerate launch training/train.py RECIPE.yaml [--key value ...]
-    accelerate launch -m prompt_cam_hf.training.train RECIPE.yaml [--key value ...]
+    prompt-cam train PHOTOS --out FOLDER [--recipe RECIPE] [--key value ...]
+    accelerate launch training/train.py RECIPE [--key value ...]
+    accelerate launch -m prompt_cam_hf.training.train RECIPE [--key value ...]
 
 The best epoch is chosen on the validation part; the test split is looked at once, at the end.
 """
 
 import json
+import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,8 +26,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import set_seed
 from huggingface_hub import HfApi, ModelCardData
-from rich.console import Console
-from rich.table import Table
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
@@ -44,7 +45,17 @@ from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.modeling.backbone_prompt_cam import embed, grid_size, image_size
 from prompt_cam_hf.training.data import ImageDataset, TrainingAugmentation
 from prompt_cam_hf.training.features import DEFAULT_CACHE_DIR, FeatureCollator, FeatureDataset, cache_features
-from prompt_cam_hf.training.recipe import Recipe, load_recipe, parse_recipe, training_arguments
+from prompt_cam_hf.training.recipe import Recipe, load_recipe, num_workers, parse_recipe, training_arguments
+from prompt_cam_hf.training.report import (
+    METRICS,
+    as_png,
+    find_weaknesses,
+    plot_confusion,
+    plot_learning_curve,
+    print_results,
+    standard_error,
+    trivial_metrics,
+)
 from prompt_cam_hf.training.trainer import (
     PromptCAMTrainer,
     complete_checkpoints,
@@ -54,6 +65,11 @@ from prompt_cam_hf.training.trainer import (
     remove_checkpoints_after,
 )
 
+logger = logging.getLogger(__name__)
+
+# What to say after Ctrl-C, whenever it comes.
+INTERRUPTED = "Interrupted. The same command with --resume_from_checkpoint goes on after the last whole epoch."
+
 RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"
 
@@ -62,8 +78,6 @@ _CHANGEABLE_KEYS = {
     "cache_dir", "dataloader_num_workers", "eval_batch_size", "hub_license", "hub_model_id", "hub_private_repo",
     "include_backbone", "output_dir", "resume_from_checkpoint",
 }  # fmt: skip
-
-_METRICS = {"top1": "top-1", "top5": "top-5", "macro_accuracy": "macro accuracy"}
 
 
 @dataclass(frozen=True)
@@ -75,8 +89,8 @@ class TrainResult:
         image_processor: Does what evaluation did; saved with the model.
         output_dir: Holds all of this.
         best_epoch: Counted from 1; the best on validation, the last where there is no validation part.
-        metrics: By split (validation, test, as far as there are) and for `chance`: top1, top5 and macro_accuracy,
-            0 to 1.
+        metrics: By split (validation, test, as far as there are), for `chance`, and for `largest_class`, which names
+            classes by how common they are: top1, top5 and macro_accuracy, 0 to 1; of splits, top1_standard_error too.
     """
 
     model: PreTrainedModel
@@ -124,8 +138,14 @@ class Run:
         model = model.model if isinstance(model, LinearProbe) else model
         result = TrainResult(model, self.image_processor, folder, best_epoch, self._metrics(reports))
         if trainer.args.should_save:
-            self._save(result, reports)
-            _print_results(result, self.recipe, self.data)
+            notes = find_weaknesses(self.data)
+            self._save(result, reports, notes)
+            chosen = "the last" if self.data.validation is None else "the best on validation"
+            title = f"Epoch {best_epoch} of {self.recipe.num_train_epochs}, {chosen}"
+            print_results(title, result.metrics, self._num_images(), notes)
+            print(f"Saved in {folder}")
+            if self.recipe.hub_model_id:
+                _upload(folder, self.recipe)
         PartialState().wait_for_everyone()
         return result
 
@@ -145,11 +165,21 @@ class Run:
         return best_step * self.recipe.num_train_epochs // state.max_steps
 
     def _metrics(self, reports: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-        num_classes = len(self.data.id2label)
-        chance = dict.fromkeys(_METRICS, 1 / num_classes) | {"top5": min(5, num_classes) / num_classes}
-        return {name: {key: report[key] for key in _METRICS} for name, report in reports.items()} | {"chance": chance}
+        number = self._num_images()
+        measured = {
+            name: {
+                **{key: report[key] for key in METRICS},
+                "top1_standard_error": standard_error(report["top1"], number[name]),
+            }
+            for name, report in reports.items()
+        }
+        return measured | trivial_metrics(self.data)
 
-    def _save(self, result: TrainResult, reports: dict[str, dict[str, Any]]) -> None:
+    def _num_images(self) -> dict[str, int]:
+        splits = {name: getattr(self.data, name) for name in ("train", "validation", "test")}
+        return {name: len(split) for name, split in splits.items() if split is not None}
+
+    def _save(self, result: TrainResult, reports: dict[str, dict[str, Any]], notes: list[str]) -> None:
         folder = result.output_dir
         options: dict[str, Any] = {} if self.recipe.include_backbone else {"include_backbone": False}
         result.model.save_pretrained(folder, **options)
@@ -159,22 +189,20 @@ class Run:
             names = [label for _, label in sorted(self.data.id2label.items())]
             table = pd.DataFrame(report["confusion"], index=names, columns=names)
             table.to_csv(folder / f"confusion_{name}.csv", index_label="true \\ predicted")
+            write_atomically(folder / f"confusion_{name}.png", as_png(plot_confusion(table, name)))
+        curve = plot_learning_curve(self.trainer.state.log_history, result.best_epoch, result.metrics)
+        write_atomically(folder / "learning_curve.png", as_png(curve))
         facts = {
             "best_epoch": result.best_epoch,
             "best_epoch_chosen_on": None if self.data.validation is None else "validation",
             "num_train_epochs": self.recipe.num_train_epochs,
             "num_classes": len(self.data.id2label),
-            "num_images": {
-                name: len(split)
-                for name in ("train", "validation", "test")
-                if (split := getattr(self.data, name)) is not None
-            },
+            "num_images": self._num_images(),
             **result.metrics,
+            "notes": notes,
             "versions": {name: version(name) for name in ("prompt_cam_hf", "transformers", "torch")},
         }
         write_atomically(folder / RESULTS_FILE, (json.dumps(facts, indent=2) + "\n").encode())
-        if self.recipe.hub_model_id:
-            _upload(folder, self.recipe)
 
 
 def train(recipe: Recipe, data: ImageData | None = None) -> TrainResult:
@@ -199,10 +227,10 @@ def train(recipe: Recipe, data: ImageData | None = None) -> TrainResult:
         >>> from prompt_cam_hf.birds.backbone import BACKBONE
         >>> from prompt_cam_hf.training.recipe import Recipe
         >>> recipe = Recipe(data="photos", backbone=BACKBONE, output_dir="first_try", num_train_epochs=2,
-        ...                 warmup_epochs=0, dataloader_num_workers=0)
+        ...                 warmup_epochs=0)
         >>> result = train(recipe)
         >>> sorted(result.metrics)
-        ['chance', 'validation']
+        ['chance', 'largest_class', 'validation']
     """
     return prepare_run(recipe, data).train()
 
@@ -210,6 +238,7 @@ def train(recipe: Recipe, data: ImageData | None = None) -> TrainResult:
 def prepare_run(recipe: Recipe, data: ImageData | None = None) -> Run:
     """Do all of `train` that can be refused, before the first step; raises what `train` raises."""
     arguments = training_arguments(recipe)
+    _check_writable(Path(recipe.output_dir))
     checkpoint = on_main_process(partial(_find_checkpoint, recipe))
     if recipe.hub_model_id and arguments.should_save:
         _check_upload(recipe)
@@ -219,6 +248,9 @@ def prepare_run(recipe: Recipe, data: ImageData | None = None) -> Run:
             f"train_batch_size is {recipe.train_batch_size}, but there are only {len(data.train)} training images; "
             "choose at most as many."
         )
+    if arguments.should_save:
+        for note in find_weaknesses(data):
+            logger.warning(note)
     # The order of these two makes the prompts the same in every process and every time.
     set_seed(recipe.seed)
     model = _build_model(recipe, data.id2label).to(arguments.device)
@@ -258,6 +290,15 @@ def _build_model(
         num_agnostic_prompts=recipe.num_agnostic_prompts,
         **common,
     )
+
+
+def _check_writable(folder: Path) -> None:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"Nothing can be written to the output folder {folder}: {there} is "
+            f"{'read-only' if there.is_dir() else 'a file'}; choose another output_dir."
+        )
 
 
 def _find_checkpoint(recipe: Recipe) -> Path | None:
@@ -372,7 +413,7 @@ def _training_data(
         cache_dir=recipe.cache_dir or DEFAULT_CACHE_DIR,
         autocast_dtype=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
         batch_size=recipe.eval_batch_size,
-        num_workers=recipe.dataloader_num_workers,
+        num_workers=num_workers(recipe, reads_images=True),
     )
     num_views = min(recipe.cache_views, recipe.num_train_epochs) if recipe.augmentation else 1
     train_features = cached(dataset=train_images, num_views=num_views)
@@ -399,42 +440,37 @@ def _upload(folder: Path, recipe: Recipe) -> None:
     repo_id = str(recipe.hub_model_id)
     try:
         publish(folder, repo_id, private=recipe.hub_private_repo, license=recipe.hub_license)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever it is, what was trained must not seem lost
         raise OSError(
-            f"The model is trained and saved in {folder}, but not uploaded: {error} Then: prompt-cam publish {folder} "
-            f"{repo_id} --license {recipe.hub_license}"
+            f"The model is trained and saved in {folder}, but not uploaded: {tell_error(error)} Then: prompt-cam "
+            f"publish {folder} {repo_id} --license {recipe.hub_license}"
         ) from error
-
-
-def _print_results(result: TrainResult, recipe: Recipe, data: ImageData) -> None:
-    chosen = "the last" if data.validation is None else "the best on validation"
-    table = Table(title=f"Epoch {result.best_epoch} of {recipe.num_train_epochs}, {chosen}")
-    table.add_column("")
-    for name in result.metrics:
-        split = getattr(data, name, None)
-        table.add_column(name if split is None else f"{name} ({len(split)} images)", justify="right")
-    for key, label in _METRICS.items():
-        table.add_row(label, *(f"{metrics[key]:.1%}" for metrics in result.metrics.values()))
-    Console().print(table)
-    print(f"Saved in {result.output_dir}")
 
 
 @contextmanager
 def one_sentence_exit(*documented: type[Exception]) -> Iterator[None]:
-    """End the program with one sentence, which the first process alone prints, where an error is raised.
+    """End the program with one sentence, which the first process alone prints, where it fails or is interrupted.
 
     `documented` are kinds of errors that tell a user what to do, beside OSError and ValueError.
     """
     limit_waiting()
+    is_first = os.environ.get("RANK", "0") == "0"
     try:
         yield
+    except KeyboardInterrupt:
+        if is_first:
+            print(f"\n{INTERRUPTED}", file=sys.stderr)
+        raise SystemExit(130) from None
     except Exception as error:
         sentence = f"error: {tell_error(error, (OSError, ValueError, *documented))}"
-        raise SystemExit(sentence if os.environ.get("RANK", "0") == "0" else 1) from error
+        if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+            # The launcher of several processes ends with a summary, which quotes this.
+            Path(path).write_text(json.dumps({"message": sentence, "timestamp": int(time.time())}))
+        raise SystemExit(sentence if is_first else 1) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command `RECIPE.yaml [--key value ...]`, by default with the words of this process."""
+    """Run the program `RECIPE [--key value ...]`, by default with the words of this process."""
     with one_sentence_exit(TypeError):
         recipe = parse_recipe(sys.argv[1:] if arguments is None else arguments)
     with one_sentence_exit(FloatingPointError):

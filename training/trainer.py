@@ -21,7 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
     PreTrainedModel,
     ProgressCallback,
@@ -106,6 +106,14 @@ class PromptCAMTrainer(Trainer):
             if self._report.training_bar is not None:
                 self._report.training_bar.close()
 
+    def get_train_dataloader(self) -> DataLoader:
+        """Give the batches of training, as `Trainer` does."""
+        return _with_own_generator(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Give the batches of validation, as `Trainer` does."""
+        return _with_own_generator(super().get_eval_dataloader(eval_dataset))
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Name the parameters that decay: all that are trained, the head's bias too, as in the official recipe."""
         return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -127,6 +135,15 @@ class PromptCAMTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_trained_parameters(self.model if model is None else model, resume_from_checkpoint)
+
+
+def _with_own_generator(loader: DataLoader) -> DataLoader:
+    """Let starting workers draw no number from the generator of dropout.
+
+    Workers that outlive an epoch are started once, but once more where a run is resumed.
+    """
+    getattr(loader, "base_dataloader", loader).generator = torch.Generator()
+    return loader
 
 
 def _trained_parameters(model: nn.Module) -> dict[str, torch.Tensor]:

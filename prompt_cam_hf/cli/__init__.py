@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from prompt_cam_hf.cli import atlas, compare, convert, demo, evaluate, explain, predict, prepare, publish, taxonomy
+from prompt_cam_hf.cli import (
+    atlas,
+    compare,
+    convert,
+    demo,
+    evaluate,
+    explain,
+    predict,
+    prepare,
+    publish,
+    taxonomy,
+    train,
+)
 from prompt_cam_hf.cli.common import one_sentence_errors
 from prompt_cam_hf.messages import DEBUG_VARIABLE
 from prompt_cam_hf.version import __version__
@@ -48,5 +60,6 @@ for _command in (
     convert.convert,
 ):
     app.command()(one_sentence_errors()(_command))
+app.command(context_settings=train.CONTEXT)(one_sentence_errors()(train.train))
 
 __all__ = ["app"]

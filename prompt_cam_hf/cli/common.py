@@ -62,8 +62,11 @@ def show(result: object) -> None:
 
 
 @contextmanager
-def one_sentence_errors() -> Iterator[None]:
-    """Turn an error into one sentence and the exit status 2, and wait for the Hub for a bounded time."""
+def one_sentence_errors(*documented: type[Exception]) -> Iterator[None]:
+    """Turn an error into one sentence and the exit status 2, and wait for the Hub for a bounded time.
+
+    `documented` are kinds of errors that tell a user what to do, beside OSError and ValueError.
+    """
     from prompt_cam_hf.hub.patience import limit_waiting
 
     limit_waiting()
@@ -72,7 +75,7 @@ def one_sentence_errors() -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
-        say(f"Error: {tell_error(error)}", style="red")
+        say(f"Error: {tell_error(error, (OSError, ValueError, *documented))}", style="red")
         raise typer.Exit(2) from error
 
 

@@ -3,6 +3,7 @@
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,8 @@ def predict(
 ) -> None:
     """Name the class of images.
 
-    Images that cannot be read are named on standard error and left out, and the exit status is then 1.
+    Of images that lie in folders called like the model's classes, it is said on standard error how many were read
+    correctly. Images that cannot be read are named there and left out, and the exit status is then 1.
     """
     from prompt_cam_hf.data.images import find_images
     from prompt_cam_hf.loading import load_pipeline
@@ -52,6 +54,7 @@ def predict(
     )
     answers = list(progress)
     _print_predictions(readable, answers, output_format)
+    _say_how_many_are_right(readable, answers, set(classifier.model.config.id2label.values()))
     if len(readable) < len(files):
         raise typer.Exit(1)
 
@@ -63,9 +66,10 @@ def _print_predictions(files: list[Path], answers: list[list[dict[str, Any]]], o
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     columns = ("image", "rank", "label", "score")
+    names = _short_names(files) if output_format == "table" else [str(file) for file in files]
     cells = [
-        (str(file), str(rank), prediction["label"], f"{prediction['score']:.4f}")
-        for file, answer in zip(files, answers, strict=True)
+        (name, str(rank), prediction["label"], f"{prediction['score']:.4f}")
+        for name, answer in zip(names, answers, strict=True)
         for rank, prediction in enumerate(answer, 1)
     ]
     if output_format == "csv":
@@ -76,3 +80,23 @@ def _print_predictions(files: list[Path], answers: list[list[dict[str, Any]]], o
     for row in cells:
         table.add_row(*map(printable, row))
     Console().print(table, markup=False)
+
+
+def _short_names(files: list[Path]) -> list[str]:
+    """Files without their folders, or, where two then have one name, without the folder that all lie in."""
+    names = [file.name for file in files]
+    if len({*names}) == len({*files}):
+        return names
+    common_folder = os.path.commonpath([file.absolute().parent for file in files])
+    return [str(file.absolute().relative_to(common_folder)) for file in files]
+
+
+def _say_how_many_are_right(files: list[Path], answers: list[list[dict[str, Any]]], classes: set[str]) -> None:
+    """Count the best answers that are also the name of the innermost folder called like a class."""
+    from prompt_cam_hf.data.splits import display_name
+
+    true = [next((name for name in map(display_name, file.parts[-2::-1]) if name in classes), None) for file in files]
+    right = [answer[0]["label"] == name for answer, name in zip(answers, true, strict=True) if name is not None]
+    if right:
+        which = "" if len(right) == len(files) else " that lie in folders called like a class"
+        common.say(f"Read correctly: {sum(right)} of {len(right)} images{which} ({sum(right) / len(right):.1%}).")

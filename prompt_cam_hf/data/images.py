@@ -6,6 +6,7 @@ The official implementation squashes every image to a fixed size, with mean and 
 
 import logging
 import os
+import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -60,10 +61,10 @@ def _open_lazily(source: ImageSource) -> Image.Image:
             raise ValueError("there is neither a path nor bytes")
         return _open_lazily(source["path"] if source.get("bytes") is None else source["bytes"])
     if isinstance(source, bytes):
-        return _within_limit(Image.open(BytesIO(source), formats=_formats()))
+        return _open_file(BytesIO(source))
     if not stat.S_ISREG(os.stat(source).st_mode):
         raise ValueError("it is not a regular file")
-    return _within_limit(Image.open(source, formats=_formats()))
+    return _open_file(source)
 
 
 @cache
@@ -73,14 +74,23 @@ def _formats() -> tuple[str, ...]:
     return tuple(sorted(_FORMATS & Image.OPEN.keys()))
 
 
-def _within_limit(image: Image.Image) -> Image.Image:
-    """Refuse an image of too many pixels before any is decoded."""
-    limit, number = int(os.environ.get(MAX_PIXELS_VARIABLE, _MAX_PIXELS)), image.width * image.height
-    if number > limit:
-        image.close()
+def _open_file(file: str | os.PathLike | BytesIO) -> Image.Image:
+    """Open a file, and refuse an image of too many pixels before any is decoded."""
+    limit = int(os.environ.get(MAX_PIXELS_VARIABLE, _MAX_PIXELS))
+    if MAX_PIXELS_VARIABLE in os.environ:
+        Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit would come first
+    image = None
+    try:
+        image = Image.open(file, formats=_formats())
+        number = image.width * image.height
+    except Image.DecompressionBombError as error:
+        number = int(re.findall(r"\d+", str(error))[0])
+    if image is None or number > limit:
+        if image is not None:
+            image.close()
         raise ValueError(
-            f"it has {number:,} pixels, and at most {limit:,} are read; make it smaller, or set the environment "
-            f"variable {MAX_PIXELS_VARIABLE}"
+            f"it has {number:,} pixels, and at most {limit:,} are read; make it smaller, or, where memory allows, set "
+            f"{MAX_PIXELS_VARIABLE}={number} in the environment"
         )
     return image
 

@@ -237,8 +237,13 @@ def _load_dataset(source: str, name: str | None, revision: str | None) -> datase
         raise FileNotFoundError(f"{missing}.")
     try:
         return datasets.load_dataset(source, name=name, revision=revision)
-    except (DatasetNotFoundError, ConnectionError) as error:
+    except DatasetNotFoundError as error:
         raise FileNotFoundError(f"{missing}, and no data set could be had from the Hub: {one_line(error)}") from error
+    except ConnectionError as error:
+        raise FileNotFoundError(
+            f"{missing}, and the Hub cannot be asked for a data set of that name ({one_line(error)}); check the "
+            "spelling, or the network."
+        ) from error
     except (datasets.exceptions.DatasetGenerationError, datasets.table.CastError, pa.ArrowException) as error:
         reason = one_line(error.__cause__ or error)[:300]
         raise ValueError(f"The files of {source} are damaged, or of another kind ({reason}).") from error

@@ -73,21 +73,26 @@ def _number_classes(splits: dict[str, SourceSplit]) -> list[str]:
     return sorted(names)
 
 
+def display_name(class_name: str) -> str:
+    """Cut an `NNN.` prefix off the name of a class."""
+    return re.sub(r"^[0-9]+\.(?=.)", "", class_name)
+
+
 def display_names(class_names: list[str]) -> dict[int, str]:
     """Class names by number, with an `NNN.` prefix cut off.
 
     Raises:
         ValueError: two classes would then have one name.
     """
-    id2label = {number: re.sub(r"^[0-9]+\.(?=.)", "", name) for number, name in enumerate(class_names)}
+    id2label = {number: display_name(name) for number, name in enumerate(class_names)}
     taken: dict[str, int] = {}
-    for number, display_name in id2label.items():
-        if display_name in taken:
+    for number, name in id2label.items():
+        if name in taken:
             raise ValueError(
-                f"The classes {class_names[taken[display_name]]} and {class_names[number]} would both be called "
-                f"{display_name} without the number in front; rename one of them."
+                f"The classes {class_names[taken[name]]} and {class_names[number]} would both be called {name} "
+                "without the number in front; rename one of them."
             )
-        taken[display_name] = number
+        taken[name] = number
     return id2label
 
 

@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from huggingface_hub import set_client_factory
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import _http
 
 # httpx, or the client's own copy of it.
@@ -50,15 +50,23 @@ def limit_waiting() -> None:
 
 
 class _Impatient(_HTTPX.BaseTransport):
-    """A transport that gives up, with a `ConnectionError`, which no client tries again."""
+    """A transport that gives up, with a `ConnectionError`, which no client tries again.
+
+    Where no server could ever be reached there is no network, and the error is that of the offline mode, for which
+    the clients look into their cache.
+    """
 
     def __init__(self, transport: Any):
         self._transport = transport
         self._first_failure = self._last_failure = -float("inf")
+        self._ever_reached = False
+        self._unreachable: Exception | None = None
 
     def handle_request(self, request: Any) -> Any:
         # Without the query, which may hold a signature.
         place = f"{request.url.host}{request.url.path}"
+        if self._unreachable is not None and time.monotonic() - self._last_failure < _TROUBLE:
+            raise OfflineModeIsEnabled(f"{request.url.host} cannot be reached.") from self._unreachable
         if self._troubled():
             raise ConnectionError(f"The Hub does not answer for {place}; {_TRY_AGAIN}.")
         given = request.extensions.get("timeout", {})
@@ -66,9 +74,16 @@ class _Impatient(_HTTPX.BaseTransport):
         request.extensions = {**request.extensions, "timeout": limits}
         try:
             response = self._transport.handle_request(request)
+        except (_HTTPX.ConnectError, _HTTPX.ConnectTimeout) as error:
+            if self._ever_reached:
+                self._fail(place, error)
+                raise
+            self._unreachable, self._last_failure = error, time.monotonic()
+            raise OfflineModeIsEnabled(f"{request.url.host} cannot be reached.") from error
         except HTTPError as error:
             self._fail(place, error)
             raise
+        self._ever_reached, self._unreachable = True, None
         if response.status_code == 429 or response.status_code >= 500:
             wait = response.headers.get("Retry-After", "0")
             if not wait.isdigit() or int(wait) > _ANSWER:
