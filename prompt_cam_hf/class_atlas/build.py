@@ -14,9 +14,10 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
-from prompt_cam_hf.class_atlas.collect import ROW_SCHEMA, MapSums, Options, collect, input_size
+from prompt_cam_hf.class_atlas.collect import ROW_SCHEMA, MapSums, Options, collect
 from prompt_cam_hf.class_atlas.page import NUM_CONFUSION_EXAMPLES, NUM_CONFUSIONS, write_page
 from prompt_cam_hf.class_atlas.summary import Summary, class_table, summarize
+from prompt_cam_hf.data.image_processors import input_size
 from prompt_cam_hf.data.labelled_images import LabelledImages, Split, read_labelled_images
 from prompt_cam_hf.explanations.ranking import check_ranking
 from prompt_cam_hf.files import only_writer, write_atomically

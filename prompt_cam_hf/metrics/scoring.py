@@ -95,6 +95,8 @@ def probabilities_after_replacing(
     The pixel values `original` become those of `replacement`, both (batch, channels, height, width), in the order of
     `ranks` (`pixel_ranks`), as many as each number in `counts` says: one evaluation of the model for every image.
     """
+    if not len(counts):
+        return torch.empty(len(original), 0)
     ranks, counts = ranks.to(original.device), counts.to(original.device)
     evaluations = torch.arange(len(original) * len(counts), device=original.device)
     probabilities = []
