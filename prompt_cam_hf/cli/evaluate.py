@@ -60,9 +60,9 @@ def evaluate(
     preset: Annotated[
         str,
         typer.Option(
-            help="Of insertion and deletion: rise-8-rows, rise, rise-black, fast; published numbers are often of rise."
+            help="Of insertion and deletion: rise-eighth, rise, rise-black, fast; published numbers are often of rise."
         ),
-    ] = "rise-8-rows",
+    ] = "rise-eighth",
     classes: Annotated[Literal["predicted", "true"], typer.Option(help="Whose map and probability.")] = "predicted",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Measure maps on so many images only, drawn at random.")

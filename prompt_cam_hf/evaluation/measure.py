@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """`measure`: measures a model and its maps on a batch of images; `Protocol` says what is measured, and how."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -14,7 +13,7 @@ from prompt_cam_hf.baselines.backbone import backbone_of
 from prompt_cam_hf.data.image_processors import input_size
 from prompt_cam_hf.evaluation.subjects import Reading, Subject
 from prompt_cam_hf.metrics import localization
-from prompt_cam_hf.metrics.faithfulness import PRESETS, FaithfulnessCurve, follow_maps, step_size
+from prompt_cam_hf.metrics.faithfulness import PRESETS, FaithfulnessCurve, changed_pixels, follow_maps
 from prompt_cam_hf.metrics.road import PERCENTILES, road
 from prompt_cam_hf.metrics.sanity import add_noise, randomise, rank_correlation
 from prompt_cam_hf.metrics.specificity import other_classes, specificity_of_maps
@@ -64,7 +63,7 @@ class Protocol:
     """
 
     metrics: tuple[str, ...] = ("faithfulness", "localisation", "specificity", "sanity")
-    preset: str = "rise-8-rows"
+    preset: str = "rise-eighth"
     classes: Literal["predicted", "true"] = "predicted"
     limit: int | None = None
     seed: int = 0
@@ -156,9 +155,9 @@ def count_passes(subject: Subject, protocol: Protocol, places: range) -> int:
     passes, num_maps = len(places), len(subject.maps)
     if num_maps and "faithfulness" in protocol.metrics:
         size = input_size(subject.image_processor)
-        step = step_size(PRESETS[protocol.preset], size, grid_size(backbone_of(subject.model).config, *size))
+        points = changed_pixels(protocol.preset, size, grid_size(backbone_of(subject.model).config, *size))
         # The whole image, the blurred and the empty one are the same for all maps.
-        passes += limit * (3 + 2 * (math.ceil(math.prod(size) / step) - 1) * num_maps)
+        passes += limit * (3 + 2 * (len(points) - 2) * num_maps)
     if num_maps and "road" in protocol.metrics:
         passes += limit * 2 * len(PERCENTILES) * num_maps
     if num_maps and "sanity" in protocol.metrics:

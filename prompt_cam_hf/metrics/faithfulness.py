@@ -19,7 +19,6 @@ from torch import nn
 
 from prompt_cam_hf.metrics.scoring import (
     Scorer,
-    area_under_curve,
     asked_classes,
     check_one_map_an_image,
     class_logits,
@@ -38,21 +37,22 @@ class Preset:
 
     Attributes:
         step: How many pixels change between two evaluations. "row": as many as one row of the image has, so 224 at
-            224 pixels, and as many steps as the image has rows. "8 rows": as many as eight rows have, so 28 steps at
-            224 pixels. "patch": as many as one cell of the map covers, which is a patch for maps on the patch grid,
-            and as many steps as the map has cells.
+            224 pixels, and as many steps as the image has rows. "growing": an eighth of these steps, so 28 at 224
+            pixels; after step k of n the part (k / n)^2 of the pixels has changed, for curves bend at their beginning.
+            "patch": as many as one cell of the map covers, which is a patch for maps on the patch grid, and as many
+            steps as the map has cells.
         deleted: What a deleted pixel becomes. "zeros": zero in pixel_values, the mean colour of the processor's
             normalisation. "black": black in the image.
     """
 
-    step: Literal["row", "8 rows", "patch"]
+    step: Literal["row", "growing", "patch"]
     deleted: Literal["zeros", "black"]
 
 
 PRESETS = MappingProxyType(
     {
         "rise": Preset(step="row", deleted="zeros"),
-        "rise-8-rows": Preset(step="8 rows", deleted="zeros"),
+        "rise-eighth": Preset(step="growing", deleted="zeros"),
         "rise-black": Preset(step="row", deleted="black"),
         "fast": Preset(step="patch", deleted="zeros"),
     }
@@ -73,7 +73,7 @@ class FaithfulnessCurve(NamedTuple):
         classes: (batch,), the class whose probability was followed.
         curve: (batch, num_steps + 1), float32: its softmax probability after 0, 1, ... num_steps steps.
         auc: (batch,), the area under the curve, 0 to 1.
-        num_steps: Steps from none to all of the pixels; the last one may be shorter.
+        num_steps: Steps from none to all of the pixels; `changed_parts` says how far each goes.
     """
 
     metric: Metric
@@ -183,21 +183,38 @@ def follow_maps(
             scored[id(images)] = class_probability(logits, classes).cpu()[:, None]
     found = []
     for one, rank in zip(maps, ranks, strict=True):
-        step = step_size(settings, size, one.shape[-2:])
-        counts = torch.arange(step, math.prod(size), step)
+        counts = changed_pixels(preset, size, one.shape[-2:])
+        parts = changed_parts(preset, len(counts) - 1).float()
         for metric, (first, last) in ends.items():
-            inner = probabilities_after_replacing(model, first, last, rank, counts, classes, batch_size)
+            inner = probabilities_after_replacing(model, first, last, rank, counts[1:-1], classes, batch_size)
             curve = torch.cat((scored[id(first)], inner, scored[id(last)]), dim=1)
-            found.append(
-                FaithfulnessCurve(metric, preset, classes.cpu(), curve, area_under_curve(curve), len(counts) + 1)
-            )
+            area = torch.trapezoid(curve, parts)
+            found.append(FaithfulnessCurve(metric, preset, classes.cpu(), curve, area, len(counts) - 1))
     return found
 
 
-def step_size(preset: Preset, size: tuple[int, int], grid: Sequence[int]) -> int:
-    """How many pixels change between two evaluations, for an image's height and width and a map's rows and columns."""
+def changed_pixels(preset: str, size: tuple[int, int], grid: Sequence[int]) -> torch.Tensor:
+    """How many pixels have changed after 0, 1, ... num_steps steps, (num_steps + 1,).
+
+    Args:
+        preset: A key of `PRESETS`.
+        size: Height and width of the image.
+        grid: Rows and columns of the map.
+    """
     height, width = size
-    return {"row": width, "8 rows": 8 * width, "patch": math.ceil(height * width / math.prod(grid))}[preset.step]
+    if PRESETS[preset].step == "growing":
+        return (changed_parts(preset, math.ceil(height / 8)) * height * width).round().long()
+    step = width if PRESETS[preset].step == "row" else math.ceil(height * width / math.prod(grid))
+    return torch.arange(math.ceil(height * width / step) + 1) * step
+
+
+def changed_parts(preset: str, num_steps: int) -> torch.Tensor:
+    """The horizontal axis of a curve, (num_steps + 1,), double, 0 to 1: the part of the pixels that has changed.
+
+    Where the last step is shorter, it counts as much as the others.
+    """
+    steps = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    return steps**2 if PRESETS[preset].step == "growing" else steps
 
 
 def blur(pixel_values: torch.Tensor) -> torch.Tensor:
