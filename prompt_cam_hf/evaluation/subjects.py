@@ -16,7 +16,7 @@ from prompt_cam_hf.explanations.aggregate import (
     aggregate_maps_from_state,
 )
 from prompt_cam_hf.explanations.ranking import check_ranking
-from prompt_cam_hf.loading import load_classifier
+from prompt_cam_hf.loading import load_classifier, model_name
 from prompt_cam_hf.metrics.scoring import Explainer
 
 _FINER = "finer_"
@@ -58,7 +58,7 @@ def load_subject(
     if not isinstance(model, Pipeline):
         model = load_classifier(model, device)
     is_prompt_cam = model.model.config.model_type == "prompt_cam"
-    name = _short_name(str(model.model.name_or_path)) or type(model.model).__name__
+    name = model_name(model.model.name_or_path or "") or type(model.model).__name__
     if maps is None:
         maps = _DEFAULT_MAPS if is_prompt_cam else _DEFAULT_BASELINE_MAPS
         maps = [one for one in maps if _fits(one, model.model)][: 1 if is_prompt_cam else None]
@@ -70,11 +70,6 @@ def load_subject(
                 f"{name} has no map {one!r}: its kind, or its number of heads or classes, does not allow it."
             )
     return Subject(name, model.model.eval(), model.image_processor, tuple(dict.fromkeys(maps)))
-
-
-def _short_name(path: str) -> str:
-    """The last word of a Hub id or of a folder's path; "" for none."""
-    return os.path.basename(os.path.abspath(path) if os.path.isdir(path) else path)
 
 
 def _fits(name: str, model: PreTrainedModel) -> bool:
