@@ -22,6 +22,7 @@ from prompt_cam_hf.evaluation.subjects import Subject, explainer
 from prompt_cam_hf.evaluation.summary import Evaluation, Mean
 from prompt_cam_hf.explanations.figures import overlay
 from prompt_cam_hf.html import EmbeddedImage, embed_thumbnail, render_page
+from prompt_cam_hf.metrics.faithfulness import changed_parts
 from prompt_cam_hf.version import __version__
 
 EVALUATION, MEASUREMENTS, CURVES, PAGE = "evaluation.json", "measurements.parquet", "curves.svg", "index.html"
@@ -62,7 +63,13 @@ def to_json(found: Evaluation, names: Sequence[str]) -> str:
             for mean in found.means
         ],
         "curves": [
-            {"model": model, "map": map_name, "metric": metric, "curve": [round(float(point), 5) for point in curve]}
+            {
+                "model": model,
+                "map": map_name,
+                "metric": metric,
+                "part": [round(part, 5) for part in changed_parts(found.protocol.preset, len(curve) - 1).tolist()],
+                "curve": [round(float(point), 5) for point in curve],
+            }
             for (model, map_name, metric), curve in found.curves.items()
         ],
     }
@@ -118,7 +125,13 @@ def draw_curves(found: Evaluation) -> bytes:
         for place, (model, map_name) in enumerate(keys):
             curve = found.curves[model, map_name, metric]
             style = _LINE_STYLES[place // 10 % len(_LINE_STYLES)]
-            axis.plot(np.linspace(0, 1, len(curve)), curve, style, label=f"{model}: {map_name}", linewidth=1.4)
+            axis.plot(
+                changed_parts(found.protocol.preset, len(curve) - 1),
+                curve,
+                style,
+                label=f"{model}: {map_name}",
+                linewidth=1.4,
+            )
         axis.set_title(metric, fontsize=10)
         axis.set_xlabel("part of the pixels that is " + ("shown" if metric == "insertion" else "taken away"))
         axis.set_xlim(0, 1)
