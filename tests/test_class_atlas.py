@@ -75,9 +75,12 @@ def predict(model, image):
 
 @pytest.fixture
 def photos(tmp_path):
+    return save_photos(tmp_path / "photos")
+
+
+def save_photos(folder):
     """Class folders with 22 images, two of three in the folder of what the model says, and a broken one."""
     model = varied_model()
-    folder = tmp_path / "photos"
     for seed in range(22):
         label = int(predict(model, image(seed)).argmax())
         label = (label + 1 + seed % 2) % NUM_CLASSES if seed % 3 == 2 else label
