@@ -29,7 +29,7 @@ def test_an_atlas_is_made_once(model_folder, photos, tmp_path):
     out = tmp_path / "out"
     answer = run(model_folder, photos, "--out", out, "--top-heads", 2, "--examples", 1, "--method", "shapley")
     assert answer.exit_code == 0, answer.output
-    assert sorted(path.name for path in out.iterdir()) == ["classes.parquet", "images.parquet", "index.html"]
+    assert {path.name for path in out.iterdir()} == {"atlas.json", "classes.parquet", "images.parquet", "index.html"}
     assert answer.stdout.startswith("4 images of 5 classes, ") and str(out / "index.html") in answer.stdout
     page = (out / "index.html").read_text(encoding="utf-8")
     assert "are the first 2." in page and "shapley ranking" in page

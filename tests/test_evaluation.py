@@ -28,12 +28,14 @@ from transformers import AutoModelForImageClassification
 from prompt_cam_hf.baselines import VPTConfig, VPTForImageClassification, build_linear_probe, cam_maps
 from prompt_cam_hf.baselines.backbone import backbone_of
 from prompt_cam_hf.data.images import build_image_processor, open_image
-from prompt_cam_hf.evaluation import build, evaluate
+from prompt_cam_hf.evaluation import build, evaluate, report
 from prompt_cam_hf.evaluation.build import GroundTruth
+from prompt_cam_hf.evaluation.curves import charts
 from prompt_cam_hf.evaluation.measure import METRIC_GROUPS, ROW_SCHEMA, Protocol
 from prompt_cam_hf.evaluation.subjects import load_subject
-from prompt_cam_hf.evaluation.summary import Mean, summarize
+from prompt_cam_hf.evaluation.summary import Mean, as_text, summarize
 from prompt_cam_hf.explanations.aggregate import DEFAULT_AGGREGATION, aggregate_maps
+from prompt_cam_hf.html import EmbeddedImage
 from prompt_cam_hf.loading import load_classifier, model_name
 from prompt_cam_hf.metrics import faithfulness, localization, sanity
 from prompt_cam_hf.metrics.road import road
@@ -584,7 +586,7 @@ class Page(HTMLParser):
             self.open.append(tag)
         self.ids += [attributes["id"]] if "id" in attributes else []
         self.anchors += [attributes["href"]] if tag == "a" else []
-        self.images += [attributes] if tag == "img" else []
+        self.images += [attributes] if tag == "image" else []
         self.cells += [""] if tag in ("td", "th") else []
         self.urls += [attributes[name] for name in ("src", "href", "action", "poster", "srcset") if name in attributes]
         self.labelled_by += [attributes["aria-labelledby"]] if "aria-labelledby" in attributes else []
@@ -603,23 +605,24 @@ def test_the_page_is_sound_and_needs_nothing_else(finished, photos):
     page = Page(html)
     assert len(page.ids) == len(set(page.ids))
     assert all(url.startswith(("#", "data:")) for url in page.urls)
-    assert "http://" not in html and "https://" not in html and "url(" not in html and "@import" not in html
+    assert "http://" not in html and "https://" not in html and "@import" not in html
+    assert not re.search(r"url\((?!#)", html)
     assert str(photos) not in html
     assert {anchor[1:] for anchor in page.anchors} <= set(page.ids) and set(page.labelled_by) <= set(page.ids)
     assert {"table-1", "table-5", "curves", "best", "worst"} <= set(page.ids)
     for attributes in page.images:
-        assert attributes["alt"].strip() and attributes["src"].startswith("data:image/")
-        assert int(attributes["width"]) > 0 and int(attributes["height"]) > 0
-    assert len(page.images) == 1 + 2 * 2 * 4
+        assert attributes["href"].startswith("data:image/")
+        assert float(attributes["width"]) > 0 and float(attributes["height"]) > 0
     cells = "|".join(page.cells)
     for mean in finished.means:
         assert f"{mean}{mean.num_images} images" in cells
-    assert "insertionfast, predicted class" in cells and "pointing gamesquares, true class" in cells
+    assert "insertion↑ high is goodfast, predicted class" in cells
+    assert "pointing game↑ high is goodsquares, true class" in cells
     assert "1 that cannot be read were left out" in page.text and "19 images" in page.text
 
 
 def test_best_and_worst_images(finished):
-    """By insertion minus deletion of the first map, best first and worst first."""
+    """By insertion minus deletion of the first map: the best of those that are read rightly, and the worst of all."""
     found = measured(finished.folder)
     gaps = {
         key[0]: row[2] - found[(*key[:3], "deletion")][2]
@@ -627,8 +630,61 @@ def test_best_and_worst_images(finished):
         if key[1:] == ("prompt_cam", MAPS[0], "insertion")
     }
     order = sorted(gaps, key=lambda name: -gaps[name])
-    text = Page((finished.folder / "index.html").read_text(encoding="utf-8")).text
-    shown = re.findall(r"(\S[^\n]*?\.png), map of (class \d), .*?: (-?\d\.\d\d)", text)
-    assert [name for name, _, _ in shown] == [*order[:4], *order[::-1][:4]]
+    worst = order[::-1][:4]
+    right = [
+        name for name in order if found.get((name, "prompt_cam", "", "accuracy"), (0, 0, 1))[2] and name not in worst
+    ]
+    assert right[:4] != order[:4]  # the best of all are misread
+    html = (finished.folder / "index.html").read_text(encoding="utf-8")
+    shown = re.findall(r"<span>(\S[^\n]*?\.png): map of (class \d), .*?insertion minus deletion (-?\d\.\d\d)<", html)
+    assert [name for name, _, _ in shown] == [*right[:4], *worst]
     for name, _, score in shown:
         assert float(score) == pytest.approx(gaps[name], abs=0.006)
+    figures = re.findall(r"<figcaption><span>(.*?\.png):(.*?)</figure>", html, re.DOTALL)
+    outlined = [name for name, figure in figures if "non-scaling-stroke" in figure]
+    assert outlined == [name for name, _, _ in shown if int(Path(name).stem) % 6 != 5]
+
+
+def test_the_outline_surrounds_the_mask():
+    mask = np.zeros((10, 20), dtype=bool)
+    mask[2:5, 4:9] = True
+    mask[8:, 18:] = True
+    path = report._outline(mask, EmbeddedImage("", 40, 30))  # twice as wide, three times as high
+    corners = [np.array([point.split() for point in part.split("L")], float) for part in path.split("M")[1:]]
+    boxes = sorted((*one.min(axis=0), *one.max(axis=0)) for one in corners)
+    np.testing.assert_allclose(boxes, [(8, 6, 18, 15), (36, 24, 40, 30)])
+
+
+def test_the_best_of_each_column():
+    columns = ["insertion", "deletion", "left after randomising everything", "distance to runner-up", "road"]
+    rows = {
+        "a": (0.4, 0.4, -0.2, 0.9, None),
+        "b": (0.70004, 0.1, 0.1, 0.1, 0.1),
+        "c": (0.69996, math.nan, 0.3, 0.1, None),
+    }
+    means = {
+        name: [None if value is None else Mean("m", name, "", value, value, value, 9) for value in values]
+        for name, values in rows.items()
+    }
+    # What is shown is equal in the first column, and nothing to compare with is in the last.
+    table = report.Table("t", "map", columns, list(means.items()))
+    assert report.best_rows(table) == [{1, 2}, {1}, {1}, set(), set()]
+
+
+def test_numbers_that_round_to_0_have_no_sign():
+    assert str(Mean("m", "", "accuracy", -0.0004, -0.0006, 0.0004, 3)) == "0.000 [-0.001, 0.000]"
+    assert as_text(-0.004, 2) == "0.00" and as_text(-0.006, 2) == "-0.01"
+
+
+def test_charts_have_the_points_of_the_curves(finished):
+    """Back from the coordinates of SVG."""
+    for chart in charts(finished):
+        top, bottom = chart.ticks[-1], chart.ticks[0]
+        assert (top[0], bottom) == (0, (chart.height, "0"))
+        assert len({(line.colour, line.marker) for line, _, _ in chart.curves}) == len(chart.curves) == 6
+        for line, points, marked in chart.curves:
+            curve = finished.curves[(*line.label.split(": "), chart.metric)]
+            x, y = np.array([point.split(",") for point in points.split()], float).T
+            np.testing.assert_allclose(x / chart.width, np.linspace(0, 1, len(curve)), atol=1e-3)
+            np.testing.assert_allclose((1 - y / chart.height) * float(top[1]), curve, atol=1e-3)
+            assert len(marked) == 5 and set(marked) <= set(zip(x, y, strict=True))

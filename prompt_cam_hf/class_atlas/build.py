@@ -2,6 +2,7 @@
 """`atlas`: runs the model on all images part by part, sums up by class, and writes two tables and a page."""
 
 import io
+import json
 import logging
 import os
 from pathlib import Path
@@ -18,6 +19,7 @@ from prompt_cam_hf.class_atlas.page import NUM_CONFUSION_EXAMPLES, NUM_CONFUSION
 from prompt_cam_hf.class_atlas.summary import Summary, class_table, summarize
 from prompt_cam_hf.data.image_processors import input_size
 from prompt_cam_hf.data.labelled_images import LabelledImages, Split, read_labelled_images
+from prompt_cam_hf.data.trained_on import count_trained_on, warn_of_training_images
 from prompt_cam_hf.explanations.ranking import check_ranking
 from prompt_cam_hf.files import only_writer, write_atomically
 from prompt_cam_hf.loading import Classifier, ClassifierLike, as_classifier, weights_digest
@@ -28,15 +30,16 @@ from prompt_cam_hf.progress import progress
 logger = logging.getLogger(__name__)
 
 PART_SIZE = 256  # images
-IMAGES, CLASSES, PAGE = "images.parquet", "classes.parquet", "index.html"
+IMAGES, CLASSES, FACTS, PAGE = "images.parquet", "classes.parquet", "atlas.json", "index.html"
 
 
 class Atlas(NamedTuple):
-    """A finished atlas: its three files, and the numbers in them, except for the mean maps."""
+    """A finished atlas: its files, and the numbers in them, except for the mean maps."""
 
     page: Path
     images: Path
     classes: Path
+    facts: Path
     summary: Summary
 
 
@@ -60,10 +63,12 @@ def atlas(
 ) -> Atlas:
     """Summarise over many images which heads each class rests on, where they look, and which classes are confused.
 
-    Writes three files to `out`: `images.parquet` (one row per image), `classes.parquet` (one row per class) and
-    `index.html`, a single page that works offline. docs/traits/atlas.md describes the columns. A call that was
-    interrupted can be repeated: it continues where it stopped and comes to the same results, byte for byte on the
-    same machine with the same batch size. Images that cannot be read are listed and left out.
+    Writes four files to `out`: `images.parquet` (one row per image), `classes.parquet` (one row per class),
+    `atlas.json` (which images they are, and the numbers over all classes) and `index.html`, a single page that works
+    offline. docs/traits/atlas.md describes them. A call that was interrupted can be repeated: it continues where it
+    stopped and comes to the same results, byte for byte on the same machine with the same batch size. Images that
+    cannot be read are listed and left out. Where the model was trained on the images, as far as that can be known from
+    the recipe beside it, a warning says so.
 
     Args:
         model: A folder, a Hub id, a pipeline, or a loaded model (in evaluation mode) with `image_processor`.
@@ -116,7 +121,7 @@ def atlas(
         image_column=image_column,
         label_column=label_column,
     )
-    parts = Parts(Path(out), "atlas", (IMAGES, CLASSES, PAGE), ROW_SCHEMA, len(images), PART_SIZE)
+    parts = Parts(Path(out), "atlas", (IMAGES, CLASSES, FACTS, PAGE), ROW_SCHEMA, len(images), PART_SIZE)
     with only_writer(Path(out)):
         parts.open(_settings(classifier, images, options), overwrite)
         sums = _collect_parts(classifier, images, options, batch_size, parts)
@@ -133,12 +138,33 @@ def atlas(
             raise ValueError(f"None of the {summary.total} images can be read: {summary.unreadable[0][1]}")
         if summary.num_unreadable:
             logger.warning("Left out %d images that cannot be read; the page lists them.", summary.num_unreadable)
-        model_name = Path(config.name_or_path).name or "a Prompt-CAM"
-        page = write_page(classifier, images, summary, sums, options, model_name, batch_size)
+        facts = _facts(config.name_or_path, data, images, summary)
+        if facts["warning"]:
+            logger.warning("%s", facts["warning"])
+        page = write_page(classifier, images, summary, sums, options, facts, batch_size)
         buffer = io.BytesIO()
         pq.write_table(class_table(summary, sums), buffer)
-        parts.finish(IMAGES, {CLASSES: buffer.getvalue(), PAGE: page.encode()})
-    return Atlas(parts.out / PAGE, parts.out / IMAGES, parts.out / CLASSES, summary)
+        written = json.dumps(facts, indent=1, ensure_ascii=False).encode()
+        parts.finish(IMAGES, {CLASSES: buffer.getvalue(), FACTS: written, PAGE: page.encode()})
+    return Atlas(parts.out / PAGE, parts.out / IMAGES, parts.out / CLASSES, parts.out / FACTS, summary)
+
+
+def _facts(model: str, data: Any, images: LabelledImages, summary: Summary) -> dict[str, Any]:
+    """What atlas.json holds; docs/traits/atlas.md describes it."""
+    trained_on = count_trained_on(model, data, images)
+    return {
+        "model": Path(model).name or "a Prompt-CAM",
+        "data": images.origin,
+        "split": images.split,
+        "num_trained_on": trained_on,
+        "warning": warn_of_training_images(images, trained_on),
+        "num_classes": len(summary.classes),
+        "num_images": summary.total - summary.num_unreadable,
+        "num_unreadable": summary.num_unreadable,
+        "num_labelled": summary.labelled,
+        "accuracy": summary.accuracy,
+        "mean_class_accuracy": summary.mean_class_accuracy,
+    }
 
 
 def _collect_parts(

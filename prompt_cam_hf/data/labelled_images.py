@@ -30,12 +30,14 @@ class LabelledImages:
         labels: The number of each image's class in the model, or None.
         origin: Where they come from, in words.
         folder: The folder that they lie in, where there is one; names are shown from there on.
+        split: Which split of the data they are, where the data are divided.
     """
 
     images: datasets.Dataset
     labels: list[int | None]
     origin: str
     folder: Path | None = None
+    split: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -109,8 +111,10 @@ def read_labelled_images(
     if isinstance(data, str | os.PathLike):
         # A page is passed on; where its images lay on this machine is nobody's business.
         origin = Path(data).name if Path(data).expanduser().exists() else str(data)
-    origin += f", split {chosen}" if len(found) > 1 else ""
-    return LabelledImages(found[chosen].images, _number_labels(found[chosen], id2label, origin), origin, folder)
+    divided = chosen if len(found) > 1 else None
+    origin += f", split {chosen}" if divided else ""
+    labels = _number_labels(found[chosen], id2label, origin)
+    return LabelledImages(found[chosen].images, labels, origin, folder, divided)
 
 
 def _is_unlabelled(folder: Path) -> bool:

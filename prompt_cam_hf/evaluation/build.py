@@ -23,8 +23,9 @@ from prompt_cam_hf.data.ground_truth import mask_as_seen
 from prompt_cam_hf.data.image_processors import input_size
 from prompt_cam_hf.data.images import UnreadableImageError, open_image
 from prompt_cam_hf.data.labelled_images import LabelledImages, Split, read_labelled_images
+from prompt_cam_hf.evaluation.curves import draw_curves
 from prompt_cam_hf.evaluation.measure import ROW_SCHEMA, SANITY_IMAGES, Batch, Protocol, count_passes, measure
-from prompt_cam_hf.evaluation.report import CURVES, EVALUATION, MEASUREMENTS, PAGE, draw_curves, render_report, to_json
+from prompt_cam_hf.evaluation.report import CURVES, EVALUATION, MEASUREMENTS, PAGE, render_report, to_json
 from prompt_cam_hf.evaluation.subjects import Subject, check_same_classes, load_subject
 from prompt_cam_hf.evaluation.summary import Evaluation, summarize
 from prompt_cam_hf.files import only_writer
@@ -143,7 +144,9 @@ def evaluate(
                 {
                     EVALUATION: to_json(found, [subject.name for subject in subjects]).encode(),
                     CURVES: draw_curves(found) if found.curves else None,
-                    PAGE: render_report(found, parts.tables(), subjects, images).encode(),
+                    PAGE: render_report(
+                        found, parts.tables(), subjects, images, ground_truth and ground_truth.mask
+                    ).encode(),
                 },
             )
         state.wait_for_everyone()

@@ -1,27 +1,25 @@
 # SPDX-License-Identifier: MIT
-"""The forms in which an evaluation is shown: JSON, tables, curves, and a page with the best and the worst images."""
+"""The forms in which an evaluation is shown: JSON, tables, and a page with curves, the best and the worst images."""
 
-import base64
-import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
-from matplotlib import rc_context
-from matplotlib.figure import Figure
+from contourpy import contour_generator
 from PIL import Image
 
+from prompt_cam_hf.data.ground_truth import mask_as_seen
 from prompt_cam_hf.data.images import open_image
 from prompt_cam_hf.data.labelled_images import LabelledImages
-from prompt_cam_hf.evaluation.measure import FAITHFULNESS, LOCALISATION, SPECIFICITY
+from prompt_cam_hf.evaluation.curves import COLOURS, MARKER_PATHS, charts, lines
+from prompt_cam_hf.evaluation.measure import FAITHFULNESS, LOCALISATION, LOST_MASS, SPECIFICITY
 from prompt_cam_hf.evaluation.subjects import Subject, explainer
-from prompt_cam_hf.evaluation.summary import Evaluation, Mean
-from prompt_cam_hf.explanations.figures import overlay
-from prompt_cam_hf.html import EmbeddedImage, embed_thumbnail, render_page
+from prompt_cam_hf.evaluation.summary import Evaluation, Mean, as_text
+from prompt_cam_hf.html import Drawn, DrawnMap, EmbeddedImage, embed_map, embed_thumbnail, render_page
 from prompt_cam_hf.metrics.faithfulness import changed_parts
 from prompt_cam_hf.version import __version__
 
@@ -29,9 +27,23 @@ EVALUATION, MEASUREMENTS, CURVES, PAGE = "evaluation.json", "measurements.parque
 # What the best and the worst images are chosen by, if it was measured.
 _GAP = "insertion minus deletion"
 _NUM_EXAMPLES = 4
-_THUMBNAIL_SIDE, _THUMBNAIL_BYTES = 200, 12_000
-# They can be told apart without colours.
-_LINE_STYLES = ("-", "--", "-.", ":")
+_PHOTO_SIDE, _PHOTO_BYTES = 480, 24_000
+# Which values of a metric are good; of those that are missing, neither high nor low is good by itself.
+_HIGH = (
+    *LOCALISATION[:-1],
+    LOST_MASS,
+    "accuracy",
+    "insertion",
+    "road",
+    "stability under noise",
+    "stability under a flip",
+)
+_NEAR_ZERO = ("left after randomising the prompts or classifier", "left after randomising everything")
+_DIRECTIONS = {
+    **dict.fromkeys(_HIGH, "↑ high is good"),
+    **dict.fromkeys(("deletion", "like a random class's map"), "↓ low is good"),
+    **dict.fromkeys(_NEAR_ZERO, "→ 0 is good"),
+}
 
 
 class Table(NamedTuple):
@@ -116,61 +128,59 @@ def _column(metric: str) -> str:
     return metric
 
 
-def draw_curves(found: Evaluation) -> bytes:
-    """Draw the mean curves of insertion and deletion side by side, as SVG."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    keys = list(dict.fromkeys((model, map_name) for model, map_name, _ in found.curves))
-    for axis, metric in zip(axes, ("insertion", "deletion"), strict=True):
-        for place, (model, map_name) in enumerate(keys):
-            curve = found.curves[model, map_name, metric]
-            style = _LINE_STYLES[place // 10 % len(_LINE_STYLES)]
-            axis.plot(
-                changed_parts(found.protocol.preset, len(curve) - 1),
-                curve,
-                style,
-                label=f"{model}: {map_name}",
-                linewidth=1.4,
-            )
-        axis.set_title(metric, fontsize=10)
-        axis.set_xlabel("part of the pixels that is " + ("shown" if metric == "insertion" else "taken away"))
-        axis.set_xlim(0, 1)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("mean probability of the class")
-    axes[0].set_ylim(0, None)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
-    buffer = io.BytesIO()
-    # Without it, the identifiers inside are random.
-    with rc_context({"svg.hashsalt": "prompt_cam_hf"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+def best_rows(table: Table) -> list[set[int]]:
+    """The rows with the best value of each column, as it is shown; none where there is nothing to compare."""
+    best = []
+    for place, column in enumerate(table.columns):
+        shown = [(number, row[place]) for number, (_, row) in enumerate(table.rows)]
+        known = {n: float(as_text(mean.value)) for n, mean in shown if mean is not None and not math.isnan(mean.value)}
+        if column in _NEAR_ZERO:
+            known = {number: -abs(value) for number, value in known.items()}
+        elif column not in _HIGH:
+            known = {number: -value for number, value in known.items()}
+        compared = column in _DIRECTIONS and len(known) > 1
+        best.append({number for number, value in known.items() if compared and value == max(known.values())})
+    return best
 
 
 def render_report(
-    found: Evaluation, measurements: Iterable[pa.Table], subjects: Sequence[Subject], images: LabelledImages
+    found: Evaluation,
+    measurements: Iterable[pa.Table],
+    subjects: Sequence[Subject],
+    images: LabelledImages,
+    true_mask: Callable[[int, str, Image.Image], np.ndarray | None] | None = None,
 ) -> str:
     """Render the page as HTML. The images that it shows are opened and run through the network again.
 
-    They are shown with the first of the models; `measurements` are rows with the columns of `ROW_SCHEMA`.
+    They are shown with the first of the models; `measurements` are rows with the columns of `ROW_SCHEMA`. `true_mask`
+    is that of `prompt_cam_hf.evaluation.build.GroundTruth`.
     """
     subject = subjects[0]
     judged_by, good, bad = _best_and_worst(measurements, subject)
     # The other metrics that images are chosen by always ask for the true class.
     of_prediction = judged_by == _GAP and found.protocol.classes == "predicted"
-    curves = None
-    if found.curves:
-        curves = "data:image/svg+xml;base64," + base64.b64encode(draw_curves(found)).decode()
+    shown = [
+        [
+            _draw(subject, images, index, f"{judged_by} {as_text(score, 2)}", of_prediction, true_mask)
+            for index, score in some
+        ]
+        for some in (good, bad)
+    ]
     return render_page(
         "evaluation.html.j2",
         found=found,
         names=[subject.name for subject in subjects],
-        tables=tables(found.means),
+        tables=[(table, best_rows(table)) for table in tables(found.means)],
         protocol_of=lambda metric: found.protocol.of(metric, found.ground_truth),
-        curves=curves,
+        directions=_DIRECTIONS,
+        lines=list(lines(found).values()),
+        charts=charts(found) if found.curves else [],
+        colours=COLOURS,
+        markers=MARKER_PATHS,
         judged_by=judged_by,
         map_name=subject.maps[0] if subject.maps else "",
-        best=[_draw(subject, images, index, score, of_prediction) for index, score in good],
-        worst=[_draw(subject, images, index, score, of_prediction) for index, score in bad],
+        best=shown[0],
+        worst=shown[1],
         version=__version__,
     )
 
@@ -180,34 +190,39 @@ _Judged = list[tuple[int, float]]
 
 
 def _best_and_worst(measurements: Iterable[pa.Table], subject: Subject) -> tuple[str, _Judged, _Judged]:
-    """The metric that a model's first map is judged by, its best images (best first) and its worst (worst first)."""
+    """The metric that a model's first map is judged by, its best images (best first) and its worst (worst first).
+
+    Images that the model misread are not among the best, whatever their maps are like.
+    """
     if not subject.maps:
         return "", [], []
     scores: dict[str, dict[int, float]] = {}
+    misread = set()
     for table in measurements:
         for row in table.select(["index", "model", "map", "metric", "value"]).to_pylist():
             if (row["model"], row["map"]) == (subject.name, subject.maps[0]) and not math.isnan(row["value"]):
                 scores.setdefault(row["metric"], {})[row["index"]] = row["value"]
+            if (row["model"], row["metric"], row["value"]) == (subject.name, "accuracy", 0):
+                misread.add(row["index"])
     if "insertion" in scores:
         scores[_GAP] = {index: value - scores["deletion"][index] for index, value in scores["insertion"].items()}
     for name in (_GAP, "pointing game", "distance to runner-up"):
         if name in scores:
             judged = sorted(scores[name].items(), key=lambda pair: (-pair[1], pair[0]))
             half = min(_NUM_EXAMPLES, len(judged) // 2)
-            return name, judged[:half], judged[::-1][:half]
+            worst = judged[len(judged) - half :][::-1]
+            return name, [one for one in judged if one not in worst and one[0] not in misread][:_NUM_EXAMPLES], worst
     return "", [], []
 
 
-class Shown(NamedTuple):
-    """An image and its map, side by side."""
-
-    name: str
-    caption: str
-    image: EmbeddedImage
-    overlay: EmbeddedImage
-
-
-def _draw(subject: Subject, images: LabelledImages, index: int, score: float, of_prediction: bool) -> Shown:
+def _draw(
+    subject: Subject,
+    images: LabelledImages,
+    index: int,
+    score: str,
+    of_prediction: bool,
+    true_mask: Callable[[int, str, Image.Image], np.ndarray | None] | None,
+) -> Drawn:
     """Draw an image as the model sees it, squashed or cropped: the map covers exactly that."""
     image = open_image(images.source(index))
     values = subject.image_processor(image, return_tensors="pt")["pixel_values"].to(subject.model.device)
@@ -218,14 +233,26 @@ def _draw(subject: Subject, images: LabelledImages, index: int, score: float, of
     label = images.labels[index]
     asked = predicted if of_prediction or label is None else label
     one_map = explainer(subject.maps[0])(subject.model, values, torch.tensor([asked], device=values.device))[0]
-    drawn = overlay(as_seen, one_map.relu().detach().cpu().numpy(), float(one_map.max()))
+    weights = one_map.relu().detach().cpu().numpy()
     names = subject.config.id2label
     caption = f"map of {names[asked]}, taken for {names[predicted]}"
-    if label is not None and label != predicted:
+    if label is not None:
         caption += f", labelled {names[label]}"
-    return Shown(
-        images.name(index),
-        f"{caption}: {score:.2f}",
-        embed_thumbnail(as_seen, _THUMBNAIL_SIDE, _THUMBNAIL_BYTES),
-        embed_thumbnail(Image.fromarray(drawn), _THUMBNAIL_SIDE, _THUMBNAIL_BYTES),
-    )
+    if asked == predicted == label:
+        caption = f"map of {names[asked]}, read rightly"
+    embedded = embed_thumbnail(as_seen, _PHOTO_SIDE, _PHOTO_BYTES)
+    mask = None if true_mask is None else true_mask(index, images.name(index), image)
+    outline = "" if mask is None else _outline(mask_as_seen(mask, subject.image_processor), embedded)
+    title = f"map {subject.maps[0]}"
+    drawn = DrawnMap(embed_map(weights), title, f"{weights.max():.2g}", f"{title} of {images.name(index)}")
+    return Drawn(images.name(index), embedded, [drawn], f"{caption}; {score}", (0, 0, 1, 1), outline)
+
+
+def _outline(mask: np.ndarray, image: EmbeddedImage) -> str:
+    """The border of a mask (height, width) as an SVG path in pixels of an embedded image of the same view."""
+    height, width = mask.shape
+    borders = contour_generator(z=np.pad(mask.astype(float), 1)).lines(0.5)
+    scale = (image.width / width, image.height / height)
+    # The middle of a pixel is half a pixel from its edge, and there is one more pixel around the mask.
+    paths = [np.round((np.asarray(border) - 0.5) * scale, 1).tolist() for border in borders]
+    return "".join("M" + "L".join(f"{x:g} {y:g}" for x, y in path) for path in paths)

@@ -35,8 +35,13 @@ class Mean:
 
     def __str__(self) -> str:
         if np.isnan(self.low):
-            return f"{self.value:.3f}"
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+            return as_text(self.value)
+        return f"{as_text(self.value)} [{as_text(self.low)}, {as_text(self.high)}]"
+
+
+def as_text(value: float, digits: int = 3) -> str:
+    """A number with so many decimals, and without a sign where they are all 0."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 # (model, map, metric)
