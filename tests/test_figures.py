@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from conftest import tiny_model
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.font_manager import findSystemFonts, fontManager, get_font
 from PIL import Image
 
 from prompt_cam_hf.data.images import build_image_processor
+from prompt_cam_hf.explanations import fonts
 from prompt_cam_hf.explanations.compare import Comparison, compare
 from prompt_cam_hf.explanations.explain import explain
 from prompt_cam_hf.explanations.figures import MapStyle, overlay, plot_trait_maps
+from prompt_cam_hf.explanations.fonts import keep_order
 from prompt_cam_hf.explanations.removal import remove_trait
 from prompt_cam_hf.explanations.sheet import text_width, wrap_text
 from prompt_cam_hf.loading import Classifier
@@ -264,10 +267,68 @@ def test_files_have_the_width_that_was_asked_for(classifier, tmp_path):
         explanation.save(tmp_path / f"figure.{suffix}", heads=2, width=85)
     image = Image.open(tmp_path / "figure.png")
     assert image.width / 300 * 25.4 == pytest.approx(85, abs=0.1)  # at 300 dots an inch
+    assert (
+        b"/Type0" in (tmp_path / "figure.pdf").read_bytes() and b"Type3" not in (tmp_path / "figure.pdf").read_bytes()
+    )
     (width,) = re.findall(rb"/MediaBox \[ ?0 0 ([0-9.]+) ", (tmp_path / "figure.pdf").read_bytes())
     assert float(width) / 72 * 25.4 == pytest.approx(85, abs=0.1)
     (width,) = re.findall(r'<svg [^>]*?width="([0-9.]+)pt"', (tmp_path / "figure.svg").read_text())
     assert float(width) / 72 * 25.4 == pytest.approx(85, abs=0.1)
+
+
+NAMES = {
+    "Chinese": "红嘴相思鸟",
+    "Japanese": "アオサギ",
+    "Korean": "왜가리",
+    "Arabic": "أبو الحناء",
+    "Hebrew": "חוחית",
+    "Hindi": "नीलकंठ",
+    "LaTeX": r"$\undefined{ and $5",
+}
+
+
+@pytest.fixture
+def forgetful(monkeypatch):
+    """The fonts are looked for anew, and so is the first warning."""
+    monkeypatch.setattr(fonts, "_warned", False)
+    fonts._more_families.cache_clear()
+    yield
+    fonts._more_families.cache_clear()
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_names_in_any_script_are_drawn_or_their_characters_replaced(name, forgetful, caplog, tmp_path):
+    """matplotlib warns of every character that it cannot draw, and warnings are errors here."""
+    installed = [
+        get_font(path)
+        for path in findSystemFonts() + [entry.fname for entry in fontManager.ttflist]
+        if "LastResort" not in path
+    ]
+    figure = plot_trait_maps(GREY, np.ones((1, 2, 2)), title=f"{name} (99%)")
+    figure.savefig(tmp_path / "figure.png")
+    figure.savefig(tmp_path / "figure.pdf")
+    check_layout(figure)
+    title = texts_of(figure)[0].get_text().replace("\u200e", "")
+    known = [any(font.get_char_index(ord(char)) for font in installed) for char in name]
+    assert title == "".join(c if ok else "□" for c, ok in zip(name, known, strict=True)) + " (99%)"
+    assert len(caplog.records) == (0 if all(known) else 1)
+
+
+def test_a_missing_font_is_told_once(forgetful, caplog, monkeypatch):
+    monkeypatch.setattr(fonts, "_add_new_fonts", lambda: None)
+    monkeypatch.setattr(fonts.fontManager, "ttflist", [e for e in fontManager.ttflist if e.name == "DejaVu Sans"])
+    for name in ("红嘴相思鸟", "喜鹊", "아오"):
+        figure = plot_trait_maps(GREY, np.ones((1, 2, 2)), title=f"Jay {name}")
+        assert texts_of(figure)[0].get_text() == "Jay " + "□" * len(name)
+    (record,) = caplog.records
+    assert "No installed font has some characters of the names, such as 嘴 思 相 红 鸟;" in record.getMessage()
+
+
+def test_names_from_right_to_left_do_not_turn_the_line():
+    assert keep_order("Jay (99%)") == "Jay (99%)"
+    arabic, hebrew = NAMES["Arabic"], NAMES["Hebrew"]
+    marked = keep_order(f"level: {arabic} (99%), {hebrew}")
+    assert marked == f"level: \u200e{arabic}\u200e (99%), \u200e{hebrew}\u200e"
 
 
 def test_lines_fit():

@@ -2,6 +2,7 @@
 """Fonts for names in any script: which of the installed ones have the characters that a figure's text needs."""
 
 import logging
+import re
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
@@ -17,6 +18,11 @@ _BOX = "□"
 # Comes with matplotlib, and has a box with a number for every character.
 _LAST_RESORT = "Last Resort"
 _MAX_CHARACTERS_NAMED = 5
+_warned = False
+# Words of scripts that are written from right to left: Hebrew, Arabic and their neighbours.
+_FROM_RIGHT = "\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufefc"
+_WORDS_FROM_RIGHT = re.compile(rf"[{_FROM_RIGHT}](?:[{_FROM_RIGHT}\s]*[{_FROM_RIGHT}])?")
+_LEFT_TO_RIGHT_MARK = "\u200e"
 
 
 def find_fonts(text: str) -> tuple[tuple[str, ...], dict[int, str]]:
@@ -30,15 +36,24 @@ def find_fonts(text: str) -> tuple[tuple[str, ...], dict[int, str]]:
     lacking = _lacking(FontProperties(family=usual), frozenset(text))
     more, missing = _more_families(lacking) if lacking else ((), frozenset())
     if missing:
-        _warn_once("".join(sorted(missing)[:_MAX_CHARACTERS_NAMED]))
+        _warn_once(" ".join(sorted(missing)[:_MAX_CHARACTERS_NAMED]))
     return (*usual, *more), {ord(character): _BOX for character in missing}
+
+
+def keep_order(line: str) -> str:
+    """Keep names that are written from right to left from turning the line around, with invisible marks."""
+    return _WORDS_FROM_RIGHT.sub(rf"{_LEFT_TO_RIGHT_MARK}\g<0>{_LEFT_TO_RIGHT_MARK}", line)
 
 
 @cache
 def _more_families(characters: frozenset[str]) -> tuple[tuple[str, ...], frozenset[str]]:
     """Families that have these characters between them, and the characters that none has."""
     _add_new_fonts()
-    families = {entry.name for entry in fontManager.ttflist if not entry.name.startswith(_LAST_RESORT)}
+    families = {
+        entry.name
+        for entry in fontManager.ttflist
+        if (entry.weight, entry.style) == (400, "normal") and not entry.name.startswith(_LAST_RESORT)
+    }
     # Sans serif before serif; where Chinese, Japanese and Korean fonts differ in nothing else, Chinese.
     order = sorted(families, key=lambda name: ("Sans" not in name, "Mono" in name, not name.endswith("SC"), name))
     found: list[str] = []
@@ -68,11 +83,14 @@ def _add_new_fonts() -> None:
                 fontManager.addfont(path)
 
 
-@cache
-def _warn_once(characters: str = "") -> None:
-    logger.warning(
-        "No installed font has some characters of the names, such as %s; figures show %s in their place until a font "
-        "that has them is installed, such as Noto's for the script.",
-        " ".join(characters),
-        _BOX,
-    )
+def _warn_once(characters: str) -> None:
+    """Warn for the first time only: a folder of images may have hundreds of such names."""
+    global _warned
+    if not _warned:
+        logger.warning(
+            "No installed font has some characters of the names, such as %s; figures show %s in their place until a "
+            "font that has them is installed, for example Noto's for the script.",
+            characters,
+            _BOX,
+        )
+    _warned = True

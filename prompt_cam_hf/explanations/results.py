@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from prompt_cam_hf.explanations.figures import Scale
@@ -97,7 +98,9 @@ class Result(ABC):
         if suffix in _FIGURE_SUFFIXES:
             buffer = io.BytesIO()
             dots = _DOTS_PER_INCH if options.get("width") is None else _PRINTED_DOTS_PER_INCH
-            self.figure(**options).savefig(buffer, format=suffix[1:], dpi=dots)
+            # Publishers refuse the fonts of type 3 that matplotlib puts into a PDF by default.
+            with mpl.rc_context({"pdf.fonttype": 42}):
+                self.figure(**options).savefig(buffer, format=suffix[1:], dpi=dots)
             content = buffer.getvalue()
         elif suffix in (".json", ".csv"):
             content = (self.to_json() if suffix == ".json" else self.to_csv()).encode()

@@ -20,7 +20,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patheffects import Normal, withStroke
 from matplotlib.textpath import TextPath
 
-from prompt_cam_hf.explanations.fonts import find_fonts
+from prompt_cam_hf.explanations.fonts import find_fonts, keep_order
 
 # Light on dark, and no colour of the maps.
 OUTLINE_COLOUR = "#7fffd4"
@@ -141,7 +141,8 @@ def _draw(sheet: Sheet, page: Page, replaced: dict[int, str]) -> Figure:
     title_font, line_height = _TITLE_FONT * font, _LINE_HEIGHT * font
 
     def wrap(text: str, across: float = room - 2 * _PAD, size: float = font) -> list[str]:
-        return [line for part in text.translate(replaced).split("\n") for line in wrap_text(part, across, size)]
+        parts = text.translate(replaced).split("\n")
+        return [keep_order(line) for part in parts for line in wrap_text(part, across, size)]
 
     panels = [[(panel, wrap(panel.title, cell)) for panel in row.panels] for row in rows]
     titles = [wrap(row.title, size=title_font) for row in rows]
