@@ -16,6 +16,7 @@ from prompt_cam_hf.cli import (
     predict,
     prepare,
     publish,
+    remove,
     taxonomy,
     train,
 )
@@ -51,6 +52,7 @@ for _command in (
     predict.predict,
     explain.explain,
     compare.compare,
+    remove.remove,
     atlas.atlas,
     taxonomy.taxonomy,
     evaluate.evaluate,

@@ -10,17 +10,21 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 
 from prompt_cam_hf.data.images import ImageSource, find_images, image_name, open_image
 from prompt_cam_hf.explanations.class_names import find_classes
-from prompt_cam_hf.explanations.figures import MapStyle, Scale, check_head_count
+from prompt_cam_hf.explanations.figures import MapStyle, Scale, check_head_count, find_scale
 from prompt_cam_hf.explanations.maps import Box, MapKind, check_kind, map_box, maps_from_state
-from prompt_cam_hf.explanations.ranking import HeadRanking, RankingMethod, rank_heads_from_state
+from prompt_cam_hf.explanations.ranking import (
+    HeadRanking,
+    RankingMethod,
+    rank_heads_from_state,
+    scores_with_first_heads,
+)
 from prompt_cam_hf.explanations.results import Result, format_table
-from prompt_cam_hf.explanations.sheet import Panel, Row, draw_rows
+from prompt_cam_hf.explanations.sheet import Panel, Row, Sheet
 from prompt_cam_hf.loading import Classifier, ClassifierLike, as_classifier
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState
@@ -60,6 +64,8 @@ class ClassTraits(ClassScore):
         sufficient: The number of heads, taken in order, that keep the class on top when all others are blurred; None
             where the class is not on top even with all heads.
         num_smallest_sets: For the method "exact": the number of sets of that size that keep the class on top.
+        scores_with_first_heads: The class's score with the first 0, 1, ... and all heads of `head_order` kept and the
+            others blurred; the other classes' scores stay as they are.
     """
 
     maps: np.ndarray
@@ -67,7 +73,8 @@ class ClassTraits(ClassScore):
     head_order: tuple[int, ...]
     head_scores: tuple[float, ...]
     sufficient: int | None
-    num_smallest_sets: int | None = None
+    num_smallest_sets: int | None
+    scores_with_first_heads: tuple[float, ...]
 
     @property
     def sufficient_heads(self) -> tuple[int, ...]:
@@ -100,9 +107,9 @@ class ClassTraits(ClassScore):
         """The image, and the maps of some heads, as panels of a figure."""
         panels = [style.image_panel()]
         for head in heads:
-            evidence = f": {self.maps[head].sum():+.2f}" if style.kind == "evidence" else ""
+            evidence = [f"sum {self.maps[head].sum():+.2f}"] if style.kind == "evidence" else []
             on_patches = f"{self.attention_on_patches[head]:.0%} on patches"
-            panels.append(style.draw(self.maps[head], f"head {head}{evidence}", on_patches))
+            panels.append(style.draw(head, self.maps[head], *evidence, on_patches))
         return panels
 
 
@@ -222,18 +229,16 @@ class Explanation(Result):
                 )
         return rows
 
-    def figure(self, heads: int | None = None, outline: bool = False, scale: Scale = "figure") -> Figure:
-        """Draw the image beside the most important heads' maps, one row a class; see `Result.figure`."""
+    def sheet(self, heads: int | None, outline: bool, scale: Scale) -> Sheet:
+        """The image beside the most important heads' maps, one row a class."""
         count = check_head_count(heads, len(self.classes[0].maps))
         shown = [(traits, traits.head_order[:count]) for traits in self.classes]
-        style = self.style([traits.maps[head] for traits, order in shown for head in order], outline, scale)
-        rows = [Row(traits.heading, traits.draw(style, order)) for traits, order in shown]
-        return draw_rows(rows, [style.colour_bar()])
+        style = self.style(((head, traits.maps[head]) for traits, order in shown for head in order), outline, scale)
+        return Sheet([Row(traits.heading, traits.draw(style, order)) for traits, order in shown], [style.colour_bar()])
 
-    def style(self, drawn: Iterable[np.ndarray], outline: bool, scale: Scale) -> MapStyle:
-        """One style, and so one scale, for all maps that will be drawn."""
-        vmax = float(max(np.abs(trait_map).max() for trait_map in drawn))
-        return MapStyle(self.image, self.box, self.kind, vmax, outline, scale)
+    def style(self, drawn: Iterable[tuple[int, np.ndarray]], outline: bool, scale: Scale) -> MapStyle:
+        """One style for all heads and maps that will be drawn."""
+        return MapStyle(self.image, self.box, self.kind, find_scale(drawn, scale), outline, scale)
 
     def _peak(self, trait_map: np.ndarray) -> tuple[int, int]:
         """The middle of the strongest patch, x and y in pixels of the image."""
@@ -356,6 +361,7 @@ def read_state(
     if numbers is not None:
         asked = torch.tensor(numbers, device=logits.device).expand(len(logits), -1)
     ranking = rank_heads_from_state(model, state, logits, asked, method, blur)
+    with_first_heads = scores_with_first_heads(model, state, asked, ranking.order, blur).cpu()
     attention = maps_from_state(model, state, asked)
     on_patches = attention.sum(dim=(-2, -1)).cpu()
     maps = (attention if kind == "attention" else maps_from_state(model, state, asked, kind)).cpu().numpy()
@@ -367,6 +373,7 @@ def read_state(
                 maps=maps[image, row],
                 attention_on_patches=tuple(on_patches[image, row].tolist()),
                 **_ranking_fields(ranking, image, row),
+                scores_with_first_heads=tuple(with_first_heads[image, row].tolist()),
             )
             for row, number in enumerate(classes)
         )
