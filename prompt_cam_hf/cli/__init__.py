@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from prompt_cam_hf.cli import atlas, compare, convert, demo, evaluate, explain, predict, prepare, publish, taxonomy
+from prompt_cam_hf.cli.app import app as app_page
 from prompt_cam_hf.cli.common import one_sentence_errors
 from prompt_cam_hf.messages import DEBUG_VARIABLE
 from prompt_cam_hf.version import __version__
@@ -42,6 +43,7 @@ for _command in (
     atlas.atlas,
     taxonomy.taxonomy,
     evaluate.evaluate,
+    app_page,
     demo.demo,
     prepare.prepare,
     publish.publish,
