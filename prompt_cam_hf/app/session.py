@@ -5,7 +5,6 @@ A model is loaded once and does not change; what a visitor has asked is a `Visit
 """
 
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -267,47 +266,6 @@ class AskedModel:
         # Each key stands once: Gradio hands on a plain dictionary.
         query |= {f"class{place}": id2label[number] for place, number in enumerate(question.classes, 1)}
         return urlencode({**query, "kind": question.kind, "method": question.method})
-
-    def write_calls(self, visit: Visit, what: str) -> tuple[str, str]:
-        """The command line that makes a result of the visit, and the lines of Python; "" where there is no command."""
-        question, labels = visit.question, [traits.label for traits in visit.explanation.classes]
-        image = visit.name or "image.png"
-        flags: list[str] = []
-        options = "" if question.kind == "attention" else f", kind={question.kind!r}"
-        if what == "comparison" and visit.comparison is not None:
-            labels = [traits.label for traits in visit.comparison.classes]
-        if what in ("explanation", "comparison"):
-            flags += [part for label in labels for part in ("--classes", label)]
-        flags += [] if question.kind == "attention" else ["--kind", question.kind]
-        if what in ("explanation", "comparison") and question.method != "greedy":
-            flags += ["--method", question.method]
-            options += f", method={question.method!r}"
-        command = {"explanation": "explain", "comparison": "compare", "path": "taxonomy"}.get(what)
-        other_prompts = question.prompts != self.prompts_in_use and what != "path"
-        shell = ""
-        if command and not other_prompts:
-            shell = shlex.join(["prompt-cam", command, self.name, image, *flags, "--out", "results"])
-        model, lines = repr(self.name), []
-        if other_prompts:
-            lines += ["from prompt_cam_hf.loading import load_pipeline", "", f"model = load_pipeline({model})"]
-            lines += [f"model.model.set_prompts({question.prompts!r})"]
-            model = "model"
-        if what == "removal":
-            assert visit.removal is not None
-            region = repr(visit.region)
-            if isinstance(visit.region, np.ndarray):
-                lines[:0] = ["import numpy as np", "from PIL import Image"]
-                region = 'np.asarray(Image.open("region.png").convert("1"))'
-            label, how = visit.removal.before.classes[0].label, visit.removal.method
-            call = f"remove_trait({model}, {image!r}, {region}, {label!r}, method={how!r}{options})"
-        elif what == "path":
-            call = f"explain_path({model}, {image!r})"
-        else:
-            call = f"{command}({model}, {image!r}, {labels!r}{options})"
-        function = call.partition("(")[0]
-        return shell, "\n".join(
-            [f"from prompt_cam_hf import {function}", *lines, "", f"result = {call}", "print(result)"]
-        )
 
 
 def _first_head(explanation: Explanation) -> int:
