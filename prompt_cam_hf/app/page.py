@@ -148,10 +148,10 @@ class _Panels:
                 self.file = gr.File(label="File", interactive=False, elem_id="file")
             with gr.Column(scale=3, min_width=320):
                 self.command = gr.Code(
-                    label="Command line", language="shell", interactive=False, wrap_lines=True, elem_id="command"
+                    label="Command line", interactive=False, wrap_lines=True, elem_id="command"
                 )
                 self.python = gr.Code(
-                    label="Python", language="python", interactive=False, wrap_lines=True, elem_id="python"
+                    label="Python", interactive=False, wrap_lines=True, elem_id="python"
                 )
                 self.link = gr.HTML(elem_id="link")
 
@@ -326,7 +326,7 @@ class _Panels:
     def _question(
         self, numbers: list[int], kind: Any, method: Any, prompts: str, *style: Any
     ) -> tuple[Question, _Style]:
-        return Question(prompts, tuple(numbers or ()), kind, method), style  # type: ignore[return-value]
+        return Question(prompts, tuple(numbers or ()), kind, method), style
 
     def _answered(self, visit: Visit, style: _Style) -> dict:
         query = fragments.escape(self.model.write_query(visit.question))

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 
 from prompt_cam_hf.data.images import ImageSource, UnreadableImageError, open_image
 from prompt_cam_hf.data.taxonomy_tree import Taxonomy, read_taxonomy
-from prompt_cam_hf.explanations.aggregate import aggregate_maps
+from prompt_cam_hf.explanations.aggregate import Aggregation, aggregate_maps
 from prompt_cam_hf.explanations.class_names import find_class
 from prompt_cam_hf.explanations.compare import Comparison, compare
 from prompt_cam_hf.explanations.explain import ClassScore, ClassTraits, Explanation, explain
@@ -196,7 +196,7 @@ class AskedModel:
 
     def _combine(self, classifier: Classifier, explanation: Explanation) -> np.ndarray:
         """The maps of all heads as one: attention by Shapley values where these can be had, evidence summed."""
-        how = "evidence_sum" if explanation.kind == "evidence" else "attention_sufficient"
+        how: Aggregation = "evidence_sum" if explanation.kind == "evidence" else "attention_sufficient"
         if explanation.kind == "attention" and "shapley" in self.methods:
             how = "attention_shapley"
         pixel_values = classifier.image_processor(explanation.image, return_tensors="pt")["pixel_values"]
