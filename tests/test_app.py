@@ -2,12 +2,18 @@
 """What the page computes and shows, without a browser: the functions' numbers, and each visitor's own."""
 
 import json
+import os
+import re
 import shlex
+import signal
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import parse_qsl
+from urllib.request import urlopen
 
+import gradio
 import numpy as np
 import pytest
 import torch
@@ -304,6 +310,41 @@ def test_without_gradio_one_sentence_says_what_to_install(model_folder, monkeypa
     assert result.stderr.strip() == (
         'Error: The app needs Gradio, which is not installed: pip install "prompt_cam_hf[app]".'
     )
+
+
+def test_the_command_serves_the_page_and_tidies_up(sharp_folder, tmp_path, monkeypatch):
+    noise().save(tmp_path / "bird.png")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    handler, seen = signal.getsignal(signal.SIGTERM), []
+
+    def stop(page):
+        with urlopen(page.local_url) as answer:
+            seen.extend((answer.status, os.environ["GRADIO_TEMP_DIR"]))
+        assert Path(seen[1]).is_dir()
+        page.close()
+
+    monkeypatch.setattr(gradio.Blocks, "block_thread", stop)
+    arguments = ["app", str(sharp_folder), "--examples", str(tmp_path / "bird.png"), "--port", "0"]
+    result = CliRunner().invoke(command, arguments)
+    signal.signal(signal.SIGTERM, handler)
+    assert result.exit_code == 0 and re.search(r"The page is at http://127.0.0.1:\d+/; Ctrl-C stops it", result.stderr)
+    assert seen[0] == 200 and not Path(seen[1]).exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--examples", "nowhere"], "Error: There is no file or folder nowhere."),
+        (["--port", "{taken}"], "Error: The page cannot be served at 127.0.0.1, port {taken}; if the port is taken"),
+    ],
+)
+def test_mistakes_get_one_sentence(sharp_folder, monkeypatch, arguments, words):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        taken = server.getsockname()[1]
+        told = [argument.format(taken=taken) for argument in arguments]
+        result = CliRunner().invoke(command, ["app", str(sharp_folder), *told])
+    assert result.exit_code == 2 and words.format(taken=taken) in result.stderr
 
 
 def test_only_the_layout_knows_gradio():
