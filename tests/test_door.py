@@ -20,7 +20,7 @@ FUNCTIONS = {
     "atlas", "compare", "convert_official_checkpoint", "evaluate", "explain", "explain_path", "load_recipe", "publish",
     "rank_heads", "remove_trait", "train", "trait_maps",
 }  # fmt: skip
-COMMANDS = ("predict", "explain", "compare", "atlas", "taxonomy", "evaluate", "demo", "prepare", "publish")
+COMMANDS = ("predict", "explain", "compare", "remove", "atlas", "taxonomy", "evaluate", "demo", "prepare", "publish")
 # What a command's help must not wait for.
 HEAVY = {"torch", "transformers", "datasets", "matplotlib", "numpy", "PIL", "accelerate", "scipy"}
 

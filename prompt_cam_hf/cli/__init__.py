@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from prompt_cam_hf.cli import atlas, compare, convert, demo, evaluate, explain, predict, prepare, publish, taxonomy
+from prompt_cam_hf.cli import (
+    atlas,
+    compare,
+    convert,
+    demo,
+    evaluate,
+    explain,
+    predict,
+    prepare,
+    publish,
+    remove,
+    taxonomy,
+)
 from prompt_cam_hf.cli.app import app as app_page
 from prompt_cam_hf.cli.common import one_sentence_errors
 from prompt_cam_hf.messages import DEBUG_VARIABLE
@@ -40,6 +52,7 @@ for _command in (
     predict.predict,
     explain.explain,
     compare.compare,
+    remove.remove,
     atlas.atlas,
     taxonomy.taxonomy,
     evaluate.evaluate,
