@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from prompt_cam_hf.cli import atlas, compare, convert, demo, evaluate, explain, predict, prepare, publish, taxonomy
+from prompt_cam_hf.cli import (
+    atlas,
+    compare,
+    convert,
+    demo,
+    evaluate,
+    explain,
+    predict,
+    prepare,
+    publish,
+    space,
+    taxonomy,
+)
 from prompt_cam_hf.cli.common import one_sentence_errors
 from prompt_cam_hf.messages import DEBUG_VARIABLE
 from prompt_cam_hf.version import __version__
@@ -45,6 +57,7 @@ for _command in (
     demo.demo,
     prepare.prepare,
     publish.publish,
+    space.space,
     convert.convert,
 ):
     app.command()(one_sentence_errors()(_command))
