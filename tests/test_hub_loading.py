@@ -400,6 +400,6 @@ def test_the_pages_run_as_they_stand(tmp_path):
         assert run.returncode == 0, run.stderr[-3000:]
         assert run.stdout.count("publish my_model") == 5 and "predict promptcam-dino-cub" in run.stdout
         assert len(hub.commits("me/garden-birds")) == 3
-        assert "examples/1.jpg" in hub.files("spaces/me/garden-birds-traits") and (tmp_path / "my_space").is_dir()
+        assert "examples/001.jpg" in hub.files("spaces/me/garden-birds-traits") and (tmp_path / "my_space").is_dir()
         assert "safetensors" in " ".join(hub.files("me/garden-birds-prompts"))
         assert b"As the authors of Prompt-CAM report it" in hub.files("me/promptcam-dino-cub")["README.md"]

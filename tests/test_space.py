@@ -78,7 +78,7 @@ def test_a_model_on_the_hub_needs_four_kinds_of_files(tmp_path, photos):
     sizes = write_space(MODEL, tmp_path / "space", license="cc-by-4.0", examples=photos, examples_license="CC0")
     files = contents(tmp_path / "space")
     assert sizes == {name: len(content) for name, content in files.items()}
-    images = {"examples/Blue Jay/1.jpg", "examples/Blue Jay/2.jpg", 'examples/Bird: "a" & <b>/1.jpg'}
+    images = {"examples/Blue Jay/001.jpg", "examples/Blue Jay/002.jpg", 'examples/Bird: "a" & <b>/001.jpg'}
     assert files.keys() == {"app.py", "README.md", "requirements.txt"} | images
     assert 'build_app("org/birds", examples=here / "examples")' in files["app.py"].decode().replace("'", '"')
     compile(files["app.py"], "app.py", "exec")
@@ -105,10 +105,10 @@ def test_a_model_on_the_hub_needs_four_kinds_of_files(tmp_path, photos):
 @pytest.mark.usefixtures("_from_index", "model_on_hub")
 def test_examples_are_small_upright_and_say_nothing_else(tmp_path, photos):
     write_space(MODEL, tmp_path / "space", license="mit", examples=photos, examples_license="CC0")
-    with Image.open(tmp_path / "space" / "examples" / "Blue Jay" / "1.jpg") as image:
+    with Image.open(tmp_path / "space" / "examples" / "Blue Jay" / "001.jpg") as image:
         assert image.format == "JPEG" and image.size == (666, 1024)
         assert not image.getexif() and not {"exif", "comment", "icc_profile"} & image.info.keys()
-    with Image.open(tmp_path / "space" / "examples" / "Blue Jay" / "2.jpg") as image:
+    with Image.open(tmp_path / "space" / "examples" / "Blue Jay" / "002.jpg") as image:
         assert image.size == (30, 40) and image.mode == "RGB"
     first = contents(tmp_path / "space")
     write_space(MODEL, tmp_path / "again", license="mit", examples=photos, examples_license="CC0")
@@ -252,6 +252,9 @@ def test_without_gradio_its_version_is_not_known(tmp_path, model_folder, monkeyp
     monkeypatch.setattr(space_module, "distribution", find)
     with pytest.raises(ModuleNotFoundError, match=r'gradio is not installed here.*pip install "prompt_cam_hf\[app\]"'):
         write_space(model_folder, tmp_path / "space", license="mit")
+    answer = run("space", model_folder, tmp_path / "space", "--license", "mit")
+    assert answer.exit_code == 2 and answer.stderr.startswith("Error: gradio is not installed here, so its version")
+    assert not (tmp_path / "space").exists()
 
 
 @pytest.mark.usefixtures("_from_index")

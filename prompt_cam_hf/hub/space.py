@@ -118,13 +118,12 @@ def write_space(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=".space-") as temporary:
         staged = Path(temporary)
-        arguments = repr(model_id)
-        if model_id is None:
-            arguments = 'here / "model"'
-            _copy_model(Path(model), staged / "model", metadata)
+        arguments = 'here / "model"' if model_id is None else repr(model_id)
         if examples is not None:
             arguments += ', examples=here / "examples"'
             _copy_examples(Path(examples), staged / "examples")
+        if model_id is None:
+            _copy_model(Path(model), staged / "model", metadata)
         (staged / "app.py").write_text(_APP.format(first_line=_FIRST_LINE, arguments=arguments), encoding="utf-8")
         (staged / "requirements.txt").write_text("\n".join(requirements) + "\n", encoding="utf-8")
         if has_copy:
@@ -255,7 +254,7 @@ def _copy_examples(examples: Path, target: Path) -> None:
         image.thumbnail((EXAMPLE_SIZE, EXAMPLE_SIZE))
         image.info.clear()  # comments would be written, too
         (target / place).mkdir(parents=True, exist_ok=True)
-        image.save(target / place / f"{numbers[place]}.jpg", quality=90)
+        image.save(target / place / f"{numbers[place]:03}.jpg", quality=90)
 
 
 def _installed(name: str) -> Distribution:
