@@ -8,7 +8,7 @@ import torch
 from conftest import FAMILIES, NUM_CLASSES, assert_computed, random_images, tiny_model
 from straightforward import run_straightforwardly
 
-from prompt_cam_hf.explanations.ranking import rank_heads
+from prompt_cam_hf.explanations.ranking import rank_heads, scores_with_first_heads
 
 HEADS = 4
 VARIANTS = {"deep": {}, "shallow": {"class_prompt_layer": 0}, "between": {"class_prompt_layer": 1}}
@@ -167,3 +167,17 @@ def test_mistakes_get_one_sentence():
     with pytest.raises(ValueError, match=r"2\^17 are too many; up to 16"):
         rank_heads(many, images, method="exact")
     assert rank_heads(many, images).order.shape == (2, 17)
+
+
+@pytest.mark.parametrize("blur", ["tokens", "patches"])
+@pytest.mark.parametrize("family_name", ["vit", "dinov3_vit"])
+def test_scores_with_the_first_heads_kept_equal_brute_force(family_name, blur, monkeypatch):
+    images, classes = random_images(2), torch.tensor([[1, 4], [0, 2]])
+    orders = torch.tensor([[[2, 0, 3, 1], [0, 1, 2, 3]], [[3, 2, 1, 0], [1, 3, 0, 2]]])
+    model = tiny_model(family_name)
+    scores = scores_with_first_heads(model, model.last_layer_state(images), classes, orders, blur)
+    assert scores.shape == (2, 2, HEADS + 1)
+    for i, k in itertools.product(range(2), range(2)):
+        target, order = classes[i, k].item(), orders[i, k].tolist()
+        brute = BruteForce(tiny_model(family_name), images[i : i + 1], target, blur, monkeypatch)
+        assert_computed(scores[i, k].tolist(), [brute.score[frozenset(order[:n])] for n in range(HEADS + 1)])

@@ -3,18 +3,25 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import assert_computed, tiny_model
 from PIL import Image, ImageFilter
 
 from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.explanations import removal
 from prompt_cam_hf.explanations.explain import explain
 from prompt_cam_hf.explanations.maps import strong_region
-from prompt_cam_hf.explanations.removal import box_mask, remove_region, remove_trait
+from prompt_cam_hf.explanations.removal import (
+    box_mask,
+    control_region,
+    head_region,
+    remove_region,
+    remove_trait,
+)
 from prompt_cam_hf.loading import Classifier
 
 
@@ -132,23 +139,27 @@ def test_the_top_heads_region(classifier, kind, tmp_path):
     changed = remove_region(image, mask, "mean")
     assert result.after.image.tobytes() == changed.tobytes()
     after = explain(classifier, changed, 2, kind=kind)
-    assert [s.logit for s in result.before.scores] == [s.logit for s in before.scores]
-    assert [s.logit for s in result.after.scores] == [s.logit for s in after.scores]
-    np.testing.assert_array_equal(result.after.classes[0].maps, after.classes[0].maps)
+    moved = control_region(mask)
+    control = explain(classifier, remove_region(image, moved, "mean"), 2, kind=kind)
+    for told, expected in ((result.before, before), (result.after, after), (result.control, control)):
+        assert_computed([s.logit for s in told.scores], [s.logit for s in expected.scores])
+        assert_computed(torch.from_numpy(told.classes[0].maps), torch.from_numpy(expected.classes[0].maps))
 
     rows = {row["class"]: row for row in result.to_rows()}
     assert set(rows) == {score.label for score in before.scores}
-    for old in before.scores:
-        new = next(score for score in after.scores if score.label == old.label)
-        row = rows[old.label]
-        assert (row["score_before"], row["score_after"]) == (old.logit, new.logit)
-        assert (row["rank_before"], row["rank_after"]) == (old.rank, new.rank)
-        assert f"{new.logit - old.logit:+.2f}" in str(result)
+    for when, told in (("before", result.before), ("after", result.after), ("control", result.control)):
+        for score in told.scores:
+            row = rows[score.label]
+            answers = (row[f"rank_{when}"], row[f"score_{when}"], row[f"probability_{when}"])
+            assert answers == (score.rank, score.logit, score.probability)
+            assert f"{score.logit:.2f}" in str(result)
     exported = json.loads(result.to_json())
-    rebuilt = np.zeros(mask.size, bool)
-    for start, length in exported["mask_runs"]:
-        rebuilt[start : start + length] = True
-    assert np.array_equal(rebuilt.reshape(mask.shape), mask)
+    assert exported["share_of_image"] == mask.mean()
+    for key, expected in (("mask_runs", mask), ("control_mask_runs", moved)):
+        rebuilt = np.zeros(mask.size, bool)
+        for start, length in exported[key]:
+            rebuilt[start : start + length] = True
+        assert np.array_equal(rebuilt.reshape(mask.shape), expected)
     assert exported["before"]["image"] == str(tmp_path / "bird.png")
     assert pickle.loads(pickle.dumps(result)).to_json() == result.to_json()
     result.save(tmp_path / "removal.png")
@@ -163,7 +174,102 @@ def test_boxes_and_masks_of_ones_own(classifier):
     assert boxed.before.classes[0].label == explain(classifier, image).prediction.label
     with pytest.raises(ValueError, match="covers the whole image; give a box or a mask"):
         remove_trait(tiny_model(), image, image_processor=classifier.image_processor)
-    with pytest.raises(ValueError, match='give a box, a mask or "top head"'):
+    with pytest.raises(ValueError, match='give a box, a mask, a head or "top head"'):
         remove_trait(classifier, image, "crown")
     with pytest.raises(ValueError, match="did you mean"):
         remove_trait(classifier, image, class_name="clas 1")
+    with pytest.raises(ValueError, match="no head 4; the model has heads 0 to 3"):
+        remove_trait(classifier, image, 4)
+
+
+def test_any_heads_region(classifier):
+    image = noise()
+    explanation = explain(classifier, image, 3)
+    for head in range(4):
+        expected = strong_region(explanation.classes[0].maps[head], image.size)
+        assert np.array_equal(head_region(explanation, head), expected)
+        assert np.array_equal(remove_trait(classifier, image, head, 3).mask, expected)
+    assert np.array_equal(head_region(explanation), head_region(explanation, explanation.classes[0].head_order[0]))
+
+
+def control_by_trying(mask):
+    """Every place by itself: least overlap, then uncut, then nearest the middle."""
+    rows, columns = np.nonzero(mask)
+    height, width = mask.shape
+    best = None
+    for down in range(height):
+        for right in range(width):
+            moved = np.zeros_like(mask)
+            moved[(rows + down) % height, (columns + right) % width] = True
+            top, left = (rows.min() + down) % height, (columns.min() + right) % width
+            tall, wide = np.ptp(rows) + 1, np.ptp(columns) + 1
+            cut = top + tall > height or left + wide > width
+            away = (2 * top + tall - height) ** 2 + (2 * left + wide - width) ** 2
+            cost = ((moved & mask).sum(), cut, away)
+            if best is None or cost < best[0]:
+                best = (cost, moved)
+    return best[1]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        box_mask((20, 15), (2, 3, 6, 8)),  # fits beside itself
+        box_mask((20, 15), (5, 5, 15, 10)),  # and so does one in the middle
+        box_mask((20, 15), (0, 2, 20, 12)),  # does not, and is cut in no direction but one
+        box_mask((20, 15), (1, 1, 19, 14)),  # most of the image
+        blob(20, 15),  # two parts, far from each other
+        np.random.default_rng(1).random((15, 20)) < 0.3,
+    ],
+)
+def test_a_control_region_has_the_same_shape_elsewhere(mask):
+    control = control_region(mask)
+    assert control.sum() == mask.sum()
+    assert np.array_equal(control, control_by_trying(mask))
+
+
+def test_a_control_region_is_where_the_model_looks():
+    mask = box_mask((60, 40), (8, 10, 20, 20))
+    control = control_region(mask, (9.6, 0.3, 50.2, 39.7))
+    assert not (mask & control)[:, 10:50].any() and not control[:, 50:].any() and control[:, 10:50].sum() == 100
+    assert np.array_equal(control[:, :10], mask[:, :10])  # what the model did not see stays
+    unseen = box_mask((60, 40), (0, 0, 5, 5))
+    assert np.array_equal(control_region(unseen, (10, 0, 50, 40)), unseen)
+
+
+def test_a_large_region_is_warned_of(classifier):
+    image = noise()
+    small = remove_trait(classifier, image, (0, 0, 12, 40))
+    assert small.share == 0.2 and small.control_overlap == 0 and small.warnings == () and "Warning" not in str(small)
+    large = remove_trait(classifier, image, (0, 0, 60, 30))
+    assert large.share == 0.75 and large.control_overlap == pytest.approx(2 / 3)
+    for text in (str(large), " ".join(large.to_dict()["warnings"])):
+        assert "75% of the image" in text and "67% of the control region" in text
+
+
+@pytest.mark.parametrize(
+    ("after", "control", "words"),
+    [
+        (
+            1.0,
+            4.5,
+            "falls by 4.00 without the region and falls by 0.50 without the control region: the region counts.",
+        ),
+        (1.0, 2.0, "more than half of the fall comes from removing any region"),
+        (4.0, 3.0, "counts no more than another of its size"),
+        (5.5, 3.0, "rises by 0.50 without the region and falls by 2.00 without the control region: the region does"),
+    ],
+)
+def test_the_verdict_in_words(classifier, after, control, words):
+    removal = remove_trait(classifier, noise(), (1, 1, 9, 9))
+
+    def scored(explanation, logit):
+        return replace(explanation, classes=(replace(explanation.classes[0], logit=logit),))
+
+    changed = replace(
+        removal,
+        before=scored(removal.before, 5.0),
+        after=scored(removal.after, after),
+        control=scored(removal.control, control),
+    )
+    assert words in changed.verdict and changed.verdict in str(changed)

@@ -19,6 +19,7 @@ from prompt_cam_hf.cli import (
     space,
     taxonomy,
 )
+from prompt_cam_hf.cli.app import app as app_page
 from prompt_cam_hf.cli.common import one_sentence_errors
 from prompt_cam_hf.messages import DEBUG_VARIABLE
 from prompt_cam_hf.version import __version__
@@ -54,6 +55,7 @@ for _command in (
     atlas.atlas,
     taxonomy.taxonomy,
     evaluate.evaluate,
+    app_page,
     demo.demo,
     prepare.prepare,
     publish.publish,

@@ -18,7 +18,12 @@ from prompt_cam_hf.data.images import ImageSource, find_images, image_name, open
 from prompt_cam_hf.explanations.class_names import find_classes
 from prompt_cam_hf.explanations.figures import MapStyle, Scale, check_head_count
 from prompt_cam_hf.explanations.maps import Box, MapKind, check_kind, map_box, maps_from_state
-from prompt_cam_hf.explanations.ranking import HeadRanking, RankingMethod, rank_heads_from_state
+from prompt_cam_hf.explanations.ranking import (
+    HeadRanking,
+    RankingMethod,
+    rank_heads_from_state,
+    scores_with_first_heads,
+)
 from prompt_cam_hf.explanations.results import Result, format_table
 from prompt_cam_hf.explanations.sheet import Panel, Row, draw_rows
 from prompt_cam_hf.loading import Classifier, ClassifierLike, as_classifier
@@ -60,6 +65,8 @@ class ClassTraits(ClassScore):
         sufficient: The number of heads, taken in order, that keep the class on top when all others are blurred; None
             where the class is not on top even with all heads.
         num_smallest_sets: For the method "exact": the number of sets of that size that keep the class on top.
+        scores_with_first_heads: The class's score with the first 0, 1, ... and all heads of `head_order` kept and the
+            others blurred; the other classes' scores stay as they are.
     """
 
     maps: np.ndarray
@@ -67,7 +74,8 @@ class ClassTraits(ClassScore):
     head_order: tuple[int, ...]
     head_scores: tuple[float, ...]
     sufficient: int | None
-    num_smallest_sets: int | None = None
+    num_smallest_sets: int | None
+    scores_with_first_heads: tuple[float, ...]
 
     @property
     def sufficient_heads(self) -> tuple[int, ...]:
@@ -356,6 +364,7 @@ def read_state(
     if numbers is not None:
         asked = torch.tensor(numbers, device=logits.device).expand(len(logits), -1)
     ranking = rank_heads_from_state(model, state, logits, asked, method, blur)
+    with_first_heads = scores_with_first_heads(model, state, asked, ranking.order, blur).cpu()
     attention = maps_from_state(model, state, asked)
     on_patches = attention.sum(dim=(-2, -1)).cpu()
     maps = (attention if kind == "attention" else maps_from_state(model, state, asked, kind)).cpu().numpy()
@@ -367,6 +376,7 @@ def read_state(
                 maps=maps[image, row],
                 attention_on_patches=tuple(on_patches[image, row].tolist()),
                 **_ranking_fields(ranking, image, row),
+                scores_with_first_heads=tuple(with_first_heads[image, row].tolist()),
             )
             for row, number in enumerate(classes)
         )

@@ -122,6 +122,36 @@ def rank_heads_from_state(
     return rank(values, all_sets, rivals)
 
 
+@torch.no_grad()
+def scores_with_first_heads(
+    model: PromptCAMForImageClassification,
+    state: LastLayerState,
+    classes: torch.Tensor,
+    order: torch.Tensor,
+    blur: Literal["tokens", "patches"] = "tokens",
+) -> torch.Tensor:
+    """Score classes with the first heads of an order kept and all others blurred, for every number of heads.
+
+    The scores of the other classes do not change: only the class's own prompt looks through the blurred heads.
+
+    Args:
+        model: The model, in evaluation mode.
+        state: From `model.last_layer_state`.
+        classes: (batch, k), the classes asked about.
+        order: (batch, k, heads), such as `HeadRanking.order`.
+        blur: As in `rank_heads`.
+
+    Returns:
+        (batch, k, heads + 1), the scores with 0, 1, ... and all heads kept.
+
+    Raises:
+        ValueError: `blur` is unknown.
+    """
+    kept = torch.arange(order.shape[-1] + 1, device=order.device)
+    blurred = order.argsort(dim=-1)[..., None, :] >= kept[:, None]
+    return BlurredScores(model, state, classes, blur)(blurred)
+
+
 def check_ranking(model: PromptCAMForImageClassification, method: str, blur: str) -> None:
     """Refuse, with a ValueError and before anything is computed, what `rank_heads` would refuse."""
     if method not in get_args(RankingMethod):

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Removing a trait from an image, and comparing the predictions before and after.
 
-The paper does it by hand (section 4: the red spot on a blackbird's wing). Here a region is filled from around it.
+The paper does it by hand (section 4: the red spot on a blackbird's wing). Here a region is filled from around it, and
+as a control a region of the same shape elsewhere.
 """
 
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
+from scipy.fft import irfft2, rfft2
 from scipy.sparse.linalg import cg
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -17,12 +19,15 @@ from prompt_cam_hf.data.images import ImageSource, image_name, open_image
 from prompt_cam_hf.explanations.explain import ClassScore, Explanation, explain_each
 from prompt_cam_hf.explanations.figures import Scale, check_head_count
 from prompt_cam_hf.explanations.holes import hole_system, solve_exactly
-from prompt_cam_hf.explanations.maps import MapKind, strong_region
+from prompt_cam_hf.explanations.maps import Box, MapKind, strong_region
 from prompt_cam_hf.explanations.results import Result, format_table
 from prompt_cam_hf.explanations.sheet import Row, draw_rows
 from prompt_cam_hf.loading import ClassifierLike, as_classifier
 
 RemovalMethod = Literal["blur", "mean", "inpaint"]
+Region = tuple[int, int, int, int] | np.ndarray | int | Literal["top head"]
+# A larger share of the image holds more than one trait: what its removal does says little about any of them.
+LARGE_REGION = 0.2
 # A direct solution takes a fraction of a second up to here; a larger region starts from a coarser solution.
 _MAX_DIRECT_PIXELS = 20_000
 # Laplace's equation on a grid: each pixel is the mean of the four beside it.
@@ -121,28 +126,145 @@ def box_mask(size: tuple[int, int], box: tuple[int, int, int, int]) -> np.ndarra
     return mask
 
 
+def head_region(explanation: Explanation, head: int | None = None) -> np.ndarray:
+    """Find where the map of a head has at least a quarter of its highest value.
+
+    Args:
+        explanation: Its first class is the one whose map is read.
+        head: The head; None: the most important one for the class.
+
+    Returns:
+        (height, width) of the image, bool; its mean is the region's share of the image.
+
+    Raises:
+        ValueError: the head does not exist, or its region is the whole image or empty.
+    """
+    traits = explanation.classes[0]
+    head = traits.head_order[0] if head is None else head
+    if not 0 <= head < len(traits.maps):
+        raise ValueError(f"There is no head {head}; the model has heads 0 to {len(traits.maps) - 1}.")
+    mask = strong_region(traits.maps[head], explanation.image.size, explanation.box)
+    if mask.all():
+        raise ValueError(f"The map of head {head} covers the whole image; give a box or a mask.")
+    return mask
+
+
+def control_region(mask: np.ndarray, box: Box | None = None) -> np.ndarray:
+    """Find a region of the same shape elsewhere on the image, for comparison with what a region's removal does.
+
+    Of all places it is the one that overlaps least with the region; of those that overlap equally little, one where
+    the shape is not cut at an edge and goes on at the opposite one; of those, the one nearest the middle of the image,
+    where its subject usually is.
+
+    Args:
+        mask: (height, width), bool; the region.
+        box: The part of the image that the model sees, from `map_box`; the control region lies inside it, but for
+            what of the region lies outside, which stays. None: the whole image.
+
+    Returns:
+        (height, width), bool, with as many pixels as `mask`.
+    """
+    left, top, right, bottom = (0, 0, *mask.shape[::-1]) if box is None else (max(round(side), 0) for side in box)
+    control = mask.copy()
+    seen = control[top:bottom, left:right]
+    if not seen.any():
+        return control
+    # The overlap with itself, moved by each number of rows and columns.
+    overlap = np.rint(irfft2(np.abs(rfft2(seen.astype(np.float64))) ** 2, s=seen.shape))
+    places = overlap == overlap.min()
+    whole, distances = zip(*(_move_line(seen.any(axis=axis)) for axis in (1, 0)), strict=True)
+    uncut = np.logical_and.outer(*whole)
+    if (places & uncut).any():
+        places &= uncut
+    distance = np.add.outer(*distances)
+    shift = np.unravel_index(np.where(places, distance, np.inf).argmin(), places.shape)
+    control[top:bottom, left:right] = np.roll(seen, shift, axis=(0, 1))
+    return control
+
+
+def _move_line(line: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For each shift of a line of pixels in a circle: whether its filled part stays whole, and the square of the
+    distance of that part's middle from the line's.
+    """
+    filled = np.flatnonzero(line)
+    first = (filled[0] + np.arange(len(line))) % len(line)
+    length = filled[-1] - filled[0] + 1
+    return first + length <= len(line), (first + (length - len(line)) / 2) ** 2
+
+
 @dataclass(frozen=True, repr=False)
 class Removal(Result):
-    """A prediction before and after a region was removed from the image.
+    """A prediction before and after a region was removed from the image, and after a control region was.
 
     Attributes:
         before: The explanation of the image as it was, of one class.
         after: The explanation of the changed image, of the same class; its `image` is that image.
         mask: (height, width), bool; the region.
         method: How it was filled.
+        control: As `after`, with the control region removed in place of the region.
+        control_mask: (height, width), bool; the control region, from `control_region`.
     """
 
     before: Explanation
     after: Explanation
     mask: np.ndarray
     method: RemovalMethod
+    control: Explanation
+    control_mask: np.ndarray
 
-    def scores(self) -> list[tuple[ClassScore, ClassScore]]:
-        """Scores before and after, of the class asked about and of the five best classes before and after."""
+    @property
+    def share(self) -> float:
+        """The region's share of the image, 0 to 1."""
+        return float(self.mask.mean())
+
+    @property
+    def control_overlap(self) -> float:
+        """The share of the control region that lies in the region itself, 0 to 1."""
+        return float((self.mask & self.control_mask).sum() / self.mask.sum())
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What makes the comparison a weak one, a sentence each."""
+        found = []
+        if self.share > LARGE_REGION:
+            found.append(
+                f"The region is {self.share:.0%} of the image, more than one trait covers; give a smaller box."
+            )
+        if self.control_overlap > 0:
+            found.append(f"{self.control_overlap:.0%} of the control region lies in the region itself.")
+        return tuple(found)
+
+    @property
+    def verdict(self) -> str:
+        """What the removal did to the class's score, beside the control, in words."""
         label = self.before.classes[0].label
-        after = {score.label: score for score in self.after.scores}
-        wanted = {label, *(score.label for score in (*self.before.top, *self.after.top))}
-        return [(score, after[score.label]) for score in self.before.scores if score.label in wanted]
+        fall, control_fall = (
+            self.before.classes[0].logit - changed.classes[0].logit for changed in (self.after, self.control)
+        )
+        if fall <= 0:
+            words = "the region does not speak for the class"
+        elif fall <= control_fall:
+            words = "the region counts no more than another of its size"
+        elif fall <= 2 * control_fall:
+            words = "the region counts, but more than half of the fall comes from removing any region of its size"
+        else:
+            words = "the region counts"
+        return (
+            f"{label}: the score {_tell_change(-fall)} without the region and {_tell_change(-control_fall)} without "
+            f"the control region: {words}."
+        )
+
+    def scores(self) -> list[tuple[ClassScore, ClassScore, ClassScore]]:
+        """Scores before, after, and with the control region removed.
+
+        They are those of the class asked about and of the five best classes of each.
+        """
+        label = self.before.classes[0].label
+        after, control = ({score.label: score for score in told.scores} for told in (self.after, self.control))
+        wanted = {label, *(score.label for told in (self.before, self.after, self.control) for score in told.top)}
+        return [
+            (score, after[score.label], control[score.label]) for score in self.before.scores if score.label in wanted
+        ]
 
     def __repr__(self) -> str:
         before, after = self.before.prediction, self.after.prediction
@@ -152,75 +274,90 @@ class Removal(Result):
         )
 
     def __str__(self) -> str:
-        before, after = self.before.prediction, self.after.prediction
-        change = "stays" if before.label == after.label else "becomes"
+        """The verdict, warnings, and a table of scores."""
+        best = self.before.prediction
+        lines = [f"{self.before.source or 'image'}: {best.label} ({best.probability:.1%})"]
+        for what, told in (("the region", self.after), ("the control region", self.control)):
+            now = told.prediction
+            change = "still" if now.label == best.label else "becomes"
+            lines.append(f"  without {what}: {change} {now.label} ({now.probability:.1%})")
+        lines.append(f"{self.verdict} Each is {self.share:.1%} of the image, filled by {self.method!r}.")
+        lines += [f"Warning: {warning}" for warning in self.warnings]
         rows = [
             (
                 old.label,
-                f"{old.probability:.1%}",
-                f"{new.probability:.1%}",
-                f"{old.logit:.2f}",
-                f"{new.logit:.2f}",
-                f"{new.logit - old.logit:+.2f}",
+                *(f"{score.probability:.1%}" for score in (old, new, other)),
+                *(f"{score.logit:.2f}" for score in (old, new, other)),
             )
-            for old, new in self.scores()
+            for old, new, other in self.scores()
         ]
-        columns = ("class", "probability before", "after", "score before", "after", "change")
-        return (
-            f"{self.before.source or 'image'}: {before.label} ({before.probability:.1%}) {change} "
-            f"{after.label} ({after.probability:.1%}) without {self.mask.mean():.1%} of the image ({self.method})\n"
-            + format_table(columns, rows)
-        )
+        columns = ("class", "probability", "without it", "control", "score", "without it", "control")
+        return "\n".join((*lines, format_table(columns, rows)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Both explanations, and the region as runs: first pixel and length, in row-major order."""
-        edges = np.flatnonzero(np.diff(np.pad(self.mask.ravel(), 1).astype(np.int8))).reshape(-1, 2)
-        runs = [[int(start), int(end - start)] for start, end in edges]
+        """All three explanations, and the regions as runs: first pixel and length, in row-major order."""
         return {
             "method": self.method,
-            "mask_runs": runs,
+            "share_of_image": self.share,
+            "control_overlap": self.control_overlap,
+            "verdict": self.verdict,
+            "warnings": list(self.warnings),
+            "mask_runs": _runs(self.mask),
+            "control_mask_runs": _runs(self.control_mask),
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
+            "control": self.control.to_dict(),
         }
 
     def to_rows(self) -> list[dict[str, Any]]:
         """A row for each class of `scores`."""
-        return [
-            {
-                "image": self.before.source,
-                "class": old.label,
-                "rank_before": old.rank,
-                "rank_after": new.rank,
-                "probability_before": old.probability,
-                "probability_after": new.probability,
-                "score_before": old.logit,
-                "score_after": new.logit,
-            }
-            for old, new in self.scores()
-        ]
+        rows = []
+        for scores in self.scores():
+            told = list(zip(("before", "after", "control"), scores, strict=True))
+            rows.append(
+                {
+                    "image": self.before.source,
+                    "class": scores[0].label,
+                    **{f"rank_{when}": score.rank for when, score in told},
+                    **{f"probability_{when}": score.probability for when, score in told},
+                    **{f"score_{when}": score.logit for when, score in told},
+                }
+            )
+        return rows
 
     def figure(self, heads: int | None = None, outline: bool = False, scale: Scale = "figure") -> Figure:
-        """Draw both images beside the maps of the heads that mattered most before; see `Result.figure`."""
-        before, after = self.before.classes[0], self.after.classes[0]
-        order = before.head_order[: check_head_count(heads, len(before.maps))]
-        style = self.before.style([traits.maps[head] for traits in (before, after) for head in order], outline, scale)
+        """Draw the three images beside the maps of the heads that mattered most before; see `Result.figure`."""
+        told = (self.before, self.after, self.control)
+        order = self.before.classes[0].head_order[: check_head_count(heads, len(self.before.classes[0].maps))]
+        style = self.before.style([each.classes[0].maps[head] for each in told for head in order], outline, scale)
+        share = f"{self.share:.0%} of image"
         rows = []
-        for when, done, explanation in (
-            ("before", "region outlined", self.before),
-            ("after", "region filled", self.after),
+        for when, done, mask, explanation in (
+            ("before", f"region: {share}", self.mask, self.before),
+            ("without the region", "region filled", self.mask, self.after),
+            ("without the control region", "control filled", self.control_mask, self.control),
         ):
             traits, best = explanation.classes[0], explanation.prediction
             verdict = "predicted" if traits.rank == 1 else f"predicted: {best.label} ({best.probability:.1%})"
             first, *panels = traits.draw(replace(style, image=explanation.image), order)
-            first = replace(first, title=done, outline=self.mask.astype(np.float32))
+            first = replace(first, title=done, outline=mask.astype(np.float32))
             rows.append(Row(f"{when}: {traits.label} ({traits.probability:.1%}), {verdict}", [first, *panels]))
         return draw_rows(rows, [style.colour_bar()])
+
+
+def _tell_change(change: float) -> str:
+    return f"{'rises' if change > 0 else 'falls'} by {abs(change):.2f}"
+
+
+def _runs(mask: np.ndarray) -> list[list[int]]:
+    edges = np.flatnonzero(np.diff(np.pad(mask.ravel(), 1).astype(np.int8))).reshape(-1, 2)
+    return [[int(start), int(end - start)] for start, end in edges]
 
 
 def remove_trait(
     model: ClassifierLike,
     image: ImageSource,
-    region: tuple[int, int, int, int] | np.ndarray | Literal["top head"] = "top head",
+    region: Region = "top head",
     class_name: str | int | None = None,
     *,
     image_processor: BaseImageProcessor | None = None,
@@ -228,13 +365,14 @@ def remove_trait(
     kind: MapKind = "attention",
     interpolate_pos_encoding: bool = False,
 ) -> Removal:
-    """Remove a region from an image, and compare the model's predictions before and after.
+    """Remove a region from an image, and as a control another one, and compare the model's predictions.
 
     Args:
         model: A folder, a Hub id, a pipeline, or a loaded model with `image_processor`.
         image: The image.
-        region: A box (left, top, right, bottom) in pixels of the upright image; a mask (height, width), bool; or
-            "top head": where the map of the class's most important head has at least a quarter of its highest value.
+        region: A box (left, top, right, bottom) in pixels of the upright image; a mask (height, width), bool; a head's
+            number, for where the map of that head has at least a quarter of its highest value; or "top head", for
+            the class's most important head.
         class_name: The name or number of the class whose traits are shown; None: the one predicted before.
         image_processor: For a loaded model.
         method: How the region is filled; see `remove_region`.
@@ -252,28 +390,25 @@ def remove_trait(
         >>> removal.save("before_and_after.png")
     """
     classifier = as_classifier(model, image_processor)
-    opened = open_image(image)
+    opened, source = open_image(image), image_name(image)
     options: dict[str, Any] = {"kind": kind, "interpolate_pos_encoding": interpolate_pos_encoding}
-    before = replace(next(explain_each(classifier, [opened], class_name, **options)), source=image_name(image))
+    before = next(explain_each(classifier, [opened], class_name, **options))
     mask = _region_mask(before, region)
-    changed = remove_region(opened, mask, method)
-    after = next(explain_each(classifier, [changed], before.classes[0].number, **options))
-    return Removal(before, replace(after, source=before.source), mask, method)
+    changed = [remove_region(opened, mask, method)]
+    control_mask = control_region(mask, before.box)
+    changed.append(remove_region(opened, control_mask, method))
+    told = explain_each(classifier, changed, before.classes[0].number, **options)
+    before, after, control = (replace(each, source=source) for each in (before, *told))
+    return Removal(before, after, mask, method, control, control_mask)
 
 
-def _region_mask(
-    explanation: Explanation, region: tuple[int, int, int, int] | np.ndarray | Literal["top head"]
-) -> np.ndarray:
-    size = explanation.image.size
+def _region_mask(explanation: Explanation, region: Region) -> np.ndarray:
     if isinstance(region, np.ndarray):
         return region
     if isinstance(region, str):
         if region != "top head":
-            raise ValueError(f'region={region!r} is not known; give a box, a mask or "top head".')
-        traits = explanation.classes[0]
-        head = traits.head_order[0]
-        mask = strong_region(traits.maps[head], size, explanation.box)
-        if mask.all():
-            raise ValueError(f"The map of the top head, {head}, covers the whole image; give a box or a mask.")
-        return mask
-    return box_mask(size, region)
+            raise ValueError(f'region={region!r} is not known; give a box, a mask, a head or "top head".')
+        return head_region(explanation)
+    if isinstance(region, int):
+        return head_region(explanation, region)
+    return box_mask(explanation.image.size, region)
