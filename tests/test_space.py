@@ -4,7 +4,7 @@
 import json
 import re
 import sys
-from importlib.metadata import PackageNotFoundError, distribution
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from PIL import Image
 from test_cli import run
 
 from prompt_cam_hf import PromptCAMForImageClassification, publish_space, write_space
+from prompt_cam_hf.app.session import AskedModel, Question
 from prompt_cam_hf.hub import space as space_module
 
 MODEL, SPACE = "org/birds", "org/birds-demo"
@@ -52,18 +53,13 @@ def photos(tmp_path):
 @pytest.fixture
 def _from_index(monkeypatch):
     """As if this package had been installed from an index: pip then leaves no direct_url.json."""
+    package = space_module._this_package()
 
-    class FromIndex(type(distribution("prompt_cam_hf"))):
+    class FromIndex(type(package)):
         def read_text(self, filename):
             return None if filename == "direct_url.json" else super().read_text(filename)
 
-    installed = space_module.distribution
-
-    def find(name):
-        found = installed(name)
-        return FromIndex(found._path) if name == "prompt_cam_hf" else found
-
-    monkeypatch.setattr(space_module, "distribution", find)
+    monkeypatch.setattr(space_module, "_this_package", lambda: FromIndex(package._path))
 
 
 def contents(folder):
@@ -80,24 +76,24 @@ def test_a_model_on_the_hub_needs_four_kinds_of_files(tmp_path, photos):
     assert sizes == {name: len(content) for name, content in files.items()}
     images = {"examples/Blue Jay/001.jpg", "examples/Blue Jay/002.jpg", 'examples/Bird: "a" & <b>/001.jpg'}
     assert files.keys() == {"app.py", "README.md", "requirements.txt"} | images
-    assert 'build_app("org/birds", examples=here / "examples")' in files["app.py"].decode().replace("'", '"')
+    assert 'build_app("org/birds", examples="examples")' in files["app.py"].decode()
     compile(files["app.py"], "app.py", "exec")
 
     card = files["README.md"].decode()
     assert not metadata_errors(card, "space")
     assert metadata(card) == {
-        "title": "Prompt-CAM: birds", "sdk": "gradio", "sdk_version": distribution("gradio").version,
+        "title": "Prompt-CAM: birds", "sdk": "gradio", "sdk_version": version("gradio"),
         "python_version": f"{sys.version_info[0]}.{sys.version_info[1]}", "app_file": "app.py",
         "license": "cc-by-4.0", "models": [MODEL], "tags": metadata(card)["tags"],
     }  # fmt: skip
     assert "Licence of the images in `examples`: CC0." in card and "`org/birds`" in card
 
     lines = files["requirements.txt"].decode().splitlines()
-    assert lines[0] == f"prompt_cam_hf=={distribution('prompt_cam_hf').version}"
+    assert lines[0] == f"prompt_cam_hf=={version('prompt_cam_hf')}"
     pins = dict(line.split("==") for line in lines)
     assert {"torch", "transformers", "huggingface_hub", "pillow", "gradio"} < pins.keys() and "mypy" not in pins
-    for name, version in pins.items():
-        assert distribution(name).version.split("+")[0] == version
+    for name, pinned in pins.items():
+        assert version(name).split("+")[0] == pinned
 
     assert not [name for name, content in files.items() if b"secret" in content or str(tmp_path).encode() in content]
 
@@ -121,7 +117,7 @@ def test_a_folder_is_copied_and_needs_no_network(tmp_path, model_folder):
     (model_folder / "recipe.yaml").write_text(f"data: {tmp_path}\n")
     write_space(model_folder, tmp_path / "space", license="mit")
     files = contents(tmp_path / "space")
-    assert 'build_app(here / "model")' in files["app.py"].decode() and "model/taxonomy.csv" in files
+    assert 'build_app("model")' in files["app.py"].decode() and "model/taxonomy.csv" in files
     assert "model/recipe.yaml" not in files and not [n for n, c in files.items() if str(tmp_path).encode() in c]
     assert metadata(files["README.md"].decode()).get("models") is None
     assert metadata(files["model/README.md"].decode()) == {"license": "mit"}
@@ -140,8 +136,13 @@ def test_the_licence_is_that_of_the_models_card(tmp_path, model_folder):
     assert not (tmp_path / "space" / "model").exists()
 
 
-def test_where_no_index_has_this_package_it_is_copied(tmp_path, model_folder):
-    """As in a clone: the package lies beside app.py, which imports it from there."""
+def test_where_no_index_has_this_package_it_is_copied(tmp_path, model_folder, monkeypatch):
+    """As in a clone, where a build may have left its notes: the package lies beside app.py, which imports it."""
+    left_behind = tmp_path / "clone" / "prompt_cam_hf.egg-info"
+    left_behind.mkdir(parents=True)
+    (left_behind / "PKG-INFO").write_text("Metadata-Version: 2.4\nName: prompt_cam_hf\nVersion: 0.0.1\n")
+    monkeypatch.syspath_prepend(tmp_path / "clone")
+    assert version("prompt_cam_hf") == "0.0.1"
     write_space(model_folder, tmp_path / "space", license="mit")
     folder = tmp_path / "space" / "prompt_cam_hf"
     assert "prompt_cam_hf" not in (tmp_path / "space" / "requirements.txt").read_text()
@@ -242,14 +243,12 @@ def test_what_is_refused_leaves_nothing(tmp_path, model_folder, photos, spoil, o
 
 @pytest.mark.usefixtures("_from_index")
 def test_without_gradio_its_version_is_not_known(tmp_path, model_folder, monkeypatch):
-    installed = space_module.distribution
-
     def find(name):
         if name == "gradio":
             raise PackageNotFoundError(name)
-        return installed(name)
+        return version(name)
 
-    monkeypatch.setattr(space_module, "distribution", find)
+    monkeypatch.setattr(space_module, "version", find)
     with pytest.raises(ModuleNotFoundError, match=r'gradio is not installed here.*pip install "prompt_cam_hf\[app\]"'):
         write_space(model_folder, tmp_path / "space", license="mit")
     answer = run("space", model_folder, tmp_path / "space", "--license", "mit")
@@ -365,3 +364,48 @@ def test_space_command(tmp_path, model_folder, photos):
     assert answer.exit_code == 2 and "holds a Space already" in answer.stderr
     answer = run(*arguments, "--overwrite")
     assert answer.exit_code == 0 and not (tmp_path / "space" / "examples").exists()
+
+
+# --- Running it ---
+
+
+_SPACES = """
+import pickle
+from functools import wraps
+
+inside = False
+
+def GPU(function):
+    @wraps(function)
+    def run(*arguments, **options):
+        global inside
+        arguments, options = pickle.loads(pickle.dumps((arguments, options)))
+        inside = True
+        try:
+            return pickle.loads(pickle.dumps(function(*arguments, **options)))
+        finally:
+            inside = False
+    return run
+"""
+
+
+def test_on_zero_gpu_the_network_runs_in_the_other_process_only(tmp_path, model_folder, monkeypatch):
+    """ZeroGPU gives a GPU to a worker inside `spaces.GPU`, and pickles what goes there and back."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "spaces.py").write_text(_SPACES)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    plain = AskedModel(model_folder)
+    question = Question(plain.prompts_in_use)
+    expected = plain.remove(plain.compare(plain.ask(picture, "x.png", question), 1), (2, 2, 12, 14), "mean")
+
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    model = AskedModel(model_folder)
+    spaces = sys.modules["spaces"]
+    monkeypatch.delitem(sys.modules, "spaces")
+    ran = []
+    for module in model._classifier(model.prompts_in_use).model.modules():
+        module.register_forward_pre_hook(lambda *_: ran.append(spaces.inside))
+    visit = model.remove(model.compare(model.ask(picture, "x.png", question), 1), (2, 2, 12, 14), "mean")
+    assert ran and all(ran)
+    for name, result in expected.results.items():
+        assert str(visit.results[name]) == str(result)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from prompt_cam_hf.app.zero_gpu import on_gpu
 from prompt_cam_hf.data.images import UnreadableImageError, open_image
 from prompt_cam_hf.data.taxonomy_tree import Taxonomy, read_taxonomy
 from prompt_cam_hf.explanations.aggregate import aggregate_maps
@@ -110,6 +111,8 @@ class AskedModel:
 
     def __init__(self, model: str | os.PathLike, device: str | None = None):
         self.name = os.fspath(model)
+        for computing in ("ask", "compare", "remove"):
+            setattr(self, computing, on_gpu(getattr(self, computing)))
         pipeline = load_pipeline(model, device)
         self._whole = Classifier(pipeline.model, pipeline.image_processor)
         self.prompts_in_use: str = pipeline.model.prompts_in_use

@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Mapping
-from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from importlib.metadata import Distribution, PackageNotFoundError, distributions, version
 from importlib.resources import as_file, files
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,11 +43,11 @@ _PACKAGES = ("prompt_cam_hf", "prompt_cam_hf.modeling", "prompt_cam_hf.training"
 
 _APP = """{first_line}
 
-from pathlib import Path
+import os
 
 from prompt_cam_hf.app import build_app
 
-here = Path(__file__).parent
+os.chdir(os.path.dirname(os.path.abspath(__file__)))
 demo = build_app({arguments})
 
 if __name__ == "__main__":
@@ -109,7 +109,7 @@ def write_space(
         raise ValueError(
             "Examples are shown under a licence of their own: give both the folder and the images' licence."
         )
-    package = _installed("prompt_cam_hf")
+    package = _this_package()
     requirements = _requirements(package)
     # Installers write this file where a package comes from a folder, a file or an address, and not from an index.
     has_copy = package.read_text("direct_url.json") is not None
@@ -118,9 +118,9 @@ def write_space(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder.parent, prefix=".space-") as temporary:
         staged = Path(temporary)
-        arguments = 'here / "model"' if model_id is None else repr(model_id)
+        arguments = f'"{model_id or "model"}"'
         if examples is not None:
-            arguments += ', examples=here / "examples"'
+            arguments += ', examples="examples"'
             _copy_examples(Path(examples), staged / "examples")
         if model_id is None:
             _copy_model(Path(model), staged / "model", metadata)
@@ -257,9 +257,17 @@ def _copy_examples(examples: Path, target: Path) -> None:
         image.save(target / place / f"{numbers[place]:03}.jpg", quality=90)
 
 
-def _installed(name: str) -> Distribution:
+def _this_package() -> Distribution:
+    """What is installed here; a clone may also hold what a build left behind, which has no file WHEEL."""
+    for found in distributions(name="prompt_cam_hf"):
+        if found.read_text("WHEEL") is not None:
+            return found
+    raise ModuleNotFoundError("prompt_cam_hf is not installed here, so what it needs is not known: pip install .")
+
+
+def _version(name: str) -> str:
     try:
-        return distribution(name)
+        return version(name)
     except PackageNotFoundError as error:
         raise ModuleNotFoundError(
             f'{name} is not installed here, so its version is not known: pip install "prompt_cam_hf[app]".'
@@ -271,7 +279,7 @@ def _requirements(package: Distribution) -> list[str]:
     needed = map(Requirement, package.requires or ())
     names = {line.name for line in needed if line.marker is None or line.marker.evaluate({"extra": "app"})}
     # What follows a plus is a build of the same version, which an index has not.
-    return [f"{name}=={_installed(name).version.split('+')[0]}" for name in sorted(names | {"gradio"}, key=str.lower)]
+    return [f"{name}=={_version(name).split('+')[0]}" for name in sorted(names | {"gradio"}, key=str.lower)]
 
 
 def _copy_package(package: Distribution, target: Path) -> None:
@@ -296,7 +304,7 @@ def _render_card(
     metadata = SpaceCardData(
         title=one_line(title),
         sdk="gradio",
-        sdk_version=_installed("gradio").version,
+        sdk_version=_version("gradio"),
         python_version=".".join(map(str, sys.version_info[:2])),
         app_file="app.py",
         models=[model_id] if model_id else None,
