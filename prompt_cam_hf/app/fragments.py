@@ -14,7 +14,7 @@ from PIL import Image
 
 from prompt_cam_hf.app.session import Visit, with_first_heads
 from prompt_cam_hf.explanations.explain import ClassScore, ClassTraits, Explanation
-from prompt_cam_hf.explanations.figures import MapStyle, overlay
+from prompt_cam_hf.explanations.figures import MapStyle, Scale, overlay
 from prompt_cam_hf.explanations.maps import resize_map
 from prompt_cam_hf.explanations.removal import Removal
 from prompt_cam_hf.html import EmbeddedImage, embed_pixels, embed_thumbnail
@@ -69,6 +69,11 @@ def show_model(name: str, num_classes: int, num_heads: int) -> str:
             heads=num_heads,
         )
     )
+
+
+def show_refusal(words: str) -> str:
+    """A sentence about an image that was refused."""
+    return str(_fill('<p role="alert" class="pc-warning">{words}</p>', words=words))
 
 
 def show_examples(shown: Sequence[tuple[int, str, EmbeddedImage]]) -> str:
@@ -142,21 +147,18 @@ def _head_caption(explanation: Explanation, traits: ClassTraits, head: int) -> s
     return f"{traits.attention_on_patches[head]:.0%} on patches"
 
 
-def show_heads(visit: Visit) -> str:
+def show_heads(visit: Visit, scale: Scale = "figure") -> str:
     """For each class its verdict, and its heads' maps as buttons, the most important first."""
     small = _shrink(visit.explanation, _SMALL)
-    style = MapStyle(small.image, small.box, small.kind, _scale_of(small), False, "figure")
+    style = MapStyle(small.image, small.box, small.kind, _scale_of(small), False, scale)
     rows = []
     for place, (traits, combined) in enumerate(zip(small.classes, visit.combined, strict=True)):
-        combined_style = replace(style, vmax=float(np.abs(combined).max()))
-        choices = [(head, traits.maps[head], style) for head in traits.head_order]
         buttons = [
-            _head_button(visit, place, head, chosen.draw(trait_map).pixels, _head_caption(small, traits, head), traits)
-            for head, trait_map, chosen in choices
+            _head_button(visit, place, head, style.draw(traits.maps[head]).pixels, _head_caption(small, traits, head))
+            for head in traits.head_order
         ]
-        buttons.append(
-            _head_button(visit, place, None, combined_style.draw(combined).pixels, "combined, own scale", traits)
-        )
+        own_scale = replace(style, scale="head")
+        buttons.append(_head_button(visit, place, None, own_scale.draw(combined).pixels, "combined, on its own scale"))
         rows.append(
             _fill(
                 '<section><h3>{label} <span>{share}</span></h3><p>{verdict}</p><div class="pc-strip" role="group" '
@@ -170,9 +172,8 @@ def show_heads(visit: Visit) -> str:
     return str(_join([*rows, _colour_bar(style)]))
 
 
-def _head_button(
-    visit: Visit, place: int, head: int | None, pixels: np.ndarray, caption: str, traits: ClassTraits
-) -> Markup:
+def _head_button(visit: Visit, place: int, head: int | None, pixels: np.ndarray, caption: str) -> Markup:
+    traits = visit.explanation.classes[place]
     name = "all heads" if head is None else f"head {head}"
     image = embed_thumbnail(Image.fromarray(pixels), _SMALL, _SMALL_BYTES)
     return _fill(
@@ -210,32 +211,35 @@ def blend(style: MapStyle, trait_map: np.ndarray, opacity: float, threshold: flo
         opacity: 0 shows the image alone, 1 the map as in figures.
         threshold: A share of the value of the brightest colour; what is below shows the image alone.
     """
-    drawn = overlay(style.image, trait_map, style.vmax, signed=style.signed, box=style.box).astype(np.float32)
+    vmax = float(np.abs(trait_map).max()) if style.scale == "head" else style.vmax
+    drawn = overlay(style.image, trait_map, vmax, signed=style.signed, box=style.box).astype(np.float32)
     image = np.asarray(style.image.convert("RGB"), np.float32)
-    strength = np.abs(resize_map(trait_map, style.image.size, style.box)) / max(style.vmax, 1e-12)
+    strength = np.abs(resize_map(trait_map, style.image.size, style.box)) / max(vmax, np.finfo(np.float32).tiny)
     weight = np.where(strength >= threshold, opacity, 0)[..., None]
     return Image.fromarray(np.rint(image + weight * (drawn - image)).astype(np.uint8))
 
 
-def show_large(visit: Visit, opacity: float, threshold: float) -> str:
+def show_large(visit: Visit, scale: Scale = "figure", opacity: float = 1, threshold: float = 0) -> str:
     """The map that is looked at, large; with a second class also its map, what both share, and the difference."""
     large = _shrink(visit.explanation, _LARGE)
-    name = "all heads, combined" if visit.head is None else f"head {visit.head}"
-    traits = visit.traits
-    trait_map = visit.combined[visit.place] if visit.head is None else traits.maps[visit.head]
-    vmax = float(np.abs(trait_map).max()) if visit.head is None else _scale_of(large)
-    style = MapStyle(large.image, large.box, large.kind, vmax, False, "figure")
-    panels = [(f"{traits.label}: {name}", trait_map, style)]
-    if visit.comparison is not None and visit.head is not None:
-        first, second = visit.comparison.classes
-        vmax = _scale_of(visit.comparison.explanation)
-        style = replace(style, vmax=vmax)
-        overlap = f"{visit.comparison.overlap[visit.head]:.0%}"
+    style = MapStyle(large.image, large.box, large.kind, _scale_of(large), False, scale)
+    traits, hint = visit.traits, ""
+    if visit.head is None:
+        combined = visit.combined[visit.place]
+        style = replace(style, scale="head")
+        panels = [(f"{traits.label}: all heads, combined", combined, style)]
+        hint = "" if visit.comparison is None else "Click one head to see it beside the second class."
+    elif visit.comparison is None:
+        panels = [(f"{traits.label}: head {visit.head}", traits.maps[visit.head], style)]
+    else:
+        head, compared = visit.head, visit.comparison
+        first, second = compared.classes
+        style = replace(style, vmax=_scale_of(compared.explanation))
         panels = [
-            (f"A: {first.label}: {name}", first.maps[visit.head], style),
-            (f"B: {second.label}: {name}", second.maps[visit.head], style),
-            (f"shared by A and B: {overlap}", visit.comparison.shared[visit.head], style),
-            ("A - B", visit.comparison.own[0][visit.head], replace(style, difference=True)),
+            (f"A: {first.label}: head {head}", first.maps[head], style),
+            (f"B: {second.label}: head {head}", second.maps[head], style),
+            (f"shared by A and B: {compared.overlap[head]:.0%}", compared.shared[head], style),
+            ("A - B", compared.own[0][head], replace(style, difference=True)),
         ]
     figures = [
         _fill(
@@ -250,7 +254,8 @@ def show_large(visit: Visit, opacity: float, threshold: float) -> str:
     bars = [_colour_bar(panel[2]) for panel in (panels[0], *panels[3:])]
     return str(
         _fill(
-            '<div class="pc-panels pc-{count}">{figures}</div>{bars}',
+            '<p>{hint}</p><div class="pc-panels pc-{count}">{figures}</div>{bars}',
+            hint=hint,
             count=len(figures),
             figures=_join(figures),
             bars=_join(bars),

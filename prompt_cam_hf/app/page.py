@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """The page: which panels there are, and what each does when a visitor touches it. It computes nothing itself."""
 
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +20,8 @@ from prompt_cam_hf.app.session import (
     read_region,
     save_result,
 )
+from prompt_cam_hf.data.images import ImageSource, UnreadableImageError
+from prompt_cam_hf.explanations.figures import Scale
 from prompt_cam_hf.explanations.maps import MapKind
 from prompt_cam_hf.explanations.removal import Region, RemovalMethod
 from prompt_cam_hf.messages import tell_error
@@ -31,6 +32,8 @@ _FILE_SIZE = "64mb"
 _VISITORS = 100
 # Uploads and files that were taken along are removed when they are so old, looked for as often, in seconds.
 _CLEAN_EVERY, _CLEAN_AGE = 300, 3600
+_SHOWN_BY_BROWSERS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".avif"}
+_LARGEST_SHOWN = 1024
 _ENDINGS = ["png", "pdf", "svg", "json", "csv", "region"]
 _NO_IMAGE = "Pick an image first."
 _CHOOSE = """element.addEventListener("click", (event) => {
@@ -77,6 +80,10 @@ def _told(function: Callable) -> Callable:
 def _path_of(payload: Any) -> Any:
     """What Gradio hands on of an upload: where it lies, and what the visitor calls it; opening it is up to us."""
     return None if payload is None else (payload.path, Path(payload.orig_name or "image").name)
+
+
+# The scale of colours, and opacity and threshold of the large map.
+_Style = tuple[Scale, float, float]
 
 
 def build_page(model: AskedModel, examples: Examples) -> gr.Blocks:
@@ -129,8 +136,12 @@ class _Panels:
                 self.make = gr.Button("Make the file", elem_id="make")
                 self.file = gr.File(label="File", interactive=False, elem_id="file")
             with gr.Column(scale=3, min_width=320):
-                self.command = gr.Code(label="Command line", language="shell", interactive=False, elem_id="command")
-                self.python = gr.Code(label="Python", language="python", interactive=False, elem_id="python")
+                self.command = gr.Code(
+                    label="Command line", language="shell", interactive=False, wrap_lines=True, elem_id="command"
+                )
+                self.python = gr.Code(
+                    label="Python", language="python", interactive=False, wrap_lines=True, elem_id="python"
+                )
                 self.link = gr.HTML(elem_id="link")
 
     def _lay_out_pick(self) -> None:
@@ -164,6 +175,10 @@ class _Panels:
             self.method = gr.Radio(
                 self.model.methods, value="greedy", label="Ranking of heads", elem_id="method",
                 info="how the importance of a head is measured",
+            )
+            self.scale = gr.Radio(
+                [("one for all maps", "figure"), ("each map its own", "head")], value="figure", label="Colour scale",
+                info="a scale of its own shows weak heads", elem_id="scale",
             )
             self.prompts = gr.Dropdown(
                 self.model.prompt_sets, value=self.model.prompts_in_use, label="Prompt set",
@@ -200,13 +215,13 @@ class _Panels:
 
     def connect(self) -> None:
         """Say what follows from what."""
-        settings = [self.asked, self.kind, self.method, self.prompts, self.opacity, self.threshold]
-        style = [self.opacity, self.threshold]
+        style = [self.scale, self.opacity, self.threshold]
+        settings = [self.asked, self.kind, self.method, self.prompts, *style]
         looked = [self.visit, self.large, self.beside, self.kept, self.kept_scores]
         taken = [self.what, self.command, self.python]
         answered = [self.answer, self.heads, *looked, *taken, self.link]
         everything = [*answered, self.canvas, self.removed, self.painted, self.file]
-        self._on(self.picker.input, self.pick, [self.picker, *settings], everything)
+        self._on(self.picker.input, self.pick, [self.picker, *settings], [*everything, self.picker])
         self._on(self.picker.clear, self.forget, [], everything)
         self._on(self.gallery.select, self.pick_example, settings, [*everything, self.picker])
         self._on(self.folder.input, self.list_examples, [self.folder], [self.gallery])
@@ -216,7 +231,8 @@ class _Panels:
             self._on(setting.input, self.ask, [self.visit, *settings], answered)
         self._on(self.prompts.input, self.change_prompts, [self.visit, *settings], [*answered, self.asked])
         self._on(self.heads.select, self.look, [self.visit, *style], [*looked, *taken])
-        for slider in style:
+        self._on(self.scale.input, self.rescale, [self.visit, *style], [self.heads, self.large])
+        for slider in (self.opacity, self.threshold):
             self._on(slider.change, self.redraw, [self.visit, *style], [self.large])
         self._on(self.beside.input, self.compare, [self.visit, self.beside, *style], [self.visit, self.large, *taken])
         self._on(self.kept.input, self.keep, [self.visit, self.kept], [self.kept_scores])
@@ -240,16 +256,25 @@ class _Panels:
         if upload is None:
             return self.forget()
         path, name = upload
-        return self._open(path, name, settings)
+        try:
+            answered = self._open({"path": name, "bytes": Path(path).read_bytes()}, name, settings)
+        except (UnreadableImageError, OSError) as error:
+            words = fragments.show_refusal(tell_error(error))
+            return {**self.forget(), self.answer: words, self.picker: None}
+        if Path(name).suffix.lower() not in _SHOWN_BY_BROWSERS:
+            shown = answered[self.visit].explanation.image.copy()
+            shown.thumbnail((_LARGEST_SHOWN, _LARGEST_SHOWN))
+            answered[self.picker] = shown
+        return answered
 
     def pick_example(self, event: gr.EventData, *settings: Any) -> dict:
         """Open and explain an example."""
         file = self.examples.files[int(event._data["example"])]
         return {**self._open(file, file.name, settings), self.picker: str(file)}
 
-    def _open(self, path: str | os.PathLike, name: str, settings: tuple) -> dict:
+    def _open(self, source: ImageSource, name: str, settings: tuple) -> dict:
         question, style = self._question(*settings)
-        visit = self.model.ask(self.model.open(path), name, question)
+        visit = self.model.ask(self.model.open(source), name, question)
         return {
             **self._answered(visit, style),
             self.canvas: fragments.show_canvas(visit),
@@ -288,21 +313,21 @@ class _Panels:
         return fragments.show_examples(self.examples.shown(folder or None))
 
     def _question(
-        self, numbers: list[int], kind: Any, method: Any, prompts: str, *style: float
-    ) -> tuple[Question, tuple[float, ...]]:
-        return Question(prompts, tuple(numbers or ()), kind, method), style
+        self, numbers: list[int], kind: Any, method: Any, prompts: str, *style: Any
+    ) -> tuple[Question, _Style]:
+        return Question(prompts, tuple(numbers or ()), kind, method), style  # type: ignore[return-value]
 
-    def _answered(self, visit: Visit, style: tuple[float, ...]) -> dict:
+    def _answered(self, visit: Visit, style: _Style) -> dict:
         query = fragments.escape(self.model.write_query(visit.question))
         return {
             self.answer: fragments.show_answer(visit),
-            self.heads: fragments.show_heads(visit),
+            self.heads: fragments.show_heads(visit, style[0]),
             self.link: f'<p><a href="?{query}">Link that asks the same of any image</a></p>',
             **self._looked(visit, style),
             **self._taken(visit, "explanation"),
         }
 
-    def _looked(self, visit: Visit, style: tuple[float, ...]) -> dict:
+    def _looked(self, visit: Visit, style: _Style) -> dict:
         return {
             self.visit: visit,
             self.large: fragments.show_large(visit, *style),
@@ -313,7 +338,11 @@ class _Panels:
 
     def _taken(self, visit: Visit, what: str) -> dict:
         command, python = self.model.write_calls(visit, what)
-        return {self.what: gr.Radio(list(visit.results), value=what), self.command: command, self.python: python}
+        return {
+            self.what: gr.Radio(list(visit.results), value=what),
+            self.command: gr.Code(command, visible=bool(command)),
+            self.python: python,
+        }
 
     def ask(self, visit: Visit | None, *settings: Any) -> dict:
         """Ask something else about the same image."""
@@ -333,18 +362,23 @@ class _Panels:
         beside = gr.Dropdown([("none", -1), *choices], value=-1)
         return {**updates, self.asked: gr.Dropdown(choices, value=[]), self.beside: beside}
 
-    def look(self, event: gr.EventData, visit: Visit | None, *style: float) -> dict:
+    def look(self, event: gr.EventData, visit: Visit | None, *style: Any) -> dict:
         """Look at a head, or at all."""
         head = event._data["head"]
         visit = look(_present(visit), int(event._data["place"]), int(head) if head else None)
         what = "comparison" if visit.comparison is not None else "explanation"
         return {**self._looked(visit, style), **self._taken(visit, what)}
 
-    def redraw(self, visit: Visit | None, *style: float) -> dict:
+    def redraw(self, visit: Visit | None, *style: Any) -> dict:
         """Draw the large map in another opacity or from another threshold."""
         return {self.large: _NO_IMAGE if visit is None else fragments.show_large(visit, *style)}
 
-    def compare(self, visit: Visit | None, other: int, *style: float) -> dict:
+    def rescale(self, visit: Visit | None, *style: Any) -> dict:
+        """Draw all maps on another scale."""
+        visit = _present(visit)
+        return {self.heads: fragments.show_heads(visit, style[0]), self.large: fragments.show_large(visit, *style)}
+
+    def compare(self, visit: Visit | None, other: int, *style: Any) -> dict:
         """Put another class beside the one that is looked at."""
         visit = self.model.compare(_present(visit), None if other < 0 else other)
         what = "comparison" if visit.comparison is not None else "explanation"

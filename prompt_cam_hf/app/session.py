@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from prompt_cam_hf.app.zero_gpu import on_gpu
-from prompt_cam_hf.data.images import UnreadableImageError, open_image
+from prompt_cam_hf.data.images import ImageSource, UnreadableImageError, open_image
 from prompt_cam_hf.data.taxonomy_tree import Taxonomy, read_taxonomy
 from prompt_cam_hf.explanations.aggregate import aggregate_maps
 from prompt_cam_hf.explanations.class_names import find_class
@@ -163,7 +163,7 @@ class AskedModel:
             )
         return self._classifiers[prompts]
 
-    def open(self, source: str | os.PathLike) -> Image.Image:
+    def open(self, source: ImageSource) -> Image.Image:
         """Open an image as `open_image` does.
 
         Raises:
