@@ -420,6 +420,7 @@ def save_result(visit: Visit, what: str, ending: str, folder: Path) -> Path:
         path = folder / "region.png"
         Image.fromarray(visit.removal.mask).save(path)
         return path
-    path = folder / f"{Path(visit.name or 'image').stem}.{what}.{ending}"
+    # A file's name has 255 bytes at most, and a character up to four.
+    path = folder / f"{Path(visit.name or 'image').stem[:50]}.{what}.{ending}"
     visit.results[what].save(path)
     return path
