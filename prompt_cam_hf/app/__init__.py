@@ -36,7 +36,8 @@ def build_app(
     from prompt_cam_hf.app.page import build_page
     from prompt_cam_hf.app.session import AskedModel
 
-    return build_page(AskedModel(model, device), Examples(examples))
+    chosen = Examples(examples)
+    return build_page(AskedModel(model, device), chosen)
 
 
 __all__ = ["build_app"]

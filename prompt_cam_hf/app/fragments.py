@@ -177,12 +177,11 @@ def _head_button(visit: Visit, place: int, head: int | None, pixels: np.ndarray,
     name = "all heads" if head is None else f"head {head}"
     image = embed_thumbnail(Image.fromarray(pixels), _SMALL, _SMALL_BYTES)
     return _fill(
-        '<button type="button" data-place="{place}" data-head="{head}" aria-pressed="{pressed}"{mark}>{image}'
+        '<button type="button" data-place="{place}" data-head="{head}" aria-pressed="{pressed}">{image}'
         "<span><b>{name}</b> {caption}</span></button>",
         place=place,
         head="" if head is None else head,
         pressed="true" if (place, head) == (visit.place, visit.head) else "false",
-        mark=Markup(' class="pc-sufficient"') if head in traits.sufficient_heads else "",
         image=_img(image, f"Map of {name} for {traits.label}"),
         name=name,
         caption=caption,

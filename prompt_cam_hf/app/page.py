@@ -11,6 +11,7 @@ from typing import Any, get_args
 import gradio as gr
 
 from prompt_cam_hf.app import fragments
+from prompt_cam_hf.app.calls import write_command, write_python
 from prompt_cam_hf.app.examples import Examples
 from prompt_cam_hf.app.session import (
     AskedModel,
@@ -34,6 +35,7 @@ _VISITORS = 100
 _CLEAN_EVERY, _CLEAN_AGE = 300, 3600
 _SHOWN_BY_BROWSERS = {".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".avif"}
 _LARGEST_SHOWN = 1024
+_SUBDUED = ("body_text_color_subdued", "block_info_text_color", "block_title_text_color", "block_label_text_color")
 _ENDINGS = ["png", "pdf", "svg", "json", "csv", "region"]
 _NO_IMAGE = "Pick an image first."
 _CHOOSE = """element.addEventListener("click", (event) => {
@@ -51,9 +53,7 @@ class _Page(gr.Blocks):
         """Serve the page; arguments as in Gradio."""
         own: dict[str, Any] = {
             "css": (_HERE / "page.css").read_text(encoding="utf-8"),
-            "theme": gr.themes.Default(
-                font=("ui-sans-serif", "system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")
-            ),
+            "theme": _theme(),
             "footer_links": [],
             "run_history": False,
             "ssr_mode": False,
@@ -61,6 +61,17 @@ class _Page(gr.Blocks):
             "state_session_capacity": _VISITORS,
         }
         return super().launch(*arguments, **(own | options))
+
+
+def _theme() -> gr.themes.Base:
+    """Gradio's own with the fonts of the visitor's system, and with text that stands out enough to be read."""
+    theme = gr.themes.Default(
+        primary_hue="blue",
+        font=("ui-sans-serif", "system-ui", "sans-serif"),
+        font_mono=("ui-monospace", "monospace"),
+    )
+    grey = {f"{name}{dark}": f"*neutral_{300 if dark else 600}" for name in _SUBDUED for dark in ("", "_dark")}
+    return theme.set(**grey, **{f"button_primary_background_fill{dark}": "*primary_700" for dark in ("", "_dark")})
 
 
 def _told(function: Callable) -> Callable:
@@ -137,10 +148,10 @@ class _Panels:
                 self.file = gr.File(label="File", interactive=False, elem_id="file")
             with gr.Column(scale=3, min_width=320):
                 self.command = gr.Code(
-                    label="Command line", language="shell", interactive=False, wrap_lines=True, elem_id="command"
+                    label="Command line", interactive=False, wrap_lines=True, elem_id="command"
                 )
                 self.python = gr.Code(
-                    label="Python", language="python", interactive=False, wrap_lines=True, elem_id="python"
+                    label="Python", interactive=False, wrap_lines=True, elem_id="python"
                 )
                 self.link = gr.HTML(elem_id="link")
 
@@ -164,7 +175,7 @@ class _Panels:
     def _lay_out_ask(self, choices: list[tuple[str, int]]) -> None:
         gr.Markdown(
             "## 3. Ask\nWhere does each head look for a class? Choose classes, or none for the predicted one. The "
-            "most important head comes first; a double frame marks the heads that suffice."
+            "most important head comes first."
         )
         self.asked = gr.Dropdown(choices, multiselect=True, label="Classes (type to search)", elem_id="asked")
         with gr.Row():
@@ -315,7 +326,7 @@ class _Panels:
     def _question(
         self, numbers: list[int], kind: Any, method: Any, prompts: str, *style: Any
     ) -> tuple[Question, _Style]:
-        return Question(prompts, tuple(numbers or ()), kind, method), style  # type: ignore[return-value]
+        return Question(prompts, tuple(numbers or ()), kind, method), style
 
     def _answered(self, visit: Visit, style: _Style) -> dict:
         query = fragments.escape(self.model.write_query(visit.question))
@@ -337,11 +348,11 @@ class _Panels:
         }
 
     def _taken(self, visit: Visit, what: str) -> dict:
-        command, python = self.model.write_calls(visit, what)
+        command = write_command(self.model, visit, what)
         return {
             self.what: gr.Radio(list(visit.results), value=what),
             self.command: gr.Code(command, visible=bool(command)),
-            self.python: python,
+            self.python: write_python(self.model, visit, what),
         }
 
     def ask(self, visit: Visit | None, *settings: Any) -> dict:

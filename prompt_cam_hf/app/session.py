@@ -5,7 +5,6 @@ A model is loaded once and does not change; what a visitor has asked is a `Visit
 """
 
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from PIL import Image, ImageDraw
 from prompt_cam_hf.app.zero_gpu import on_gpu
 from prompt_cam_hf.data.images import ImageSource, UnreadableImageError, open_image
 from prompt_cam_hf.data.taxonomy_tree import Taxonomy, read_taxonomy
-from prompt_cam_hf.explanations.aggregate import aggregate_maps
+from prompt_cam_hf.explanations.aggregate import Aggregation, aggregate_maps
 from prompt_cam_hf.explanations.class_names import find_class
 from prompt_cam_hf.explanations.compare import Comparison, compare
 from prompt_cam_hf.explanations.explain import ClassScore, ClassTraits, Explanation, explain
@@ -200,7 +199,7 @@ class AskedModel:
 
     def _combine(self, classifier: Classifier, explanation: Explanation) -> np.ndarray:
         """The maps of all heads as one: attention by Shapley values where these can be had, evidence summed."""
-        how = "evidence_sum" if explanation.kind == "evidence" else "attention_sufficient"
+        how: Aggregation = "evidence_sum" if explanation.kind == "evidence" else "attention_sufficient"
         if explanation.kind == "attention" and "shapley" in self.methods:
             how = "attention_shapley"
         pixel_values = classifier.image_processor(explanation.image, return_tensors="pt")["pixel_values"]
@@ -270,47 +269,6 @@ class AskedModel:
         # Each key stands once: Gradio hands on a plain dictionary.
         query |= {f"class{place}": id2label[number] for place, number in enumerate(question.classes, 1)}
         return urlencode({**query, "kind": question.kind, "method": question.method})
-
-    def write_calls(self, visit: Visit, what: str) -> tuple[str, str]:
-        """The command line that makes a result of the visit, and the lines of Python; "" where there is no command."""
-        question, labels = visit.question, [traits.label for traits in visit.explanation.classes]
-        image = visit.name or "image.png"
-        flags: list[str] = []
-        options = "" if question.kind == "attention" else f", kind={question.kind!r}"
-        if what == "comparison" and visit.comparison is not None:
-            labels = [traits.label for traits in visit.comparison.classes]
-        if what in ("explanation", "comparison"):
-            flags += [part for label in labels for part in ("--classes", label)]
-        flags += [] if question.kind == "attention" else ["--kind", question.kind]
-        if what in ("explanation", "comparison") and question.method != "greedy":
-            flags += ["--method", question.method]
-            options += f", method={question.method!r}"
-        command = {"explanation": "explain", "comparison": "compare", "path": "taxonomy"}.get(what)
-        other_prompts = question.prompts != self.prompts_in_use and what != "path"
-        shell = ""
-        if command and not other_prompts:
-            shell = shlex.join(["prompt-cam", command, self.name, image, *flags, "--out", "results"])
-        model, lines = repr(self.name), []
-        if other_prompts:
-            lines += ["from prompt_cam_hf.loading import load_pipeline", "", f"model = load_pipeline({model})"]
-            lines += [f"model.model.set_prompts({question.prompts!r})"]
-            model = "model"
-        if what == "removal":
-            assert visit.removal is not None
-            region = repr(visit.region)
-            if isinstance(visit.region, np.ndarray):
-                lines[:0] = ["import numpy as np", "from PIL import Image"]
-                region = 'np.asarray(Image.open("region.png").convert("1"))'
-            label, how = visit.removal.before.classes[0].label, visit.removal.method
-            call = f"remove_trait({model}, {image!r}, {region}, {label!r}, method={how!r}{options})"
-        elif what == "path":
-            call = f"explain_path({model}, {image!r})"
-        else:
-            call = f"{command}({model}, {image!r}, {labels!r}{options})"
-        function = call.partition("(")[0]
-        return shell, "\n".join(
-            [f"from prompt_cam_hf import {function}", *lines, "", f"result = {call}", "print(result)"]
-        )
 
 
 def _first_head(explanation: Explanation) -> int:

@@ -2,6 +2,7 @@
 """`prompt-cam app`: a page in the browser that asks a model about images."""
 
 import os
+import signal
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Literal
@@ -35,10 +36,19 @@ def app(
         os.environ["GRADIO_TEMP_DIR"] = uploads
         try:
             page = build_app(model, examples=examples, device=device)
+            page.launch(
+                server_name=host, server_port=port or None, share=share == "yes", quiet=True, prevent_thread_lock=True
+            )
         except ModuleNotFoundError as error:
             raise ValueError(str(error)) from error
-        page.launch(
-            server_name=host, server_port=port or None, share=share == "yes", quiet=True, prevent_thread_lock=True
-        )
-        common.say(f"The page is at {page.local_url} - stop it with Ctrl-C.")
+        except OSError as error:
+            if "empty port" in str(error):
+                raise OSError(
+                    f"The page cannot be served at {host}, port {port}; if the port is taken, choose another --port, "
+                    "or 0 for any that is free."
+                ) from error
+            raise
+        common.say(f"The page is at {page.local_url}; Ctrl-C stops it.")
+        # Stopped by its system, the server tidies up as after Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         page.block_thread()
