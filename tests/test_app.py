@@ -31,6 +31,7 @@ from prompt_cam_hf.cli import app as command
 from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.explanations.aggregate import aggregate_maps
 from prompt_cam_hf.explanations.figures import MapStyle, overlay
+from prompt_cam_hf.explanations.results import Result
 from prompt_cam_hf.html import embed_thumbnail
 from prompt_cam_hf.loading import Classifier, load_pipeline
 
@@ -134,13 +135,13 @@ def test_what_is_painted_is_the_region():
 
 def test_the_large_map_follows_opacity_and_threshold():
     image, trait_map = noise(1, (32, 32)), np.arange(16, dtype=np.float32).reshape(4, 4) / 30
-    style = MapStyle(image, None, "attention", 0.5, False, "figure")
+    style = MapStyle(image, None, "attention", {}, False, "figure")
     drawn = overlay(image, trait_map, 0.5)
-    assert (np.asarray(fragments.blend(style, trait_map, 0, 0)) == np.asarray(image)).all()
-    assert (np.asarray(fragments.blend(style, trait_map, 1, 0)) == drawn).all()
-    half = np.asarray(fragments.blend(style, trait_map, 0.5, 0)).astype(float)
+    assert (np.asarray(fragments.blend(style, trait_map, 0.5, 0, 0)) == np.asarray(image)).all()
+    assert (np.asarray(fragments.blend(style, trait_map, 0.5, 1, 0)) == drawn).all()
+    half = np.asarray(fragments.blend(style, trait_map, 0.5, 0.5, 0)).astype(float)
     assert np.abs(half - (np.asarray(image).astype(float) + drawn) / 2).max() <= 0.5
-    cut = np.asarray(fragments.blend(style, trait_map, 1, 0.6))
+    cut = np.asarray(fragments.blend(style, trait_map, 0.5, 1, 0.6))
     changed = (cut != np.asarray(image)).any(axis=-1)
     # The first row of patches has at most a fifth of the threshold, the last at least four thirds of it.
     assert not changed[:8].any() and changed[-6:].mean() > 0.9
@@ -169,13 +170,19 @@ def test_the_calls_make_the_same(asked, visit, kind, tmp_path, monkeypatch):
             exec(write_python(asked, visit, what), made)
             assert made["result"].to_dict().keys() == result.to_dict().keys()
             assert_computed(_numbers(made["result"].to_dict()), _numbers(result.to_dict()))
-    assert write_command(asked, visit, "removal") == ""
+        words = shlex.split(write_command(asked, visit, "removal"))
+        assert bool(words) == (not isinstance(region, np.ndarray))
+        if words:
+            _check_command(words, tmp_path / "results" / "bird.removal.json", visit.removal)
     for what, ending in (("explanation", "traits"), ("comparison", "comparison")):
         words = shlex.split(write_command(asked, visit, what))
-        run = CliRunner().invoke(command, words[1:])
-        assert words[0] == "prompt-cam" and run.exit_code == 0, run.stderr
-        written = json.loads((tmp_path / "results" / f"bird.{ending}.json").read_text())
-        assert_computed(_numbers(written), _numbers(visit.results[what].to_dict()))
+        _check_command(words, tmp_path / "results" / f"bird.{ending}.json", visit.results[what])
+
+
+def _check_command(words: list[str], file: Path, result: Result) -> None:
+    run = CliRunner().invoke(command, [*words[1:], "--overwrite"])
+    assert words[0] == "prompt-cam" and run.exit_code == 0, run.stderr
+    assert_computed(_numbers(json.loads(file.read_text())), _numbers(result.to_dict()))
 
 
 def _numbers(told) -> list[float]:

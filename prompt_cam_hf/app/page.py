@@ -188,8 +188,8 @@ class _Panels:
                 info="how the importance of a head is measured",
             )
             self.scale = gr.Radio(
-                [("one for all maps", "figure"), ("each map its own", "head")], value="figure", label="Colour scale",
-                info="a scale of its own shows weak heads", elem_id="scale",
+                [("map", "map"), ("head", "head"), ("all maps", "figure")], value="map", label="Colour scale of each",
+                info="on a scale of its own, a weak head is not black", elem_id="scale",
             )
             self.prompts = gr.Dropdown(
                 self.model.prompt_sets, value=self.model.prompts_in_use, label="Prompt set",

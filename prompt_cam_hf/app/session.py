@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from prompt_cam_hf.app.zero_gpu import on_gpu
 from prompt_cam_hf.data.images import ImageSource, UnreadableImageError, open_image
 from prompt_cam_hf.data.taxonomy_tree import Taxonomy, read_taxonomy
 from prompt_cam_hf.explanations.aggregate import Aggregation, aggregate_maps
@@ -109,6 +110,8 @@ class AskedModel:
 
     def __init__(self, model: str | os.PathLike, device: str | None = None):
         self.name = os.fspath(model)
+        for computing in ("ask", "compare", "remove"):
+            setattr(self, computing, on_gpu(getattr(self, computing)))
         pipeline = load_pipeline(model, device)
         self._whole = Classifier(pipeline.model, pipeline.image_processor)
         self.prompts_in_use: str = pipeline.model.prompts_in_use
@@ -375,6 +378,7 @@ def save_result(visit: Visit, what: str, ending: str, folder: Path) -> Path:
         path = folder / "region.png"
         Image.fromarray(visit.removal.mask).save(path)
         return path
-    path = folder / f"{Path(visit.name or 'image').stem}.{what}.{ending}"
+    # A file's name has 255 bytes at most, and a character up to four.
+    path = folder / f"{Path(visit.name or 'image').stem[:50]}.{what}.{ending}"
     visit.results[what].save(path)
     return path

@@ -17,6 +17,7 @@ from prompt_cam_hf.cli import (
     prepare,
     publish,
     remove,
+    space,
     taxonomy,
 )
 from prompt_cam_hf.cli.app import app as app_page
@@ -60,6 +61,7 @@ for _command in (
     demo.demo,
     prepare.prepare,
     publish.publish,
+    space.space,
     convert.convert,
 ):
     app.command()(one_sentence_errors()(_command))

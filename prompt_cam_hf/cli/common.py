@@ -87,7 +87,7 @@ def one_sentence_errors() -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
-        say(f"Error: {tell_error(error)}", style="red")
+        say(f"Error: {tell_error(error, (OSError, ValueError, ModuleNotFoundError))}", style="red")
         raise typer.Exit(2) from error
 
 
