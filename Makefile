@@ -3,11 +3,15 @@ PYTHON ?= python3
 NEWEST := .venv
 OLDEST := .venv-oldest
 
-.PHONY: demo test test-newest test-oldest test-processors test-faults lint format bench clean
+.PHONY: demo app test test-newest test-oldest test-processors test-faults lint format bench bench-app clean
 
 # Trains on drawn birds, offline, and shows what the trait maps are worth: docs/demo.md.
 demo: $(NEWEST)/installed
 	$(NEWEST)/bin/prompt-cam demo
+
+# Asks the demonstration's model about its birds, in the browser: docs/app.md.
+app: demo
+	$(NEWEST)/bin/prompt-cam app prompt_cam_demo/model --examples prompt_cam_demo/birds
 
 test: test-newest test-oldest
 
@@ -43,6 +47,9 @@ bench: $(NEWEST)/installed
 	$(NEWEST)/bin/python benchmarks/bench_model.py
 	$(NEWEST)/bin/python benchmarks/bench_ranking.py
 	$(NEWEST)/bin/python benchmarks/bench_faithfulness.py
+
+bench-app: demo
+	$(NEWEST)/bin/python benchmarks/bench_app.py prompt_cam_demo/model --examples prompt_cam_demo/birds
 
 clean:
 	rm -rf $(NEWEST) $(OLDEST) build dist *.egg-info

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from prompt_cam_hf.explanations.taxonomy_path import explain_path
     from prompt_cam_hf.hub.convert import convert_official_checkpoint
     from prompt_cam_hf.hub.publish import publish
+    from prompt_cam_hf.hub.space import publish_space, write_space
     from prompt_cam_hf.modeling import (
         PromptCAMConfig,
         PromptCAMForImageClassification,
@@ -50,10 +51,12 @@ _MODULES = {
     "explain_path": "explanations.taxonomy_path",
     "load_recipe": "training.recipe",
     "publish": "hub.publish",
+    "publish_space": "hub.space",
     "rank_heads": "explanations.ranking",
     "remove_trait": "explanations.removal",
     "train": "training.train",
     "trait_maps": "explanations.maps",
+    "write_space": "hub.space",
 }
 
 
@@ -94,8 +97,10 @@ __all__ = [
     "explain_path",
     "load_recipe",
     "publish",
+    "publish_space",
     "rank_heads",
     "remove_trait",
     "train",
     "trait_maps",
+    "write_space",
 ]

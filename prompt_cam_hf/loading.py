@@ -52,7 +52,7 @@ def load_pipeline(model: str | os.PathLike, device: str | None = None) -> Prompt
     name = os.fspath(model)
     # Loaded here, for transformers' pipeline() would answer any failure with a traceback in a message, and would run
     # the code of an image processor.
-    check_prompt_cam(_load_model_type(name), name)
+    check_prompt_cam(load_model_type(name), name)
     image_processor = load_image_processor(name)
     loaded = load_complete(PromptCAMForImageClassification, name)
     return PromptCAMImageClassificationPipeline(
@@ -71,7 +71,7 @@ def load_classifier(model: str | os.PathLike, device: str | None = None) -> Pipe
         ValueError, OSError: as in `load_pipeline`.
     """
     name = os.fspath(model)
-    if _load_model_type(name) == PromptCAMConfig.model_type:
+    if load_model_type(name) == PromptCAMConfig.model_type:
         return load_pipeline(name, device)
     image_processor = load_image_processor(name)
     loaded = load_complete(AutoModelForImageClassification, name, trust_remote_code=False)
@@ -133,8 +133,16 @@ def load_complete(model_class: Any, name: str | os.PathLike, **options: Any) -> 
     return model
 
 
-def _load_model_type(name: str) -> str:
-    """The type that config.json names; no class is built and no code looked for."""
+def load_model_type(name: str) -> str:
+    """The type that config.json names; no class is built and no code looked for.
+
+    Args:
+        name: A Hub id or a folder.
+
+    Raises:
+        ValueError: the configuration is damaged.
+        OSError: it cannot be found.
+    """
     with _refusals(name):
         fields, _ = PreTrainedConfig.get_config_dict(name)
         return str(fields.get("model_type"))

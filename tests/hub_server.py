@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """A small Hub on this machine: as much of the Hub's HTTP interface as publishing and loading a model needs.
 
+A Space is kept under the name spaces/owner/name, and asked for under the same addresses as a model.
+
 The real huggingface_hub client talks to it through HF_ENDPOINT, with HF_HUB_DISABLE_XET=1: it knows LFS, and only how
 to fail of Xet.
 Faults are ordered with `HubServer.fail`, and every request is kept in `HubServer.requests`.
@@ -29,6 +31,7 @@ TOKENS = {"hf_WriterSecretToken123": "org", "hf_ReaderSecretToken456": "reader",
 WRITER, READER, MINE = TOKENS
 
 LFS_SUFFIXES = (".safetensors", ".png", ".jpg", ".bin")
+SDKS = {"gradio", "docker", "static"}
 LICENSES = {"mit", "apache-2.0", "cc-by-4.0", "cc-by-sa-4.0", "cc0-1.0", "other"}
 
 Files = dict[str, bytes]
@@ -170,6 +173,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         address = urlsplit(self.path)
+        # The rest is the same for a Space and for a model.
+        self.kind = "spaces/" if re.match(r"/(api/)?spaces/", address.path) else ""
+        path = re.sub(r"^/(api/)?spaces/", lambda found: "/api/models/" if found[1] else "/", address.path)
         self.query = parse_qs(address.query)
         length = int(self.headers.get("Content-Length") or 0)
         self.body = (
@@ -185,7 +191,7 @@ class _Handler(BaseHTTPRequestHandler):
                 if self.fault and self.fault.status:
                     raise Refusal(self.fault.status, self.fault.message)
                 self._user()
-                self._route(address.path)
+                self._route(path)
             except Refusal as refusal:
                 headers = {"X-Error-Message": str(refusal), **(self.fault.headers if self.fault else {})}
                 if refusal.code:
@@ -254,7 +260,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(403, f"You don't have the rights to write to {repo_id}")
 
     def _repository(self, repo_id: str) -> Repository:
-        repository = self.hub.repositories.get(repo_id)
+        repository = self.hub.repositories.get(self.kind + repo_id)
         if repository is None or (repository.private and self._user() != repo_id.split("/")[0]):
             # As the Hub does: without a token, nobody is told whether there is a private one.
             raise Refusal(404 if self._user() else 401, "Repository not found", "RepoNotFound")
@@ -288,6 +294,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(401, "Invalid username or password.")
         repo_id = f"{asked.get('organization') or self._user()}/{asked['name']}"
         self._require_writer(repo_id)
+        if asked.get("type") == "space":
+            if asked.get("sdk") not in SDKS:
+                raise Refusal(400, f'"sdk" must be one of {sorted(SDKS)}')
+            repo_id = f"spaces/{repo_id}"
         if repo_id in self.hub.repositories:
             self._send_json({"error": "You already created this model repo", "url": f"{self.hub.url}/{repo_id}"}, 409)
             return
@@ -305,7 +315,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_json({})
 
     def _validate_yaml(self) -> None:
-        errors = metadata_errors(self.json["content"])
+        errors = metadata_errors(self.json["content"], self.json["repoType"])
         self._send_json(
             {"errors": [{"message": message} for message in errors], "warnings": []}, 400 if errors else 200
         )
@@ -475,12 +485,18 @@ def metadata(card: str) -> Any:
     return yaml.safe_load(match[1]) if match else None
 
 
-def metadata_errors(card: str) -> list[str]:
+def metadata_errors(card: str, repo_type: str = "model") -> list[str]:
     """What the Hub would refuse in a card's metadata, as far as it is documented."""
     content = metadata(card)
     if not isinstance(content, dict):
         return ['"metadata" must be of type object']
     errors = []
+    if repo_type == "space":
+        if content.get("sdk") not in SDKS:
+            errors.append(f'"sdk" must be one of {sorted(SDKS)}')
+        for name in ("title", "sdk_version", "python_version", "app_file"):
+            if not isinstance(content.get(name, ""), str):
+                errors.append(f'"{name}" must be a string')
     license = content.get("license")
     if license is not None and license not in LICENSES:
         errors.append(f'"license" must be one of {sorted(LICENSES)}')

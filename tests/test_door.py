@@ -18,9 +18,11 @@ from prompt_cam_hf.data.images import build_image_processor
 
 FUNCTIONS = {
     "atlas", "compare", "convert_official_checkpoint", "evaluate", "explain", "explain_path", "load_recipe", "publish",
-    "rank_heads", "remove_trait", "train", "trait_maps",
+    "publish_space", "rank_heads", "remove_trait", "train", "trait_maps", "write_space",
 }  # fmt: skip
-COMMANDS = ("predict", "explain", "compare", "remove", "atlas", "taxonomy", "evaluate", "demo", "prepare", "publish")
+COMMANDS = (
+    "predict", "explain", "compare", "remove", "atlas", "taxonomy", "evaluate", "demo", "prepare", "publish", "space", "app",
+)  # fmt: skip
 # What a command's help must not wait for.
 HEAVY = {"torch", "transformers", "datasets", "matplotlib", "numpy", "PIL", "accelerate", "scipy"}
 

@@ -405,7 +405,7 @@ def test_the_pages_run_as_they_stand(tmp_path):
     official = Official("vit_c7").state_dict
     official["pos_embed"] = torch.randn(1, 1 + 14 * 14, 48)
     torch.save({"model_state_dict": official}, tmp_path / "model.pt")
-    photos = ["photos/test/House Sparrow/0003.jpg", "photos/test/Tree Sparrow/0004.jpg"]
+    photos = ["photos/test/House Sparrow/0003.jpg", "photos/test/Tree Sparrow/0004.jpg", "my_examples/1.jpg"]
     birds = ["001.Black_footed_Albatross", *(f"00{number}.Species_{number}" for number in range(2, 8))]
     photos += [f"CUB/{split}/{bird}/1.jpg" for split in ("train", "test") for bird in birds]
     for photo in photos:
@@ -422,7 +422,8 @@ def test_the_pages_run_as_they_stand(tmp_path):
         pages = [str(docs / "publishing.md"), str(docs / "official_checkpoints.md")]
         run = other_process(_DOCS, hub.url, tmp_path / "home", *pages, package=True, HF_TOKEN=MINE)
         assert run.returncode == 0, run.stderr[-3000:]
-        assert run.stdout.count("publish my_model") == 4 and "predict promptcam-dino-cub" in run.stdout
-        assert len(hub.commits("me/garden-birds")) == 2
+        assert run.stdout.count("publish my_model") == 5 and "predict promptcam-dino-cub" in run.stdout
+        assert len(hub.commits("me/garden-birds")) == 3
+        assert "examples/001.jpg" in hub.files("spaces/me/garden-birds-traits") and (tmp_path / "my_space").is_dir()
         assert "safetensors" in " ".join(hub.files("me/garden-birds-prompts"))
         assert b"As the authors of Prompt-CAM report it" in hub.files("me/promptcam-dino-cub")["README.md"]

@@ -17,9 +17,11 @@ from prompt_cam_hf.cli import (
     prepare,
     publish,
     remove,
+    space,
     taxonomy,
     train,
 )
+from prompt_cam_hf.cli.app import app as app_page
 from prompt_cam_hf.cli.common import one_sentence_errors
 from prompt_cam_hf.messages import DEBUG_VARIABLE
 from prompt_cam_hf.version import __version__
@@ -48,6 +50,7 @@ def _main(
         os.environ[DEBUG_VARIABLE] = "1"
 
 
+app.command(context_settings=train.CONTEXT)(one_sentence_errors()(train.train))
 for _command in (
     predict.predict,
     explain.explain,
@@ -56,12 +59,13 @@ for _command in (
     atlas.atlas,
     taxonomy.taxonomy,
     evaluate.evaluate,
+    app_page,
     demo.demo,
     prepare.prepare,
     publish.publish,
+    space.space,
     convert.convert,
 ):
     app.command()(one_sentence_errors()(_command))
-app.command(context_settings=train.CONTEXT)(one_sentence_errors()(train.train))
 
 __all__ = ["app"]

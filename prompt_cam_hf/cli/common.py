@@ -90,7 +90,8 @@ def one_sentence_errors(*documented: type[Exception]) -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except Exception as error:
-        say(f"Error: {tell_error(error, (OSError, ValueError, *documented))}", style="red")
+        documented = (OSError, ValueError, ModuleNotFoundError, *documented)
+        say(f"Error: {tell_error(error, documented)}", style="red")
         raise typer.Exit(2) from error
 
 

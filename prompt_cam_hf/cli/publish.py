@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prompt_cam_hf.cli.common import say
+from prompt_cam_hf.cli.space import ExamplesLicenseOption, ExamplesOption
 
 if TYPE_CHECKING:
     from prompt_cam_hf.hub.publish import Publication
@@ -33,6 +34,11 @@ def publish(
         bool, typer.Option("--dry-run", help="Show what would be uploaded, and upload nothing.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="With --dry-run: leave it in this new folder.")] = None,
+    space: Annotated[
+        str | None, typer.Option(help="Also make a Space of this name, owner/name: the page of `prompt-cam app`.")
+    ] = None,
+    examples: ExamplesOption = None,
+    examples_license: ExamplesLicenseOption = None,
 ) -> None:
     """Upload a trained model to the Hub.
 
@@ -41,7 +47,27 @@ def publish(
     `hf auth login` first, or set HF_TOKEN.
     """
     from prompt_cam_hf.hub.publish import publish as publish_folder
+    from prompt_cam_hf.hub.space import publish_space
 
+    if space is None and (examples or examples_license):
+        raise ValueError("Examples are for a Space: give its name as --space owner/name.")
+    if space is not None and revision is not None:
+        raise ValueError("A Space shows the model of the branch main: give either --space or --revision.")
+
+    def publish_page(dry_run: bool) -> "Publication":
+        return publish_space(
+            folder,
+            str(space),
+            model_id=repo,
+            license=license,
+            examples=examples,
+            examples_license=examples_license,
+            private=private,
+            dry_run=dry_run,
+        )
+
+    # Before the model is uploaded, for what is wrong with the Space leaves nothing of either on the Hub.
+    page = publish_page(dry_run=True) if space else None
     facts: dict[str, Any] = {
         "license": license,
         "dataset_name": dataset,
@@ -62,16 +88,24 @@ def publish(
         **{name: value for name, value in facts.items() if value is not None},
     )
     _print_files(publication)
+    if page:
+        _print_files(page)
     if publication.commit_url:
         print(publication.commit_url)
+        if page:
+            print(publish_page(dry_run=False).commit_url)
+            if private:
+                say(f"Give the Space a secret HF_TOKEN that may read {repo}: {page.url}/settings")
     else:
         kind = "private" if private else "public"
         say(
             f"Nothing was uploaded. It would be one commit to {publication.url}, branch {publication.revision}; the "
             f"repository is {kind}, if it is new."
         )
+        if page:
+            say(f"The Space would be one commit to {page.url}.")
         if out:
-            say(f"All of it is in {out}.")
+            say(f"All of the model is in {out}.")
 
 
 def _print_files(publication: "Publication") -> None:

@@ -38,20 +38,21 @@ _DOTS_PER_INCH = 120
 class Publication:
     """A repository that was uploaded, or would be.
 
-    `files` has the size in bytes of each file; `prompts_only` says that they do not contain the backbone; `commit_url`
-    is None in a dry run.
+    `files` has the size in bytes of each file; `prompts_only` says that a model's repository does not contain the
+    backbone; `commit_url` is None in a dry run; `repo_type` is model or space.
     """
 
     repo_id: str
     revision: str
     files: dict[str, int]
-    prompts_only: bool
+    prompts_only: bool = False
     commit_url: str | None = None
+    repo_type: str = "model"
 
     @property
     def url(self) -> str:
         """The repository's page."""
-        return f"{constants.ENDPOINT}/{self.repo_id}"
+        return f"{constants.ENDPOINT}/{constants.REPO_TYPES_URL_PREFIXES.get(self.repo_type, '')}{self.repo_id}"
 
 
 def publish(
@@ -173,7 +174,7 @@ def _stage(
         upload.check_license(
             ModelCardData(**{key: value for key, value in facts.items() if key.startswith("license")})
         )
-    model, image_processor, has_backbone = _load(folder)
+    model, image_processor, has_backbone = load_folder(folder)
     prompts_only = prompts_only or not has_backbone
     if has_card:
         card = _own_card(folder, staged, [*gallery, *facts])
@@ -222,8 +223,13 @@ def make_gallery(
     return images
 
 
-def _load(folder: Path) -> tuple[PromptCAMForImageClassification, BaseImageProcessor, bool]:
-    """The model, its image processor, and whether the folder has the backbone's weights."""
+def load_folder(folder: Path) -> tuple[PromptCAMForImageClassification, BaseImageProcessor, bool]:
+    """The model in a folder, its image processor, and whether the folder has the backbone's weights.
+
+    Raises:
+        FileNotFoundError: the folder holds no model.
+        ValueError: the model is damaged, or has no image processor.
+    """
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"There is no model in {folder}: it has no config.json.")
     config = PromptCAMConfig.from_pretrained(folder)

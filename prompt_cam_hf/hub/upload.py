@@ -4,9 +4,10 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import (
     CardData,
@@ -27,7 +28,7 @@ from prompt_cam_hf.loading import load_image_processor
 from prompt_cam_hf.modeling.checkpoint_prompt_cam import NOT_ACCEPTED, find_cause, tell_reason
 
 CARD_FILE = "README.md"
-# Images of the card. What an earlier upload put there and the new one does not have is removed.
+# Images of the card.
 GALLERY_FOLDER = "trait_maps"
 
 _TRY_AGAIN = "All files go into one commit, so nothing is there by halves: try again"
@@ -173,10 +174,16 @@ def upload_repository(
     token: str | bool | None = None,
     revision: str | None = None,
     commit_message: str = "Upload Prompt-CAM",
+    repo_type: Literal["model", "space"] = "model",
+    own_folders: Sequence[str] = (GALLERY_FOLDER,),
 ) -> CommitInfo:
-    """Make all files of a folder one commit of a model repository on the Hub; the repository is made if need be.
+    """Make all files of a folder one commit of a repository on the Hub; the repository is made if need be.
 
-    The arguments are those of `publish`.
+    The other arguments are those of `publish`.
+
+    Args:
+        repo_type: A Space runs on Gradio.
+        own_folders: What an earlier upload put into these folders and this one does not is removed.
 
     Raises:
         PermissionError: there is no token, or it has not the right to write there.
@@ -187,19 +194,22 @@ def upload_repository(
     check_repo_id(repo_id)
     api = HfApi(token=find_token(token), library_name="prompt_cam_hf")
     with explained_upload_errors(repo_id):
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if private and api.model_info(repo_id).private is False:
+        sdk = "gradio" if repo_type == "space" else None
+        api.create_repo(repo_id, repo_type=repo_type, space_sdk=sdk, private=private, exist_ok=True)
+        if private and api.repo_info(repo_id, repo_type=repo_type).private is False:
             raise ValueError(f"{repo_id} is there already and is public; make it private in its settings first.")
         if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+            api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
         files = list_files(folder)
-        images = [name for name in api.list_repo_files(repo_id, revision=revision) if name.startswith(GALLERY_FOLDER)]
+        there = api.list_repo_files(repo_id, repo_type=repo_type, revision=revision)
+        old = [name for name in there if name.split("/")[0] in own_folders and name not in files]
         return api.create_commit(
             repo_id,
             [
                 *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()),
-                *(CommitOperationDelete(path_in_repo=name) for name in images if name not in files),
+                *(CommitOperationDelete(path_in_repo=name) for name in old),
             ],
+            repo_type=repo_type,
             commit_message=commit_message,
             revision=revision,
         )
