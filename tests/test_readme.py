@@ -2,6 +2,7 @@
 """The Python of README.md runs as it stands, and its commands and links lead somewhere."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,8 +28,13 @@ def workplace(tmp_path, monkeypatch):
     tiny_model().save_pretrained("my_model")
     build_image_processor(32).save_pretrained("my_model")
     Image.new("RGB", (60, 40), (30, 90, 160)).save("bird.jpg")
+    for name in ("House Sparrow", "Tree Sparrow"):
+        folder = tmp_path / "photos" / "train" / name
+        folder.mkdir(parents=True)
+        shutil.copy("bird.jpg", folder / "0001.jpg")
     backbone = ViTModel(tiny_backbone_config(image_size=224, patch_size=16), add_pooling_layer=False)
     backbone.save_pretrained("facebook/dino-vitb16")
+    build_image_processor(224).save_pretrained("facebook/dino-vitb16")
     official = Official("vit_c7").state_dict
     # The README's checkpoint has images of 224 pixels and two classes.
     official["pos_embed"] = torch.randn(1, 1 + 14 * 14, 48)
@@ -57,4 +63,4 @@ def test_what_the_commands_make_is_not_committed():
 def test_recipes_and_commands_exist():
     for recipe in re.findall(r"training/recipes/\w+\.yaml", README):
         assert (ROOT / recipe).exists(), recipe
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 6

@@ -49,6 +49,7 @@ OURS = {
     *(f"dino_{name}" for name in ("flowers", "food101", "insects2", "moths", "fungi", "fish_vista", "rare_species")),
     "dino_medicinal_leaf",
     "own_photos",
+    "own_photos_cpu",
     "bioclip_cub",
     "bioclip2_cub",
     "birds",
@@ -90,8 +91,9 @@ def test_official_recipe_states_what_makes_it(name):
     }  # fmt: skip
 
 
-def test_own_photos_needs_nothing_more():
-    recipe = load_recipe(RECIPES / "own_photos.yaml")
+@pytest.mark.parametrize("name", ["own_photos", "own_photos_cpu"])
+def test_own_photos_needs_nothing_more(name):
+    recipe = load_recipe(name)
     assert recipe.data and recipe.output_dir and recipe.skip_unreadable
     assert recipe.image_size is recipe.image_mean is recipe.image_std is None  # as the backbone expects
 

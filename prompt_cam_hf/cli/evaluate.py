@@ -60,7 +60,7 @@ def evaluate(
     preset: Annotated[
         str,
         typer.Option(
-            help="Of insertion and deletion: rise-eighth, rise, rise-black, fast; published numbers are often of rise."
+            help="Of insertion and deletion: rise, rise-eighth, rise-black, fast; published numbers are often of rise."
         ),
     ] = "rise-eighth",
     classes: Annotated[Literal["predicted", "true"], typer.Option(help="Whose map and probability.")] = "predicted",
