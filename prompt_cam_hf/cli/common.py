@@ -114,8 +114,11 @@ def output_paths(
 
     Raises:
         FileExistsError: a result is there already, and `overwrite` is not set.
+        NotADirectoryError: `out` is a file.
         ValueError: a result would replace one of the images.
     """
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is not a folder; choose another --out.")
     full = {file: Path(os.path.abspath(file)) for file in files}
     first = {path: file for file, path in reversed(full.items())}
     common = os.path.commonpath([path.parent for path in first])
@@ -133,8 +136,8 @@ def output_paths(
             raise ValueError(f"{path} would replace one of the images; choose another --out.")
     there = [path for path in every if path.exists()]
     if there and not overwrite:
-        others = f" and {len(there) - 1} more" if len(there) > 1 else ""
-        raise FileExistsError(f"{there[0]}{others} exists already; choose another --out, or add --overwrite.")
+        exist = f"and {len(there) - 1} more exist" if len(there) > 1 else "exists"
+        raise FileExistsError(f"{there[0]} {exist} already; choose another --out, or add --overwrite.")
     return outputs
 
 
