@@ -121,6 +121,7 @@ def test_nothing_is_overwritten_or_deleted(model_folder, photos, tmp_path):
     assert files_in(out) == ["2.traits.csv", "mine.txt"] and (out / "2.traits.csv").read_text() == "old"
     assert run(*arguments, "--overwrite").exit_code == 0
     assert (out / "mine.txt").read_text() == "keep" and (out / "2.traits.csv").read_text() != "old"
+    assert "1.traits.png and 5 more exist already" in run(*arguments).stderr
 
     Image.open(photos / "jay/1.png").save(photos / "robin" / "3.traits.png")
     Image.open(photos / "jay/1.png").save(photos / "robin" / "3.png")
@@ -158,6 +159,10 @@ def test_mistakes_get_one_sentence_and_write_nothing(model_folder, photos, tmp_p
         assert answer.exit_code == 2, (arguments, answer.output)
         assert message in " ".join(answer.stderr.split()), answer.stderr
         assert answer.stdout == "" and not out[1].exists()
+    answer = run("explain", model_folder, image, "--out", photos / "notes.txt")
+    assert answer.exit_code == 2 and "notes.txt is not a folder; choose another --out." in " ".join(
+        answer.stderr.split()
+    )
 
 
 def test_remove_writes_and_prints_what_the_library_says(sharp_model, photos, tmp_path):

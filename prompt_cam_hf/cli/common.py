@@ -118,8 +118,11 @@ def output_paths(
 
     Raises:
         FileExistsError: a result is there already, and `overwrite` is not set.
+        NotADirectoryError: `out` is a file.
         ValueError: a result would replace one of the images.
     """
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is not a folder; choose another --out.")
     full = {file: Path(os.path.abspath(file)) for file in files}
     first = {path: file for file, path in reversed(full.items())}
     common = os.path.commonpath([path.parent for path in first])
