@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What the page computes and shows, without a browser: the functions' numbers, and each visitor's own."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -31,6 +33,7 @@ from prompt_cam_hf.cli import app as command
 from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.explanations.aggregate import aggregate_maps
 from prompt_cam_hf.explanations.figures import MapStyle, overlay
+from prompt_cam_hf.explanations.results import Result
 from prompt_cam_hf.html import embed_thumbnail
 from prompt_cam_hf.loading import Classifier, load_pipeline
 
@@ -134,16 +137,31 @@ def test_what_is_painted_is_the_region():
 
 def test_the_large_map_follows_opacity_and_threshold():
     image, trait_map = noise(1, (32, 32)), np.arange(16, dtype=np.float32).reshape(4, 4) / 30
-    style = MapStyle(image, None, "attention", 0.5, False, "figure")
+    style = MapStyle(image, None, "attention", {}, False, "figure")
     drawn = overlay(image, trait_map, 0.5)
-    assert (np.asarray(fragments.blend(style, trait_map, 0, 0)) == np.asarray(image)).all()
-    assert (np.asarray(fragments.blend(style, trait_map, 1, 0)) == drawn).all()
-    half = np.asarray(fragments.blend(style, trait_map, 0.5, 0)).astype(float)
+    assert (np.asarray(fragments.blend(style, trait_map, 0.5, 0, 0)) == np.asarray(image)).all()
+    assert (np.asarray(fragments.blend(style, trait_map, 0.5, 1, 0)) == drawn).all()
+    half = np.asarray(fragments.blend(style, trait_map, 0.5, 0.5, 0)).astype(float)
     assert np.abs(half - (np.asarray(image).astype(float) + drawn) / 2).max() <= 0.5
-    cut = np.asarray(fragments.blend(style, trait_map, 1, 0.6))
+    cut = np.asarray(fragments.blend(style, trait_map, 0.5, 1, 0.6))
     changed = (cut != np.asarray(image)).any(axis=-1)
     # The first row of patches has at most a fifth of the threshold, the last at least four thirds of it.
     assert not changed[:8].any() and changed[-6:].mean() > 0.9
+
+
+def test_the_removed_region_is_outlined(asked, visit):
+    box = (12, 8, 36, 32)
+    removal = asked.remove(visit, box, "mean").removal
+    html = fragments.show_removal(removal)
+    assert removal.verdict in html
+    images = [Image.open(io.BytesIO(base64.b64decode(uri))) for uri in re.findall(r"base64,([^\"]+)", html)]
+    assert len(images) == 3 * (1 + 3)
+    for image, mask in zip(images[::4], (removal.mask, removal.mask, removal.control_mask), strict=True):
+        far = np.abs(np.asarray(image.convert("RGB")).astype(int) - (127, 255, 212)).max(axis=-1)
+        rows, cols = np.nonzero(mask)
+        edge = np.zeros_like(mask)
+        edge[rows.min(), cols.min() : cols.max() + 1] = edge[rows.max(), cols.min() : cols.max() + 1] = True
+        assert np.median(far[edge]) < 60 < np.median(far[~mask])
 
 
 def test_links_restore_the_question(asked):
@@ -169,13 +187,19 @@ def test_the_calls_make_the_same(asked, visit, kind, tmp_path, monkeypatch):
             exec(write_python(asked, visit, what), made)
             assert made["result"].to_dict().keys() == result.to_dict().keys()
             assert_computed(_numbers(made["result"].to_dict()), _numbers(result.to_dict()))
-    assert write_command(asked, visit, "removal") == ""
+        words = shlex.split(write_command(asked, visit, "removal"))
+        assert bool(words) == (not isinstance(region, np.ndarray))
+        if words:
+            _check_command(words, tmp_path / "results" / "bird.removal.json", visit.removal)
     for what, ending in (("explanation", "traits"), ("comparison", "comparison")):
         words = shlex.split(write_command(asked, visit, what))
-        run = CliRunner().invoke(command, words[1:])
-        assert words[0] == "prompt-cam" and run.exit_code == 0, run.stderr
-        written = json.loads((tmp_path / "results" / f"bird.{ending}.json").read_text())
-        assert_computed(_numbers(written), _numbers(visit.results[what].to_dict()))
+        _check_command(words, tmp_path / "results" / f"bird.{ending}.json", visit.results[what])
+
+
+def _check_command(words: list[str], file: Path, result: Result) -> None:
+    run = CliRunner().invoke(command, [*words[1:], "--overwrite"])
+    assert words[0] == "prompt-cam" and run.exit_code == 0, run.stderr
+    assert_computed(_numbers(json.loads(file.read_text())), _numbers(result.to_dict()))
 
 
 def _numbers(told) -> list[float]:

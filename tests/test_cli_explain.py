@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: MIT
-"""`prompt-cam explain` and `prompt-cam compare`, as a user types them."""
+"""`prompt-cam explain`, `compare` and `remove`, as a user types them."""
 
 import csv
 import json
 
 import numpy as np
 import pytest
-from conftest import tiny_backbone_config
+from conftest import IMAGE_SIZE, tiny_backbone_config, tiny_model
 from PIL import Image
 from transformers import ViTForImageClassification
 from typer.testing import CliRunner
 
 from prompt_cam_hf.cli import app
+from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.explanations.explain import explain
+from prompt_cam_hf.explanations.removal import remove_trait
 
 
 @pytest.fixture
@@ -24,6 +26,18 @@ def photos(tmp_path):
         (photos / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(photos / name)
     return photos
+
+
+@pytest.fixture
+def sharp_model(tmp_path):
+    """A model whose heads look at places, not everywhere alike."""
+    model = tiny_model()
+    for name, parameter in model.named_parameters():
+        if "q_proj" in name or "query" in name:
+            parameter.data *= 30
+    model.save_pretrained(tmp_path / "sharp")
+    build_image_processor(IMAGE_SIZE).save_pretrained(tmp_path / "sharp")
+    return tmp_path / "sharp"
 
 
 def run(*arguments):
@@ -129,6 +143,11 @@ def test_mistakes_get_one_sentence_and_write_nothing(model_folder, photos, tmp_p
         (("compare", model_folder, image, "--true", best), "is classified correctly"),
         (("compare", model_folder, image, "--true", "x", "--classes", "y"), "Give either"),
         (("compare", model_folder, image, "--true", "x", "--heads", 9), "the model has 4 heads"),
+        (("remove", model_folder, image, "--head", 1, "--box", 1, 2, 3, 4), "Give either --box or --head"),
+        (("remove", model_folder, image, "--head", 7), "no head 7; the model has heads 0 to 3"),
+        (("remove", model_folder, image, "--box", 1, 2, 60, 4), "does not lie in the image of 50x40 pixels"),
+        (("remove", model_folder, image), "covers the whole image; give a box"),
+        (("remove", model_folder, tmp_path / "nowhere.jpg"), "nowhere.jpg"),
         (("compare", model_folder, photos / "notes.txt", "--true", "class 1"), "Cannot read the image"),
         (("compare", model_folder, tmp_path / "nowhere.jpg", "--true", "class 1"), "nowhere.jpg"),
     ]:
@@ -136,3 +155,34 @@ def test_mistakes_get_one_sentence_and_write_nothing(model_folder, photos, tmp_p
         assert answer.exit_code == 2, (arguments, answer.output)
         assert message in " ".join(answer.stderr.split()), answer.stderr
         assert answer.stdout == "" and not out[1].exists()
+
+
+def test_remove_writes_and_prints_what_the_library_says(sharp_model, photos, tmp_path):
+    image, out = photos / "jay/1.png", tmp_path / "out"
+    for options, region, class_name, method in (
+        ((), "top head", None, "inpaint"),
+        (("--box", 3, 4, 20, 30, "--method", "mean", "--class", "Class_3"), (3, 4, 20, 30), 3, "mean"),
+        (("--head", 2, "--method", "blur"), 2, None, "blur"),
+    ):
+        answer = run("remove", sharp_model, image, "--out", out, "--overwrite", "--heads", 2, *options)
+        assert answer.exit_code == 0, answer.output
+        expected = remove_trait(sharp_model, image, region, class_name, method=method)
+        assert answer.stdout.strip() == str(expected).strip()
+        written = json.loads((out / "1.removal.json").read_text())
+        assert written["mask_runs"] == expected.to_dict()["mask_runs"]
+        assert written["verdict"] == expected.verdict
+    assert files_in(out) == ["1.removal.csv", "1.removal.json", "1.removal.png"]
+
+
+@pytest.mark.parametrize("command", ["explain", "compare", "remove"])
+def test_figures_for_papers(sharp_model, photos, tmp_path, command):
+    image, out = photos / "jay/1.png", tmp_path / "out"
+    more = ("--classes", "class 1", "--classes", "class 2") if command == "compare" else ()
+    options = ("--format", "pdf", "--width", 85, "--columns", 2, "--font-size", 7, "--scale", "figure")
+    answer = run(command, sharp_model, image, "--out", out, *more, *options)
+    assert answer.exit_code == 0, answer.output
+    (figure,) = out.glob("*.pdf")
+    assert figure.read_bytes().startswith(b"%PDF") and not list(out.glob("*.png"))
+    answer = run(command, sharp_model, image, "--out", tmp_path / "none", *more, "--width", 31, "--columns", 9)
+    assert answer.exit_code == 2 and "A width of 31 mm is too narrow for 5 columns" in answer.stderr
+    assert not (tmp_path / "none").exists() or not files_in(tmp_path / "none")

@@ -20,7 +20,10 @@ FUNCTIONS = {
     "atlas", "compare", "convert_official_checkpoint", "evaluate", "explain", "explain_path", "load_recipe", "publish",
     "publish_space", "rank_heads", "remove_trait", "train", "trait_maps", "write_space",
 }  # fmt: skip
-COMMANDS = ("predict", "explain", "compare", "atlas", "taxonomy", "evaluate", "demo", "prepare", "publish", "space")
+COMMANDS = (
+    "predict", "explain", "compare", "remove", "atlas", "taxonomy", "evaluate", "demo", "prepare", "publish", "space",
+    "app",
+)  # fmt: skip
 # What a command's help must not wait for.
 HEAVY = {"torch", "transformers", "datasets", "matplotlib", "numpy", "PIL", "accelerate", "scipy"}
 

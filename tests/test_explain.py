@@ -284,5 +284,5 @@ def test_mistakes_get_one_sentence(classifier, photos, tmp_path):
     for heads in (0, 5):
         with pytest.raises(ValueError, match=f"heads={heads}: the model has 4 heads"):
             explanation.figure(heads=heads)
-    with pytest.raises(ValueError, match='use "figure" or "head"'):
+    with pytest.raises(ValueError, match='use "map", "head" or "figure"'):
         explanation.figure(scale="row")

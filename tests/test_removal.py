@@ -2,6 +2,7 @@
 """Regions taken out of images."""
 
 import json
+import math
 import pickle
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from PIL import Image, ImageFilter
 
 from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.explanations import removal
-from prompt_cam_hf.explanations.explain import explain
+from prompt_cam_hf.explanations.explain import ClassScore, explain
 from prompt_cam_hf.explanations.maps import strong_region
 from prompt_cam_hf.explanations.removal import (
     box_mask,
@@ -251,24 +252,30 @@ def test_a_large_region_is_warned_of(classifier):
     ("after", "control", "words"),
     [
         (
-            1.0,
-            4.5,
-            "falls by 4.00 without the region and falls by 0.50 without the control region: the region counts.",
+            0.5,
+            0.85,
+            "class 2: 90.0% becomes 50.0% without the region and 85.0% without the control region, so the region",
         ),
-        (1.0, 2.0, "more than half of the fall comes from removing any region"),
-        (4.0, 3.0, "counts no more than another of its size"),
-        (5.5, 3.0, "rises by 0.50 without the region and falls by 2.00 without the control region: the region does"),
+        (0.5, 0.85, "control region, so the region counts."),
+        (0.5, 0.6, "so the region counts, but taking any region of its size costs more than half as much."),
+        (0.7, 0.6, "so the region counts no more than another of its size."),
+        (0.895, 0.5, "so the class does not rest on the region."),
+        (0.95, 0.5, "so the class does not rest on the region."),
     ],
 )
 def test_the_verdict_in_words(classifier, after, control, words):
-    removal = remove_trait(classifier, noise(), (1, 1, 9, 9))
+    """By hand, with the odds 9 : 1 before; 1 : 1 for 0.5, 3 : 2 for 0.6, 7 : 3 for 0.7, and 17 : 3 for 0.85."""
+    removal = remove_trait(classifier, noise(), (1, 1, 9, 9), "class 2")
 
-    def scored(explanation, logit):
-        return replace(explanation, classes=(replace(explanation.classes[0], logit=logit),))
+    def scored(explanation, probability):
+        own = replace(explanation.classes[0], probability=probability)
+        logit = math.log(probability / (1 - probability)) + 3
+        scores = (ClassScore("class 2", 2, 1, logit, probability), ClassScore("class 0", 0, 2, 3.0, 1 - probability))
+        return replace(explanation, classes=(own,), scores=scores)
 
     changed = replace(
         removal,
-        before=scored(removal.before, 5.0),
+        before=scored(removal.before, 0.9),
         after=scored(removal.after, after),
         control=scored(removal.control, control),
     )

@@ -7,19 +7,25 @@ import numpy as np
 
 from prompt_cam_hf.app.session import AskedModel, Visit
 
-_COMMANDS = {"explanation": "explain", "comparison": "compare", "path": "taxonomy"}
-_FUNCTIONS = {**_COMMANDS, "path": "explain_path", "removal": "remove_trait"}
+_COMMANDS = {"explanation": "explain", "comparison": "compare", "removal": "remove", "path": "taxonomy"}
+_FUNCTIONS = {**_COMMANDS, "removal": "remove_trait", "path": "explain_path"}
 
 
 def write_command(model: AskedModel, visit: Visit, what: str) -> str:
-    """The command line for one of `visit.results`; empty where there is none."""
-    question = visit.question
-    if what not in _COMMANDS or (what != "path" and question.prompts != model.prompts_in_use):
+    """The command line for one of `visit.results`; empty where there is none: other prompts, or a painted region."""
+    question, region = visit.question, visit.region
+    options = [] if what == "path" else ["--kind", question.kind]
+    if what != "path" and question.prompts != model.prompts_in_use:
         return ""
-    options = []
-    if what != "path":
-        options = [part for label in _labels(visit, what) for part in ("--classes", label)]
-        options += ["--kind", question.kind, "--method", question.method]
+    if what == "removal" and visit.removal is not None:
+        if isinstance(region, np.ndarray):
+            return ""
+        place = ["--head", region] if isinstance(region, int) else ["--box", *(region or ())]
+        label, method = visit.removal.before.classes[0].label, visit.removal.method
+        options += ["--class", label, *map(str, place), "--method", method]
+    elif what != "path":
+        options += [part for label in _labels(visit, what) for part in ("--classes", label)]
+        options += ["--method", question.method]
     return shlex.join(["prompt-cam", _COMMANDS[what], model.name, visit.name, *options, "--out", "results"])
 
 

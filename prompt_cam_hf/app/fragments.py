@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
+from PIL import Image, ImageColor
+from scipy.ndimage import binary_erosion
 
 from prompt_cam_hf.app.session import Visit, with_first_heads
-from prompt_cam_hf.explanations.explain import ClassScore, ClassTraits, Explanation
+from prompt_cam_hf.explanations.explain import ClassScore, Explanation
 from prompt_cam_hf.explanations.figures import MapStyle, Scale, overlay
 from prompt_cam_hf.explanations.maps import resize_map
 from prompt_cam_hf.explanations.removal import Removal
+from prompt_cam_hf.explanations.sheet import OUTLINE_COLOUR, Panel
 from prompt_cam_hf.html import EmbeddedImage, embed_pixels, embed_thumbnail
 from prompt_cam_hf.messages import printable
 
@@ -53,9 +55,10 @@ def _shrink(explanation: Explanation, side: int) -> Explanation:
     return replace(explanation, image=image, box=(left * across, top * down, right * across, bottom * down))
 
 
-def _scale_of(explanation: Explanation) -> float:
-    """The value of the brightest colour, the same for all heads of all classes."""
-    return float(max(np.abs(traits.maps).max() for traits in explanation.classes))
+def _style(explanation: Explanation, scale: Scale) -> MapStyle:
+    """How the maps of all heads and classes are drawn."""
+    maps = ((head, trait_map) for traits in explanation.classes for head, trait_map in enumerate(traits.maps))
+    return explanation.style(maps, False, scale)
 
 
 def show_model(name: str, num_classes: int, num_heads: int) -> str:
@@ -141,24 +144,16 @@ def show_answer(visit: Visit) -> str:
     )
 
 
-def _head_caption(explanation: Explanation, traits: ClassTraits, head: int) -> str:
-    if explanation.kind == "evidence":
-        return f"evidence {traits.maps[head].sum():+.2f}"
-    return f"{traits.attention_on_patches[head]:.0%} on patches"
-
-
-def show_heads(visit: Visit, scale: Scale = "figure") -> str:
+def show_heads(visit: Visit, scale: Scale = "map") -> str:
     """For each class its verdict, and its heads' maps as buttons, the most important first."""
     small = _shrink(visit.explanation, _SMALL)
-    style = MapStyle(small.image, small.box, small.kind, _scale_of(small), False, scale)
+    style = _style(small, scale)
     rows = []
     for place, (traits, combined) in enumerate(zip(small.classes, visit.combined, strict=True)):
-        buttons = [
-            _head_button(visit, place, head, style.draw(traits.maps[head]).pixels, _head_caption(small, traits, head))
-            for head in traits.head_order
-        ]
-        own_scale = replace(style, scale="head")
-        buttons.append(_head_button(visit, place, None, own_scale.draw(combined).pixels, "combined, on its own scale"))
+        panels = dict(zip(traits.head_order, traits.draw(style, traits.head_order)[1:], strict=True))
+        buttons = [_head_button(visit, place, head, panel) for head, panel in panels.items()]
+        all_heads = replace(style, scale="map").draw(0, combined)
+        buttons.append(_head_button(visit, place, None, replace(all_heads, title="all heads: combined")))
         rows.append(
             _fill(
                 '<section><h3>{label} <span>{share}</span></h3><p>{verdict}</p><div class="pc-strip" role="group" '
@@ -172,17 +167,16 @@ def show_heads(visit: Visit, scale: Scale = "figure") -> str:
     return str(_join([*rows, _colour_bar(style)]))
 
 
-def _head_button(visit: Visit, place: int, head: int | None, pixels: np.ndarray, caption: str) -> Markup:
-    traits = visit.explanation.classes[place]
-    name = "all heads" if head is None else f"head {head}"
-    image = embed_thumbnail(Image.fromarray(pixels), _SMALL, _SMALL_BYTES)
+def _head_button(visit: Visit, place: int, head: int | None, panel: Panel) -> Markup:
+    name, _, caption = panel.title.replace("\n", ", ").partition(": ")
+    image = embed_thumbnail(Image.fromarray(panel.pixels), _SMALL, _SMALL_BYTES)
     return _fill(
         '<button type="button" data-place="{place}" data-head="{head}" aria-pressed="{pressed}">{image}'
         "<span><b>{name}</b> {caption}</span></button>",
         place=place,
         head="" if head is None else head,
         pressed="true" if (place, head) == (visit.place, visit.head) else "false",
-        image=_img(image, f"Map of {name} for {traits.label}"),
+        image=_img(image, f"Map of {name} for {visit.explanation.classes[place].label}"),
         name=name,
         caption=caption,
     )
@@ -201,16 +195,16 @@ def _colour_bar(style: MapStyle) -> Markup:
     )
 
 
-def blend(style: MapStyle, trait_map: np.ndarray, opacity: float, threshold: float) -> Image.Image:
+def blend(style: MapStyle, trait_map: np.ndarray, vmax: float, opacity: float, threshold: float) -> Image.Image:
     """The image with a map over it, as figures draw it, where the map reaches a threshold.
 
     Args:
-        style: The image, and the scale.
+        style: The image, its box, and whether there are values below 0.
         trait_map: (rows, cols).
+        vmax: The value of the brightest colour.
         opacity: 0 shows the image alone, 1 the map as in figures.
-        threshold: A share of the value of the brightest colour; what is below shows the image alone.
+        threshold: A share of `vmax`; what is below shows the image alone.
     """
-    vmax = float(np.abs(trait_map).max()) if style.scale == "head" else style.vmax
     drawn = overlay(style.image, trait_map, vmax, signed=style.signed, box=style.box).astype(np.float32)
     image = np.asarray(style.image.convert("RGB"), np.float32)
     strength = np.abs(resize_map(trait_map, style.image.size, style.box)) / max(vmax, np.finfo(np.float32).tiny)
@@ -218,33 +212,35 @@ def blend(style: MapStyle, trait_map: np.ndarray, opacity: float, threshold: flo
     return Image.fromarray(np.rint(image + weight * (drawn - image)).astype(np.uint8))
 
 
-def show_large(visit: Visit, scale: Scale = "figure", opacity: float = 1, threshold: float = 0) -> str:
+def show_large(visit: Visit, scale: Scale = "map", opacity: float = 1, threshold: float = 0) -> str:
     """The map that is looked at, large; with a second class also its map, what both share, and the difference."""
     large = _shrink(visit.explanation, _LARGE)
-    style = MapStyle(large.image, large.box, large.kind, _scale_of(large), False, scale)
-    traits, hint = visit.traits, ""
-    if visit.head is None:
-        combined = visit.combined[visit.place]
-        style = replace(style, scale="head")
-        panels = [(f"{traits.label}: all heads, combined", combined, style)]
+    traits, head, hint = visit.traits, visit.head, ""
+    if head is None:
+        style, trait_map = _style(large, "map"), visit.combined[visit.place]
+        panels = [(f"{traits.label}: all heads, combined", trait_map, style)]
         hint = "" if visit.comparison is None else "Click one head to see it beside the second class."
     elif visit.comparison is None:
-        panels = [(f"{traits.label}: head {visit.head}", traits.maps[visit.head], style)]
+        style, trait_map = _style(large, scale), traits.maps[head]
+        panels = [(f"{traits.label}: head {head}", trait_map, style)]
     else:
-        head, compared = visit.head, visit.comparison
+        compared = visit.comparison
         first, second = compared.classes
-        style = replace(style, vmax=_scale_of(compared.explanation))
+        # What is compared has one scale.
+        style = _style(replace(large, classes=compared.classes), "head" if scale == "map" else scale)
+        trait_map = first.maps[head]
         panels = [
-            (f"A: {first.label}: head {head}", first.maps[head], style),
+            (f"A: {first.label}: head {head}", trait_map, style),
             (f"B: {second.label}: head {head}", second.maps[head], style),
             (f"shared by A and B: {compared.overlap[head]:.0%}", compared.shared[head], style),
             ("A - B", compared.own[0][head], replace(style, difference=True)),
         ]
+    vmax = float(np.abs(trait_map).max()) if head is None or style.scale == "map" else style.vmax[head]
     figures = [
         _fill(
             "<figure>{image}<figcaption>{title}</figcaption></figure>",
             image=_img(
-                embed_thumbnail(blend(drawn, values, opacity, threshold), _LARGE, _LARGE_BYTES), f"Map: {title}"
+                embed_thumbnail(blend(drawn, values, vmax, opacity, threshold), _LARGE, _LARGE_BYTES), f"Map: {title}"
             ),
             title=title,
         )
@@ -279,6 +275,14 @@ def show_canvas(visit: Visit) -> str:
     )
 
 
+def _outline(image: Image.Image, region: np.ndarray) -> np.ndarray:
+    """An image with the edge of a region, (height, width) of the image before it was shrunk."""
+    inside = np.asarray(Image.fromarray(region).resize(image.size))
+    pixels = np.array(image)
+    pixels[inside & ~binary_erosion(inside, iterations=2)] = ImageColor.getrgb(OUTLINE_COLOUR)
+    return pixels
+
+
 _TOLD = {"before": "before", "after": "without the region", "control": "without the control region"}
 
 
@@ -296,14 +300,16 @@ def show_removal(removal: Removal | None) -> str:
         for scores in removal.scores()
     ]
     order = removal.before.classes[0].head_order[:3]
-    vmax = max(_scale_of(explanation) for explanation in told)
+    # Each head has one scale before and after.
+    maps = [(head, explanation.classes[0].maps[head]) for explanation in told for head in order]
     strips = []
-    for words, explanation in zip(_TOLD.values(), told, strict=True):
+    regions = (removal.mask, removal.mask, removal.control_mask)
+    for words, explanation, region in zip(_TOLD.values(), told, regions, strict=True):
         small = _shrink(explanation, _SMALL)
-        style = MapStyle(small.image, small.box, small.kind, vmax, False, "figure")
-        best, traits = explanation.prediction, small.classes[0]
-        drawn = [("image", style.image_panel().pixels)]
-        drawn += [(f"head {head}", style.draw(traits.maps[head]).pixels) for head in order]
+        style, best = small.style(maps, False, "head"), explanation.prediction
+        panels = small.classes[0].draw(style, order)[1:]
+        drawn = [("region outlined", _outline(small.image, region))]
+        drawn += [(panel.title.replace("\n", ", "), panel.pixels) for panel in panels]
         figures = [
             _fill(
                 "<figure>{image}<figcaption>{name}</figcaption></figure>",
@@ -321,7 +327,7 @@ def show_removal(removal: Removal | None) -> str:
                 figures=_join(figures),
             )
         )
-    columns = ("class", "probability", "without it", "control", "score", "without it", "control")
+    columns = ("class", "probability", "without", "control", "score", "without", "control")
     warnings = _join(_fill('<p class="pc-warning">{words}</p>', words=words) for words in removal.warnings)
     return str(
         _fill(

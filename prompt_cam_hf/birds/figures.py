@@ -5,7 +5,8 @@ Which birds are shown is fixed by a rule that is written over each function, not
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import datasets
 import numpy as np
@@ -14,7 +15,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 
-from prompt_cam_hf.explanations.figures import overlay
+from prompt_cam_hf.explanations.figures import MapStyle, find_scale
+from prompt_cam_hf.explanations.sheet import Panel, Row, Sheet, draw_sheet
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 
 from .classes import BIRD_CLASSES, BirdSpec
@@ -24,19 +26,17 @@ from .evaluation import BirdReading, without_values
 
 # Birds are drawn again at this size, so that an image of 96 pixels need not be enlarged.
 _SIDE = 240
-_INCHES = 1.9
-# Dark on light and light on dark, and no colour of the maps.
-_OUTLINE = ("#101010", "#7fffd4")
-_RANKS = ("1st", "2nd", "3rd")
+_RANKS = ("most important", "second", "third")
 _EVERY_NTH_CLASS = 4
 
 
-class _Panel(NamedTuple):
-    """An image, or a map on it, with the true traits' pixels (height, width; boolean) outlined."""
+class _Shown(NamedTuple):
+    """A bird, with the true traits' pixels (height, width; boolean) outlined, or what a head makes of it."""
 
     title: str
     image: Image.Image
     traits: np.ndarray
+    head: int | None = None
     trait_map: np.ndarray | None = None
 
 
@@ -46,7 +46,7 @@ def plot_trait_hits(birds: datasets.Dataset, reading: BirdReading) -> Figure:
     Shown is the first correctly classified bird of every fourth class. The other class is the best-scoring one that
     shares no part with the true one.
     """
-    return _plot([_hit_row(birds, reading, row) for row in _clear_cases(reading)])
+    return _plot([_hit_row(birds, reading, row) for row in _clear_cases(reading)], "head")
 
 
 def plot_failures(birds: datasets.Dataset, reading: BirdReading, count: int = 3) -> Figure | None:
@@ -61,7 +61,8 @@ def plot_failures(birds: datasets.Dataset, reading: BirdReading, count: int = 3)
         return None
     return _plot(
         [_misread_row(birds, reading, row) for row in misread]
-        + [_hit_row(birds, reading, row, "read correctly, but the first head misses the trait") for row in beside]
+        + [_hit_row(birds, reading, row, "read correctly, but the first head misses the trait") for row in beside],
+        "head",
     )
 
 
@@ -90,11 +91,11 @@ def plot_counterfactuals(
             best = int(score.argmax())
             read_as = "the same class" if best == label else BIRD_CLASSES[best].name
             panels += [
-                _Panel(f"{what}: {score[best]:.0%}\n{_broken(read_as)}", image, traits),
-                _Panel(f"head {head}\n{_peak(trait_map)}", image, traits, trait_map),
+                _Shown(f"{what}: {score[best]:.0%} {read_as}", image, traits),
+                _Shown("most important head", image, traits, head, trait_map),
             ]
         rows.append((BIRD_CLASSES[label].name, panels))
-    return _plot(rows)
+    return _plot(rows, "map")
 
 
 def _clear_cases(reading: BirdReading) -> list[int]:
@@ -105,30 +106,28 @@ def _clear_cases(reading: BirdReading) -> list[int]:
     return [row for rows in found for row in rows]
 
 
-def _hit_row(birds: datasets.Dataset, reading: BirdReading, row: int, remark: str = "") -> tuple[str, list[_Panel]]:
+def _hit_row(birds: datasets.Dataset, reading: BirdReading, row: int, remark: str = "") -> tuple[str, list[_Shown]]:
     label = int(reading.labels[row])
     image, traits = _draw_again(row_spec(birds[row]), label)
     heads = reading.head_order[row, : len(_RANKS)].tolist()
     maps = reading.trait_maps[row]
-    panels = [_Panel("true trait outlined\n", image, traits)]
+    panels = [_Shown("true trait outlined", image, traits)]
     for rank, head in zip(_RANKS, heads, strict=False):
-        panels.append(_Panel(f"{rank}: head {head}\n{_peak(maps[label, head])}", image, traits, maps[label, head]))
+        panels.append(_Shown(rank, image, traits, head, maps[label, head]))
     other = _rival(reading.logits[row], label)
-    title = f"head {heads[0]} asked by\n{_broken(BIRD_CLASSES[other].name)}"
-    panels.append(_Panel(title, image, traits, maps[other, heads[0]]))
+    title = f"asked by {BIRD_CLASSES[other].name}"
+    panels.append(_Shown(title, image, traits, heads[0], maps[other, heads[0]]))
     return BIRD_CLASSES[label].name + (f" ({remark})" if remark else ""), panels
 
 
-def _misread_row(birds: datasets.Dataset, reading: BirdReading, row: int) -> tuple[str, list[_Panel]]:
+def _misread_row(birds: datasets.Dataset, reading: BirdReading, row: int) -> tuple[str, list[_Shown]]:
     label, predicted = int(reading.labels[row]), int(reading.predictions[row])
     image, traits = _draw_again(row_spec(birds[row]), label)
     maps = reading.trait_maps[row]
-    panels = [_Panel("true trait outlined\n", image, traits)]
+    panels = [_Shown("true trait outlined", image, traits)]
     for who, asked in (("predicted", predicted), ("true", label)):
         for head in reading.head_order[row, :2].tolist():
-            panels.append(
-                _Panel(f"{who} class, head {head}\n{_peak(maps[asked, head])}", image, traits, maps[asked, head])
-            )
+            panels.append(_Shown(f"asked by {who} class", image, traits, head, maps[asked, head]))
     return f"{BIRD_CLASSES[label].name}, misread as {BIRD_CLASSES[predicted].name}", panels
 
 
@@ -144,29 +143,22 @@ def _draw_again(spec: BirdSpec, label: int) -> tuple[Image.Image, np.ndarray]:
     return image, np.logical_or.reduce([masks[part] for part in BIRD_CLASSES[label].parts])
 
 
-def _peak(trait_map: np.ndarray) -> str:
-    return f"peak {trait_map.max():.0%}"
-
-
-def _broken(name: str) -> str:
-    return name.replace(", ", ",\n")
-
-
-def _plot(rows: Sequence[tuple[str, Sequence[_Panel]]]) -> Figure:
-    """Rows of panels, each under its title; all maps of a row are on one scale."""
-    columns = max(len(panels) for _, panels in rows)
-    lines = [max(panel.title.count("\n") for panel in panels) for _, panels in rows]
-    heights = [_INCHES + 0.42 + 0.14 * count for count in lines]
-    figure = Figure(figsize=(columns * _INCHES, sum(heights)), layout="constrained")
-    parts = figure.subfigures(len(rows), 1, height_ratios=heights, squeeze=False)[:, 0]
-    for (title, panels), part in zip(rows, parts, strict=True):
-        part.suptitle(title, fontsize=10, fontweight="bold", x=0.01, ha="left")
-        vmax = max(panel.trait_map.max() for panel in panels if panel.trait_map is not None)
-        for axis, panel in zip(part.subplots(1, columns, squeeze=False)[0], panels, strict=False):
-            shown = panel.image if panel.trait_map is None else overlay(panel.image, panel.trait_map, vmax)
-            axis.imshow(shown)
-            axis.contour(panel.traits, [0.5], colors=_OUTLINE[0], linewidths=2.2)
-            axis.contour(panel.traits, [0.5], colors=_OUTLINE[1], linewidths=1.0)
-            axis.set_title(panel.title, fontsize=8)
-            axis.set_axis_off()
-    return figure
+def _plot(birds: Sequence[tuple[str, Sequence[_Shown]]], scale: Literal["map", "head"]) -> Figure:
+    """A row for each bird; a head's scale is that of its maps in the row."""
+    rows = []
+    for title, shown in birds:
+        maps = [(part.head, part.trait_map) for part in shown if part.head is not None and part.trait_map is not None]
+        scales = find_scale(maps, scale)
+        panels: list[Panel] = []
+        for part in shown:
+            style = MapStyle(part.image, None, "attention", scales, outline=False, scale=scale)
+            if part.head is None or part.trait_map is None:
+                panels.append(style.image_panel(part.title, part.traits))
+            else:
+                panel = style.draw(part.head, part.trait_map, part.title)
+                panels.append(replace(panel, outline=part.traits.astype(np.float32)))
+        rows.append(Row(title, panels))
+    bar = style.colour_bar()
+    in_row = " in the row" if scale == "head" else ""
+    bar = replace(bar, label=f"{bar.label}{in_row}; outlined: the traits that define the class")
+    return draw_sheet(Sheet(rows, [bar]))

@@ -16,6 +16,7 @@ from prompt_cam_hf.cli import (
     predict,
     prepare,
     publish,
+    remove,
     space,
     taxonomy,
 )
@@ -52,6 +53,7 @@ for _command in (
     predict.predict,
     explain.explain,
     compare.compare,
+    remove.remove,
     atlas.atlas,
     taxonomy.taxonomy,
     evaluate.evaluate,

@@ -23,12 +23,10 @@ if TYPE_CHECKING:
 # Results go to standard output, everything else here.
 messages = Console(stderr=True)
 
-# The figure, everything, and a table of heads.
-_RESULT_SUFFIXES = (".png", ".json", ".csv")
-
 ModelArgument = Annotated[str, typer.Argument(help="Folder or Hub id of a trained Prompt-CAM.")]
 ImagesArgument = Annotated[list[Path], typer.Argument(help="Images, and folders that are searched for them.")]
 OutOption = Annotated[Path, typer.Option(help="Folder for the results; it is made.")]
+ImageArgument = Annotated[Path, typer.Argument(help="The image.")]
 HeadsOption = Annotated[int | None, typer.Option(min=1, help="Heads to draw for each class; 4 by default.")]
 KindOption = Annotated[
     Literal["attention", "evidence"],
@@ -36,9 +34,26 @@ KindOption = Annotated[
 ]
 MethodOption = Annotated[Literal["greedy", "exact", "shapley"], typer.Option(help="How heads are ranked.")]
 ScaleOption = Annotated[
-    Literal["figure", "head"], typer.Option(help="One colour scale for the figure, or one for each head.")
+    Literal["map", "head", "figure"] | None,
+    typer.Option(
+        help="One colour scale for each map, each head or the figure; by default for each map, and in comparisons for "
+        "each head."
+    ),
 ]
 OutlineOption = Annotated[bool, typer.Option("--outline", help="Outline what reaches half of the scale.")]
+FormatOption = Annotated[
+    Literal["png", "pdf", "svg"], typer.Option("--format", help="Of the figure; pdf and svg suit papers.")
+]
+ColumnsOption = Annotated[
+    int | None, typer.Option(min=2, max=50, help="Panels in a line, the image included; 5 by default.")
+]
+WidthOption = Annotated[
+    float | None,
+    typer.Option(min=30, max=1000, help="Width of the figure in mm; a paper's column has about 85."),
+]
+FontSizeOption = Annotated[
+    float | None, typer.Option(min=4, max=40, help="In points; by default 10, or less in a narrow figure.")
+]
 SplitOption = Annotated[
     Literal["train", "validation", "test"] | None,
     typer.Option(help="By default the last of train, validation and test that there is."),
@@ -89,7 +104,9 @@ def open_readable(files: Iterable[Path]) -> Iterator[tuple[Path, "Image.Image"]]
         yield file, image
 
 
-def output_paths(files: Iterable[Path], out: Path, ending: str, overwrite: bool) -> dict[Path, list[Path]]:
+def output_paths(
+    files: Iterable[Path], out: Path, ending: str, figure_format: str, overwrite: bool
+) -> dict[Path, list[Path]]:
     """Where the results of each image go: its figure, JSON and CSV file, such as NAME.`ending`.png.
 
     Inside `out` they lie as the images do in their common folder, under the images' names without the ending, or
@@ -106,7 +123,7 @@ def output_paths(files: Iterable[Path], out: Path, ending: str, overwrite: bool)
     if len({str(name.with_suffix("")).casefold() for name in names.values()}) == len(names):
         names = {file: name.with_suffix("") for file, name in names.items()}
     outputs = {
-        file: [out / f"{names[file]}.{ending}{suffix}" for suffix in _RESULT_SUFFIXES]
+        file: [out / f"{names[file]}.{ending}{suffix}" for suffix in (f".{figure_format}", ".json", ".csv")]
         for file in full
         if file in names
     }

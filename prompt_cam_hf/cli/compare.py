@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """`prompt-cam compare`: what do classes share on an image, and what tells them apart?"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,7 +10,7 @@ from prompt_cam_hf.cli import common
 
 def compare(
     model: common.ModelArgument,
-    image: Annotated[Path, typer.Argument(help="The image.")],
+    image: common.ImageArgument,
     out: common.OutOption,
     classes: Annotated[list[str] | None, typer.Option(help="A class by its name; give two or more.")] = None,
     true: Annotated[
@@ -20,8 +19,12 @@ def compare(
     heads: common.HeadsOption = None,
     kind: common.KindOption = "attention",
     method: common.MethodOption = "greedy",
-    scale: common.ScaleOption = "figure",
+    scale: common.ScaleOption = None,
     outline: common.OutlineOption = False,
+    figure_format: common.FormatOption = "png",
+    columns: common.ColumnsOption = None,
+    width: common.WidthOption = None,
+    font_size: common.FontSizeOption = None,
     overwrite: common.OverwriteOption = False,
     device: common.DeviceOption = None,
 ) -> None:
@@ -29,15 +32,24 @@ def compare(
 
     Either the classes of --classes, or the class of --true and the predicted one.
 
-    Writes NAME.comparison.png, .json and .csv to --out.
+    Writes NAME.comparison.png (or --format), .json and .csv to --out.
     """
     from prompt_cam_hf.explanations.compare import compare as compare_classes
     from prompt_cam_hf.explanations.figures import check_head_count
     from prompt_cam_hf.loading import load_pipeline
 
-    outputs = common.output_paths([image], out, "comparison", overwrite)
+    outputs = common.output_paths([image], out, "comparison", figure_format, overwrite)
     classifier = load_pipeline(model, device)
     check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
     comparison = compare_classes(classifier, image, classes or None, true=true, kind=kind, method=method)
-    common.save_result(comparison, outputs[image], heads=heads, scale=scale, outline=outline)
+    common.save_result(
+        comparison,
+        outputs[image],
+        heads=heads,
+        scale=scale,
+        outline=outline,
+        columns=columns,
+        width=width,
+        font_size=font_size,
+    )
     common.show(comparison)

@@ -21,16 +21,21 @@ def explain(
     heads: common.HeadsOption = None,
     kind: common.KindOption = "attention",
     method: common.MethodOption = "greedy",
-    scale: common.ScaleOption = "figure",
+    scale: common.ScaleOption = None,
     outline: common.OutlineOption = False,
+    figure_format: common.FormatOption = "png",
+    columns: common.ColumnsOption = None,
+    width: common.WidthOption = None,
+    font_size: common.FontSizeOption = None,
     batch_size: common.BatchSizeOption = 8,
     overwrite: common.OverwriteOption = False,
     device: common.DeviceOption = None,
 ) -> None:
     """Show which traits decide, and where the model looks.
 
-    For each image, NAME.traits.png, .json and .csv are written to --out, in folders like those of the images.
-    Images that cannot be read are named on standard error and left out, and the exit status is then 1.
+    For each image, NAME.traits.png (or --format), .json and .csv are written to --out, in folders
+    like those of the images. Images that cannot be read are named on standard error and left out, and the exit
+    status is then 1.
     """
     from prompt_cam_hf.data.images import find_images
     from prompt_cam_hf.explanations.class_names import find_classes
@@ -39,7 +44,7 @@ def explain(
     from prompt_cam_hf.loading import as_classifier, load_pipeline
 
     num_explained = 0
-    outputs = common.output_paths(find_images(images), out, "traits", overwrite)
+    outputs = common.output_paths(find_images(images), out, "traits", figure_format, overwrite)
     classifier = as_classifier(load_pipeline(model, device))
     numbers = find_classes(classifier.model.config.id2label, classes) if classes else None
     check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
@@ -50,7 +55,16 @@ def explain(
         )
         for file, explanation in zip(batch, explanations, strict=True):
             explanation = replace(explanation, source=str(file))
-            common.save_result(explanation, outputs[file], heads=heads, scale=scale, outline=outline)
+            common.save_result(
+                explanation,
+                outputs[file],
+                heads=heads,
+                scale=scale,
+                outline=outline,
+                columns=columns,
+                width=width,
+                font_size=font_size,
+            )
             common.show(f"{explanation}\n")
         num_explained += len(batch)
     if num_explained < len(outputs):

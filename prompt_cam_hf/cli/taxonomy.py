@@ -19,8 +19,12 @@ def taxonomy(
     ] = None,
     heads: common.HeadsOption = None,
     kind: common.KindOption = "attention",
-    scale: common.ScaleOption = "figure",
+    scale: common.ScaleOption = None,
     outline: common.OutlineOption = False,
+    figure_format: common.FormatOption = "png",
+    columns: common.ColumnsOption = None,
+    width: common.WidthOption = None,
+    font_size: common.FontSizeOption = None,
     overwrite: common.OverwriteOption = False,
     device: common.DeviceOption = None,
 ) -> None:
@@ -28,8 +32,9 @@ def taxonomy(
 
     Shows what each level says, and where its most important heads look.
 
-    For each image, NAME.path.png, .json and .csv are written to --out, in folders like those of the images.
-    Images that cannot be read are named on standard error and left out, and the exit status is then 1.
+    For each image, NAME.path.png (or --format), .json and .csv are written to --out, in folders
+    like those of the images. Images that cannot be read are named on standard error and left out, and the exit
+    status is then 1.
     """
     from prompt_cam_hf.data.images import find_images
     from prompt_cam_hf.data.taxonomy_tree import read_taxonomy
@@ -38,13 +43,22 @@ def taxonomy(
     from prompt_cam_hf.loading import load_pipeline
 
     num_explained = 0
-    outputs = common.output_paths(find_images(images), out, "path", overwrite)
+    outputs = common.output_paths(find_images(images), out, "path", figure_format, overwrite)
     classifier = load_pipeline(model, device)
     levels = read_taxonomy(tree or find_taxonomy(model))
     check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
     for file, image in common.open_readable(outputs):
         path = replace(explain_path(classifier, image, levels, kind=kind), source=str(file))
-        common.save_result(path, outputs[file], heads=heads, scale=scale, outline=outline)
+        common.save_result(
+            path,
+            outputs[file],
+            heads=heads,
+            scale=scale,
+            outline=outline,
+            columns=columns,
+            width=width,
+            font_size=font_size,
+        )
         common.show(path)
         num_explained += 1
     if num_explained < len(outputs):

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from matplotlib.figure import Figure
 from transformers.image_processing_utils import BaseImageProcessor
 
 from prompt_cam_hf.data.images import ImageSource, image_name, open_image
@@ -21,7 +20,7 @@ from prompt_cam_hf.explanations.figures import Scale, check_head_count
 from prompt_cam_hf.explanations.maps import MapKind
 from prompt_cam_hf.explanations.ranking import RankingMethod
 from prompt_cam_hf.explanations.results import Result, format_table
-from prompt_cam_hf.explanations.sheet import Row, draw_rows
+from prompt_cam_hf.explanations.sheet import Row, Sheet
 from prompt_cam_hf.loading import ClassifierLike, as_classifier
 
 
@@ -35,7 +34,7 @@ class Comparison(Result):
     - own[c]: m[c] minus the largest of the other classes' maps: above 0 where c has more than every other class, below
       0 where another class has more. With two classes, own[A] = m[A] - m[B] = -own[B].
 
-    Maps, shared and own have the same unit and are drawn on the same scale.
+    Maps, shared and own have the same unit, and those of a head are drawn on the same scale.
 
     Attributes:
         explanation: The image, and each class's traits.
@@ -44,6 +43,7 @@ class Comparison(Result):
 
     explanation: Explanation
     true_label: str | None = None
+    _scale = "head"
 
     @property
     def classes(self) -> tuple[ClassTraits, ...]:
@@ -138,20 +138,18 @@ class Comparison(Result):
             for row in self.explanation.to_rows()
         ]
 
-    def figure(self, heads: int | None = None, outline: bool = False, scale: Scale = "figure") -> Figure:
-        """Draw a row for each class, for what they share and for what sets them apart; see `Result.figure`.
-
-        The columns are `top_heads`.
-        """
+    def sheet(self, heads: int | None, outline: bool, scale: Scale) -> Sheet:
+        """A row for each class, for what they share and for what sets them apart; the columns are `top_heads`."""
         letters, classes, shared = self.letters, self.classes, self.shared
         order = self.top_heads(check_head_count(heads, len(shared)))
-        style = self.explanation.style([traits.maps[head] for traits in classes for head in order], outline, scale)
+        drawn = ((head, traits.maps[head]) for traits in classes for head in order)
+        style = self.explanation.style(drawn, outline, scale)
         rows = []
         for letter, traits in zip(letters, classes, strict=True):
             truth = ", the true class" if traits.label == self.true_label else ""
             rows.append(Row(f"{letter}: {traits.heading}{truth}", traits.draw(style, order)))
         overlap = self.overlap
-        panels = [style.draw(shared[head], f"head {head}", f"{overlap[head]:.0%} shared") for head in order]
+        panels = [style.draw(head, shared[head], f"{overlap[head]:.0%} shared") for head in order]
         rows.append(Row(f"shared by {', '.join(letters[:-1])} and {letters[-1]}", [style.image_panel(), *panels]))
         difference = replace(style, difference=True)
         apart = list(zip(letters, self.own, strict=True))
@@ -159,9 +157,9 @@ class Comparison(Result):
         for letter, own in apart[: 1 if len(apart) == 2 else None]:
             others = [other for other in letters if other != letter]
             title = f"{letter} - {others[0]}" if len(others) == 1 else f"{letter} - the most of {', '.join(others)}"
-            panels = [difference.draw(own[head], f"head {head}") for head in order]
+            panels = [difference.draw(head, own[head]) for head in order]
             rows.append(Row(title, [style.image_panel(), *panels]))
-        return draw_rows(rows, [style.colour_bar(), difference.colour_bar()])
+        return Sheet(rows, [style.colour_bar(), difference.colour_bar()])
 
 
 def compare(

@@ -10,13 +10,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 
 from prompt_cam_hf.data.images import ImageSource, find_images, image_name, open_image
 from prompt_cam_hf.explanations.class_names import find_classes
-from prompt_cam_hf.explanations.figures import MapStyle, Scale, check_head_count
+from prompt_cam_hf.explanations.figures import MapStyle, Scale, check_head_count, find_scale
 from prompt_cam_hf.explanations.maps import Box, MapKind, check_kind, map_box, maps_from_state
 from prompt_cam_hf.explanations.ranking import (
     HeadRanking,
@@ -25,7 +24,7 @@ from prompt_cam_hf.explanations.ranking import (
     scores_with_first_heads,
 )
 from prompt_cam_hf.explanations.results import Result, format_table
-from prompt_cam_hf.explanations.sheet import Panel, Row, draw_rows
+from prompt_cam_hf.explanations.sheet import Panel, Row, Sheet
 from prompt_cam_hf.loading import Classifier, ClassifierLike, as_classifier
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState
@@ -108,9 +107,9 @@ class ClassTraits(ClassScore):
         """The image, and the maps of some heads, as panels of a figure."""
         panels = [style.image_panel()]
         for head in heads:
-            evidence = f": {self.maps[head].sum():+.2f}" if style.kind == "evidence" else ""
+            evidence = [f"sum {self.maps[head].sum():+.2f}"] if style.kind == "evidence" else []
             on_patches = f"{self.attention_on_patches[head]:.0%} on patches"
-            panels.append(style.draw(self.maps[head], f"head {head}{evidence}", on_patches))
+            panels.append(style.draw(head, self.maps[head], *evidence, on_patches))
         return panels
 
 
@@ -230,18 +229,16 @@ class Explanation(Result):
                 )
         return rows
 
-    def figure(self, heads: int | None = None, outline: bool = False, scale: Scale = "figure") -> Figure:
-        """Draw the image beside the most important heads' maps, one row a class; see `Result.figure`."""
+    def sheet(self, heads: int | None, outline: bool, scale: Scale) -> Sheet:
+        """The image beside the most important heads' maps, one row a class."""
         count = check_head_count(heads, len(self.classes[0].maps))
         shown = [(traits, traits.head_order[:count]) for traits in self.classes]
-        style = self.style([traits.maps[head] for traits, order in shown for head in order], outline, scale)
-        rows = [Row(traits.heading, traits.draw(style, order)) for traits, order in shown]
-        return draw_rows(rows, [style.colour_bar()])
+        style = self.style(((head, traits.maps[head]) for traits, order in shown for head in order), outline, scale)
+        return Sheet([Row(traits.heading, traits.draw(style, order)) for traits, order in shown], [style.colour_bar()])
 
-    def style(self, drawn: Iterable[np.ndarray], outline: bool, scale: Scale) -> MapStyle:
-        """One style, and so one scale, for all maps that will be drawn."""
-        vmax = float(max(np.abs(trait_map).max() for trait_map in drawn))
-        return MapStyle(self.image, self.box, self.kind, vmax, outline, scale)
+    def style(self, drawn: Iterable[tuple[int, np.ndarray]], outline: bool, scale: Scale) -> MapStyle:
+        """One style for all heads and maps that will be drawn."""
+        return MapStyle(self.image, self.box, self.kind, find_scale(drawn, scale), outline, scale)
 
     def _peak(self, trait_map: np.ndarray) -> tuple[int, int]:
         """The middle of the strongest patch, x and y in pixels of the image."""

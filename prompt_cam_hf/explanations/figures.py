@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Drawing trait maps on the original image, all maps of a figure on one scale, with a colour bar that explains it."""
+"""Drawing trait maps on the original image, with a colour bar that explains them.
 
-from collections.abc import Mapping, Sequence
+Attention of one head is often ten times as sharp as that of another, and on one scale the other is black. So each map
+has its own scale unless another is asked for, and its peak stands over it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import matplotlib as mpl
@@ -11,14 +16,16 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from prompt_cam_hf.explanations.maps import Box, MapKind, resize_map
-from prompt_cam_hf.explanations.sheet import ColourBar, Panel, Row, draw_rows
+from prompt_cam_hf.explanations.sheet import ColourBar, Page, Panel, Row, Sheet, draw_sheet
 
-Scale = Literal["figure", "head"]
+Scale = Literal["map", "head", "figure"]
 
 # Perceptually uniform, and readable by the colour-blind; the second one for values with a sign.
 _COLOUR_MAP = "inferno"
 _SIGNED_COLOUR_MAP = "coolwarm"
 _DEFAULT_HEADS = 4
+# Panels are at most a few inches wide, and more pixels than this would only make files and drawing heavy.
+_MAX_PIXELS = 1_000_000
 _MEANING: Mapping[MapKind, str] = {
     "attention": "share of a head's attention on a patch",
     "evidence": "evidence of a patch, in logits: red raises the class's score, blue lowers it",
@@ -26,6 +33,12 @@ _MEANING: Mapping[MapKind, str] = {
 _MEANING_OF_DIFFERENCE: Mapping[MapKind, str] = {
     "attention": "difference in attention on a patch: red, the first looks more; blue, the other does",
     "evidence": "difference in evidence of a patch, in logits: red, the first has more; blue, the other does",
+}
+
+_SCALES: Mapping[Scale, str] = {
+    "map": "each map on a scale of its own, up to its peak",
+    "head": "each head on a scale of its own, up to its highest peak",
+    "figure": "one scale for all maps",
 }
 
 
@@ -68,27 +81,34 @@ def overlay(
 class MapStyle:
     """What the maps of a figure have in common.
 
-    They cover the `box` of the image (from `map_box`; None: all of it). `vmax` is the value of the brightest colour
-    where the scale is "figure"; with "head" each map has one of its own. `outline` marks what reaches half of the
-    scale.
+    They cover the `box` of the image (from `map_box`; None: all of it). `vmax` holds, for each head, the value of the
+    brightest colour, where the scale is not "map". `outline` marks what reaches half of the scale.
     """
 
     image: Image.Image
     box: Box | None
     kind: MapKind
-    vmax: float
+    vmax: Mapping[int, float]
     outline: bool
     scale: Scale
     difference: bool = False
-
-    def __post_init__(self) -> None:
-        if self.scale not in ("figure", "head"):
-            raise ValueError(f'scale={self.scale!r} is not known; use "figure" or "head".')
 
     @property
     def signed(self) -> bool:
         """Whether values below 0 have colours too."""
         return self.difference or self.kind == "evidence"
+
+    @cached_property
+    def _drawn(self) -> tuple[Image.Image, Box | None]:
+        """The image and the box at the size at which they are drawn."""
+        width, height = self.image.size
+        share = (_MAX_PIXELS / (width * height)) ** 0.5
+        if share >= 1:
+            return self.image, self.box
+        size = (max(round(width * share), 1), max(round(height * share), 1))
+        across, down = size[0] / width, size[1] / height
+        box = self.box and (self.box[0] * across, self.box[1] * down, self.box[2] * across, self.box[3] * down)
+        return self.image.resize(size, reducing_gap=2.0), box
 
     def number(self, value: float) -> str:
         """A value of a map as text: a percentage of the attention, or logits."""
@@ -99,44 +119,62 @@ class MapStyle:
             return f"{value:{sign}.2g}"
         return f"{value:{sign}.{0 if abs(value) >= 0.1 else 1 if abs(value) >= 0.01 else 2}%}"
 
-    def image_panel(self) -> Panel:
-        """The image as it is."""
-        return Panel(np.asarray(self.image.convert("RGB")), "image")
+    def image_panel(self, title: str = "image", region: np.ndarray | None = None) -> Panel:
+        """The image as it is; `region` (height, width), bool, is outlined."""
+        image, _ = self._drawn
+        outline = None if region is None else np.asarray(Image.fromarray(region).resize(image.size), np.float32)
+        return Panel(np.asarray(image.convert("RGB")), title, outline)
 
-    def draw(self, trait_map: np.ndarray, *title: str) -> Panel:
-        """One map as a panel, with its title's lines."""
-        vmax = self.vmax
-        if self.scale == "head":
-            vmax = float(np.abs(trait_map).max())
-            title = (*title, f"max {self.number(vmax).replace('+', '±')}")
-        pixels = overlay(self.image, trait_map, vmax, signed=self.signed, box=self.box)
+    def draw(self, head: int, trait_map: np.ndarray, *title: str) -> Panel:
+        """A head's map as a panel, titled with the head, the map's peak and more lines."""
+        image, box = self._drawn
+        peak = float(trait_map.flat[np.abs(trait_map).argmax()])
+        vmax = abs(peak) if self.scale == "map" else self.vmax[head]
+        title = (f"head {head}: peak {self.number(peak)}", *title)
         outline = None
         if self.outline and vmax > 0:
-            outline = resize_map(trait_map, self.image.size, self.box) / vmax
+            outline = resize_map(trait_map, image.size, box) / vmax
+        pixels = overlay(image, trait_map, vmax, signed=self.signed, box=box)
         return Panel(pixels, "\n".join(title), outline, (-0.5, 0.5) if self.signed else (0.5,))
 
     def colour_bar(self) -> ColourBar:
         """The legend of the colours, as they look on a mid-grey image."""
         label = (_MEANING_OF_DIFFERENCE if self.difference else _MEANING)[self.kind]
-        label += "; each map on its own scale" if self.scale == "head" else "; one scale for all maps"
+        label += f"; {_SCALES[self.scale]}"
         if self.outline:
-            label += "; outlined: half of it"
+            label += "; outlined: half of the scale"
         if self.box is not None and self._crops():
             label += "; pale: not seen by the model"
         values = np.linspace(-1 if self.signed else 0, 1, 256)[None]
         colours = overlay(Image.new("L", (256, 1), 128), values, 1.0, signed=self.signed)
-        largest = "max" if self.scale == "head" else self.number(self.vmax)
-        half = "half" if self.scale == "head" else self.number(self.vmax / 2)
-        if self.signed:
-            smallest = "-max" if self.scale == "head" else self.number(-self.vmax)
-            ticks = [(0.0, smallest), (0.5, "0"), (1.0, largest)]
+        if self.scale == "figure":
+            vmax = max(self.vmax.values(), default=0.0)
+            smallest, half, largest = map(self.number, (-vmax, vmax / 2, vmax))
         else:
-            ticks = [(0.0, "0"), (0.5, half), (1.0, largest)]
+            peak = "peak" if self.scale == "map" else "highest peak"
+            smallest, half, largest = f"-{peak}", "half", f"+{peak}" if self.signed else peak
+        ticks = (
+            [(0.0, smallest), (0.5, "0"), (1.0, largest)] if self.signed else [(0.0, "0"), (0.5, half), (1.0, largest)]
+        )
         return ColourBar(label, colours, ticks, ((0.25, 0.75) if self.signed else (0.5,)) if self.outline else ())
 
     def _crops(self) -> bool:
         left, top, right, bottom = self.box or (0, 0, *self.image.size)
         return max(left, top, self.image.width - right, self.image.height - bottom) >= 1
+
+
+def find_scale(drawn: Iterable[tuple[int, np.ndarray]], scale: Scale) -> dict[int, float]:
+    """The value of the brightest colour for each head, from the heads and maps that are drawn.
+
+    Raises:
+        ValueError: `scale` is unknown.
+    """
+    if scale not in _SCALES:
+        raise ValueError(f'scale={scale!r} is not known; use "map", "head" or "figure".')
+    peaks: dict[int, float] = {}
+    for head, trait_map in drawn:
+        peaks[head] = max(peaks.get(head, 0.0), float(np.abs(trait_map).max()))
+    return dict.fromkeys(peaks, max(peaks.values(), default=0.0)) if scale == "figure" else peaks
 
 
 def plot_trait_maps(
@@ -147,7 +185,10 @@ def plot_trait_maps(
     vmax: float | None = None,
     *,
     outline: bool = False,
-    scale: Scale = "figure",
+    scale: Scale = "map",
+    columns: int | None = None,
+    width: float | None = None,
+    font_size: float | None = None,
 ) -> Figure:
     """Draw an image beside the attention maps of one class.
 
@@ -157,13 +198,13 @@ def plot_trait_maps(
         heads: The heads to draw, in this order; all by default. The first `k` of the pipeline's `head_order` are the
             most important ones.
         title: A line over the image, such as the class.
-        vmax: The attention drawn in the brightest colour; by default the highest of all drawn maps. All maps share
-            this scale, so a weak head looks weak.
+        vmax: The attention drawn in the brightest colour, for all maps; None: what `scale` says.
         outline: Outline what reaches half of the scale.
-        scale: "figure", or "head" to draw each map on its own scale, which shows weak heads.
+        scale, columns, width, font_size: As in `Result.figure`.
 
     Raises:
-        ValueError: `trait_maps` is not of three dimensions, a head does not exist, or `scale` is unknown.
+        ValueError: `trait_maps` is not of three dimensions, a head does not exist, `scale` is unknown, or the figure
+            cannot be laid out so.
     """
     trait_maps = np.asarray(trait_maps)
     if trait_maps.ndim != 3:
@@ -172,12 +213,13 @@ def plot_trait_maps(
     if any(not 0 <= head < len(trait_maps) for head in heads):
         raise ValueError(f"heads={list(heads)}: there are heads 0 to {len(trait_maps) - 1} only.")
     if vmax is None:
-        vmax = float(max((trait_maps[head].max() for head in heads), default=0))
-    style = MapStyle(image, None, "attention", vmax, outline, scale)
-    panels = [
-        style.draw(trait_maps[head], f"head {head}", f"{trait_maps[head].sum():.0%} on patches") for head in heads
-    ]
-    return draw_rows([Row(title or "", [style.image_panel(), *panels])], [style.colour_bar()])
+        scales = find_scale(((head, trait_maps[head]) for head in heads), scale)
+    else:
+        scale, scales = "figure", dict.fromkeys(heads, vmax)
+    style = MapStyle(image, None, "attention", scales, outline, scale)
+    panels = [style.draw(head, trait_maps[head], f"{trait_maps[head].sum():.0%} on patches") for head in heads]
+    rows = [Row(title or "", [style.image_panel(), *panels])]
+    return draw_sheet(Sheet(rows, [style.colour_bar()]), Page(columns, width, font_size))
 
 
 def check_head_count(heads: int | None, available: int) -> int:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image, ImageFilter
 from scipy.fft import irfft2, rfft2
 from scipy.sparse.linalg import cg
@@ -21,13 +20,15 @@ from prompt_cam_hf.explanations.figures import Scale, check_head_count
 from prompt_cam_hf.explanations.holes import hole_system, solve_exactly
 from prompt_cam_hf.explanations.maps import Box, MapKind, strong_region
 from prompt_cam_hf.explanations.results import Result, format_table
-from prompt_cam_hf.explanations.sheet import Row, draw_rows
+from prompt_cam_hf.explanations.sheet import Row, Sheet
 from prompt_cam_hf.loading import ClassifierLike, as_classifier
 
 RemovalMethod = Literal["blur", "mean", "inpaint"]
 Region = tuple[int, int, int, int] | np.ndarray | int | Literal["top head"]
 # A larger share of the image holds more than one trait: what its removal does says little about any of them.
 LARGE_REGION = 0.2
+# Of a class's log odds: the odds change by less than a tenth.
+_SMALL_FALL = 0.1
 # A direct solution takes a fraction of a second up to here; a larger region starts from a coarser solution.
 _MAX_DIRECT_PIXELS = 20_000
 # Laplace's equation on a grid: each pixel is the mean of the four beside it.
@@ -236,22 +237,25 @@ class Removal(Result):
 
     @property
     def verdict(self) -> str:
-        """What the removal did to the class's score, beside the control, in words."""
-        label = self.before.classes[0].label
-        fall, control_fall = (
-            self.before.classes[0].logit - changed.classes[0].logit for changed in (self.after, self.control)
-        )
-        if fall <= 0:
-            words = "the region does not speak for the class"
+        """What the removal did to the class, beside the control, in words.
+
+        It goes by the class's log odds, for a probability near 1 falls little whatever is removed.
+        """
+        traits, *changed = (told.classes[0] for told in (self.before, self.after, self.control))
+        odds, *left = (_log_odds(told, traits.number) for told in (self.before, self.after, self.control))
+        fall, control_fall = (odds - other for other in left)
+        if fall < _SMALL_FALL:
+            words = "the class does not rest on the region"
         elif fall <= control_fall:
             words = "the region counts no more than another of its size"
         elif fall <= 2 * control_fall:
-            words = "the region counts, but more than half of the fall comes from removing any region of its size"
+            words = "the region counts, but taking any region of its size costs more than half as much"
         else:
             words = "the region counts"
+        without, without_control = (f"{other.probability:.1%}" for other in changed)
         return (
-            f"{label}: the score {_tell_change(-fall)} without the region and {_tell_change(-control_fall)} without "
-            f"the control region: {words}."
+            f"{traits.label}: {traits.probability:.1%} becomes {without} without the region and {without_control} "
+            f"without the control region, so {words}."
         )
 
     def scores(self) -> list[tuple[ClassScore, ClassScore, ClassScore]]:
@@ -276,12 +280,14 @@ class Removal(Result):
     def __str__(self) -> str:
         """The verdict, warnings, and a table of scores."""
         best = self.before.prediction
-        lines = [f"{self.before.source or 'image'}: {best.label} ({best.probability:.1%})"]
+        lines = [f"{self.before.source or 'image'}: {best.label} ({best.probability:.1%})", self.verdict]
         for what, told in (("the region", self.after), ("the control region", self.control)):
             now = told.prediction
-            change = "still" if now.label == best.label else "becomes"
-            lines.append(f"  without {what}: {change} {now.label} ({now.probability:.1%})")
-        lines.append(f"{self.verdict} Each is {self.share:.1%} of the image, filled by {self.method!r}.")
+            change = "still" if now.label == best.label else "now"
+            lines.append(
+                f"  without {what}, {self.share:.1%} of the image ({self.method}): {change} {now.label} "
+                f"({now.probability:.1%})"
+            )
         lines += [f"Warning: {warning}" for warning in self.warnings]
         rows = [
             (
@@ -291,7 +297,7 @@ class Removal(Result):
             )
             for old, new, other in self.scores()
         ]
-        columns = ("class", "probability", "without it", "control", "score", "without it", "control")
+        columns = ("class", "probability", "without", "control", "score", "without", "control")
         return "\n".join((*lines, format_table(columns, rows)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -325,28 +331,31 @@ class Removal(Result):
             )
         return rows
 
-    def figure(self, heads: int | None = None, outline: bool = False, scale: Scale = "figure") -> Figure:
-        """Draw the three images beside the maps of the heads that mattered most before; see `Result.figure`."""
+    def sheet(self, heads: int | None, outline: bool, scale: Scale) -> Sheet:
+        """The three images beside the maps of the heads that mattered most before; the verdict and warnings below."""
         told = (self.before, self.after, self.control)
         order = self.before.classes[0].head_order[: check_head_count(heads, len(self.before.classes[0].maps))]
-        style = self.before.style([each.classes[0].maps[head] for each in told for head in order], outline, scale)
-        share = f"{self.share:.0%} of image"
+        drawn = ((head, each.classes[0].maps[head]) for each in told for head in order)
+        style = self.before.style(drawn, outline, scale)
         rows = []
         for when, done, mask, explanation in (
-            ("before", f"region: {share}", self.mask, self.before),
+            ("before", f"outlined: region, {self.share:.0%} of image", self.mask, self.before),
             ("without the region", "region filled", self.mask, self.after),
-            ("without the control region", "control filled", self.control_mask, self.control),
+            ("without the control region", "control region filled", self.control_mask, self.control),
         ):
             traits, best = explanation.classes[0], explanation.prediction
             verdict = "predicted" if traits.rank == 1 else f"predicted: {best.label} ({best.probability:.1%})"
-            first, *panels = traits.draw(replace(style, image=explanation.image), order)
-            first = replace(first, title=done, outline=mask.astype(np.float32))
-            rows.append(Row(f"{when}: {traits.label} ({traits.probability:.1%}), {verdict}", [first, *panels]))
-        return draw_rows(rows, [style.colour_bar()])
+            own_style = replace(style, image=explanation.image)
+            panels = [own_style.image_panel(done, mask), *traits.draw(own_style, order)[1:]]
+            rows.append(Row(f"{when}: {traits.label} ({traits.probability:.1%}), {verdict}", panels))
+        return Sheet(rows, [style.colour_bar()], [self.verdict, *self.warnings])
 
 
-def _tell_change(change: float) -> str:
-    return f"{'rises' if change > 0 else 'falls'} by {abs(change):.2f}"
+def _log_odds(explanation: Explanation, number: int) -> float:
+    """The logarithm of p / (1 - p), p being the probability of the class with this number."""
+    logits = {score.number: score.logit for score in explanation.scores}
+    own = logits.pop(number)
+    return float(own - np.logaddexp.reduce(list(logits.values())))
 
 
 def _runs(mask: np.ndarray) -> list[list[int]]:

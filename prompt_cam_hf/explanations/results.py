@@ -10,19 +10,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from prompt_cam_hf.explanations.figures import Scale
+from prompt_cam_hf.explanations.sheet import Page, Sheet, draw_sheet
 from prompt_cam_hf.files import write_atomically
 from prompt_cam_hf.messages import printable
 
-# At the size of a README, and sharp in print.
-_DOTS_PER_INCH = 150
+# At the size of a README; and where the figure's width on paper is given, in print.
+_DOTS_PER_INCH, _PRINTED_DOTS_PER_INCH = 150, 300
 _FIGURE_SUFFIXES = (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp")
 
 
 class Result(ABC):
     """A result that can be printed, exported and drawn."""
+
+    # The scale of its figure, where none is asked for.
+    _scale: Scale = "map"
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -33,17 +38,37 @@ class Result(ABC):
         """The result as rows of a table; all have the same columns."""
 
     @abstractmethod
-    def figure(self, heads: int | None = None, outline: bool = False, scale: Scale = "figure") -> Figure:
+    def sheet(self, heads: int | None, outline: bool, scale: Scale) -> Sheet:
+        """What `figure` draws."""
+
+    def figure(
+        self,
+        heads: int | None = None,
+        outline: bool = False,
+        scale: Scale | None = None,
+        *,
+        columns: int | None = None,
+        width: float | None = None,
+        font_size: float | None = None,
+    ) -> Figure:
         """Draw the result.
 
         Args:
             heads: The number of heads whose maps are drawn; 4 by default, or all where there are fewer.
             outline: Whether to outline what reaches half of the scale.
-            scale: "figure": one scale for all maps; "head": each map on its own, which shows weak heads.
+            scale: "map": each map on its own scale, with its peak over it; "head": one scale for all maps of a head,
+                so that rows can be compared; "figure": one scale for all maps, on which weak heads are dark. By
+                default "map", and "head" for comparisons.
+            columns: Panels in a line, the image included; 5 by default, or fewer where `width` is small.
+            width: The figure's width in millimetres; a column of a paper is about 85 wide, a page 175. None: as wide
+                as its panels, for a screen.
+            font_size: In points; 10 by default, or less where `width` is small.
 
         Raises:
-            ValueError: the model has fewer heads, or `scale` is unknown.
+            ValueError: the model has fewer heads, `scale` is unknown, or the figure cannot be laid out so.
         """
+        page = Page(columns, width, font_size)
+        return draw_sheet(self.sheet(heads, outline, scale or self._scale), page)
 
     def to_json(self) -> str:
         """`to_dict` as text."""
@@ -72,7 +97,10 @@ class Result(ABC):
         suffix = path.suffix.lower()
         if suffix in _FIGURE_SUFFIXES:
             buffer = io.BytesIO()
-            self.figure(**options).savefig(buffer, format=suffix[1:], dpi=_DOTS_PER_INCH)
+            dots = _DOTS_PER_INCH if options.get("width") is None else _PRINTED_DOTS_PER_INCH
+            # Publishers refuse the fonts of type 3 that matplotlib puts into a PDF by default.
+            with mpl.rc_context({"pdf.fonttype": 42}):
+                self.figure(**options).savefig(buffer, format=suffix[1:], dpi=dots)
             content = buffer.getvalue()
         elif suffix in (".json", ".csv"):
             content = (self.to_json() if suffix == ".json" else self.to_csv()).encode()

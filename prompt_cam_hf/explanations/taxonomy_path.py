@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from matplotlib.figure import Figure
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import cached_file
 
@@ -23,6 +22,7 @@ from prompt_cam_hf.explanations.figures import Scale
 from prompt_cam_hf.explanations.maps import MapKind, check_kind, map_box
 from prompt_cam_hf.explanations.ranking import RankingMethod
 from prompt_cam_hf.explanations.results import Result
+from prompt_cam_hf.explanations.sheet import Sheet
 from prompt_cam_hf.loading import ClassifierLike, as_classifier
 from prompt_cam_hf.modeling.checkpoint_prompt_cam import explained_load_errors
 
@@ -84,11 +84,11 @@ class TaxonomyPath(Result):
             for row in explanation.to_rows()
         ]
 
-    def figure(self, heads: int | None = None, outline: bool = False, scale: Scale = "figure") -> Figure:
-        """Draw the image beside the most important heads' maps, one row a level; see `Result.figure`."""
+    def sheet(self, heads: int | None, outline: bool, scale: Scale) -> Sheet:
+        """The image beside the most important heads' maps, one row a level."""
         first = next(iter(self.explanations.values()))
         rows = tuple(self._row(level, explanation.classes[0]) for level, explanation in self.explanations.items())
-        return replace(first, classes=rows).figure(heads, outline, scale)
+        return replace(first, classes=rows).sheet(heads, outline, scale)
 
     def _row(self, level: str, traits: ClassTraits) -> ClassTraits:
         conflict = f" [{self.conflicts[level]}]" if level in self.conflicts else ""

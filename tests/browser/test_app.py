@@ -3,12 +3,11 @@
 
 import io
 import re
-import struct
-import zlib
 from functools import partial
 
 import numpy as np
 import pytest
+from gradio.route_utils import delete_files_created_by_app
 from PIL import Image
 from playwright.sync_api import Page, expect
 
@@ -48,10 +47,16 @@ def birds(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(birds):
     folder, _ = birds
-    app = build_app(folder / "model", examples=folder / "birds", device="cpu")
-    _, url, _ = app.launch(server_port=None, prevent_thread_lock=True, quiet=True, share=False)
-    yield url
-    app.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
+        app = build_app(folder / "model", examples=folder / "birds", device="cpu")
+        _, url, _ = app.launch(prevent_thread_lock=True, quiet=True)
+        yield url
+        app.close()
+    # What Gradio does every few minutes leaves nothing of what visitors uploaded or made.
+    assert [path for path in (folder / "uploads").rglob("*") if path.is_file()]
+    delete_files_created_by_app(app, age=-1)
+    assert not [path for path in (folder / "uploads").rglob("*") if path.is_file()]
 
 
 @pytest.fixture
@@ -136,7 +141,10 @@ def test_the_whole_way(visit, birds, tmp_path):
         names = row.locator("button b").all_inner_texts()
         assert names == [*(f"head {head}" for head in traits.head_order), "all heads"]
         captions = row.locator("button span").all_inner_texts()[:-1]
-        shares = [f"head {head} {traits.attention_on_patches[head]:.0%} on patches" for head in traits.head_order]
+        shares = [
+            f"head {head} peak {_percent(traits.maps[head].max())}, {traits.attention_on_patches[head]:.0%} on patches"
+            for head in traits.head_order
+        ]
         assert near([captions], [shares])
     # Look: the second head of the first class, beside the other class.
     head = told.classes[0].head_order[1]
@@ -190,6 +198,10 @@ def test_the_whole_way(visit, birds, tmp_path):
     expect(page.locator("#asked")).to_contain_text(other)
 
 
+def _percent(peak: float) -> str:
+    return f"{peak:.0%}" if peak >= 0.1 else f"{peak:.1%}" if peak >= 0.01 else f"{peak:.2%}"
+
+
 def _kept_words(told, score: float) -> str:
     traits = told.classes[0]
     rank = 1 + sum(s.logit > score for s in told.scores if s.number != traits.number)
@@ -197,58 +209,10 @@ def _kept_words(told, score: float) -> str:
     return f"{traits.label} with 1 of {count} heads ({traits.head_order[0]}): score {score:.2f}, rank {rank}"
 
 
-def png(width: int, height: int, pixels: bytes) -> bytes:
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
-
-
-def encoded(kind: str, mode: str = "RGB") -> bytes:
+def encoded(kind: str) -> bytes:
     content = io.BytesIO()
-    Image.effect_noise((64, 64), 80).convert(mode).save(content, kind)
+    Image.effect_noise((64, 64), 80).convert("RGB").save(content, kind)
     return content.getvalue()
-
-
-BAD = {
-    "empty.png": b"",
-    "text.jpg": b"this is text",
-    "page.png": b"<script>alert(1)</script>",
-    "drawing.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-    "script.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n",
-    "archive.png": b"PK\x03\x04 and so on",
-    "zeros.png": bytes(1000),
-    "cut.jpg": encoded("JPEG")[:400],
-    "cut.png": encoded("PNG")[:2000],
-    "cut.gif": encoded("GIF")[:300],
-    "cut.webp": encoded("WEBP")[:60],
-    "cut.tiff": encoded("TIFF")[:100],
-    "cut.bmp": encoded("BMP")[:100],
-    "numbers.tiff": encoded("TIFF", "F"),
-    "huge.png": png(60_000, 60_000, b""),
-    "large.png": png(8_000, 8_000, bytes(24_001) * 8_000),
-    "nothing.png": png(0, 0, b""),
-    "\u202egnp.png": b"x",
-    "<img src=x onerror=alert(1)>.png": b"x",
-    f"{'long' * 40}.png": b"x",
-}
-
-
-@pytest.mark.slow
-def test_bad_files_are_refused_in_a_sentence(visit):
-    page = visit()
-    pick(page, 0)
-    for name, content in BAD.items():
-        upload(page, name, content)
-        refusal = page.locator("#answer [role=alert]")
-        expect(refusal).to_contain_text(re.compile("(Cannot read the image|The image has)"), timeout=20_000)
-        words = refusal.inner_text()
-        assert "/" not in words.replace(name, "") and "\n" not in words and "\u202e" not in words
-        assert page.locator("#heads button").count() == 0
-        pick(page, 0)
-    upload(page, "fine.tiff", encoded("TIFF"))
-    expect(page.locator("#command")).to_contain_text("fine.tiff", timeout=20_000)
 
 
 def test_a_bad_file_takes_the_place_of_the_image_before(visit):
@@ -258,6 +222,10 @@ def test_a_bad_file_takes_the_place_of_the_image_before(visit):
     refusal = page.locator("#answer [role=alert]")
     expect(refusal).to_have_text("Cannot read the image <b>cut.png: image file is truncated", timeout=20_000)
     expect(page.locator("#heads button")).to_have_count(0)
+    # A format that browsers do not show is shown nevertheless.
+    upload(page, "fine.tiff", encoded("TIFF"))
+    expect(page.locator("#command")).to_contain_text("fine.tiff", timeout=20_000)
+    expect(page.locator("#picker img")).to_have_js_property("naturalWidth", 64)
 
 
 def test_two_visitors_do_not_see_each_other(visit, birds):
