@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """What the page computes and shows, without a browser: the functions' numbers, and each visitor's own."""
 
+import base64
+import io
 import json
 import os
 import re
@@ -145,6 +147,21 @@ def test_the_large_map_follows_opacity_and_threshold():
     changed = (cut != np.asarray(image)).any(axis=-1)
     # The first row of patches has at most a fifth of the threshold, the last at least four thirds of it.
     assert not changed[:8].any() and changed[-6:].mean() > 0.9
+
+
+def test_the_removed_region_is_outlined(asked, visit):
+    box = (12, 8, 36, 32)
+    removal = asked.remove(visit, box, "mean").removal
+    html = fragments.show_removal(removal)
+    assert removal.verdict in html
+    images = [Image.open(io.BytesIO(base64.b64decode(uri))) for uri in re.findall(r"base64,([^\"]+)", html)]
+    assert len(images) == 3 * (1 + 3)
+    for image, mask in zip(images[::4], (removal.mask, removal.mask, removal.control_mask), strict=True):
+        far = np.abs(np.asarray(image.convert("RGB")).astype(int) - (127, 255, 212)).max(axis=-1)
+        rows, cols = np.nonzero(mask)
+        edge = np.zeros_like(mask)
+        edge[rows.min(), cols.min() : cols.max() + 1] = edge[rows.max(), cols.min() : cols.max() + 1] = True
+        assert np.median(far[edge]) < 60 < np.median(far[~mask])
 
 
 def test_links_restore_the_question(asked):

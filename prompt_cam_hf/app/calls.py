@@ -12,7 +12,7 @@ _FUNCTIONS = {**_COMMANDS, "removal": "remove_trait", "path": "explain_path"}
 
 
 def write_command(model: AskedModel, visit: Visit, what: str) -> str:
-    """The command line for one of `visit.results`; empty where there is none (other prompts, a painted region)."""
+    """The command line for one of `visit.results`; empty where there is none: other prompts, or a painted region."""
     question, region = visit.question, visit.region
     options = [] if what == "path" else ["--kind", question.kind]
     if what != "path" and question.prompts != model.prompts_in_use:

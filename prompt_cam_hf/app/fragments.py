@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
-from PIL import Image
+from PIL import Image, ImageColor
+from scipy.ndimage import binary_erosion
 
 from prompt_cam_hf.app.session import Visit, with_first_heads
 from prompt_cam_hf.explanations.explain import ClassScore, Explanation
 from prompt_cam_hf.explanations.figures import MapStyle, Scale, overlay
 from prompt_cam_hf.explanations.maps import resize_map
 from prompt_cam_hf.explanations.removal import Removal
-from prompt_cam_hf.explanations.sheet import Panel
+from prompt_cam_hf.explanations.sheet import OUTLINE_COLOUR, Panel
 from prompt_cam_hf.html import EmbeddedImage, embed_pixels, embed_thumbnail
 from prompt_cam_hf.messages import printable
 
@@ -274,6 +275,14 @@ def show_canvas(visit: Visit) -> str:
     )
 
 
+def _outline(image: Image.Image, region: np.ndarray) -> np.ndarray:
+    """An image with the edge of a region, (height, width) of the image before it was shrunk."""
+    inside = np.asarray(Image.fromarray(region).resize(image.size))
+    pixels = np.array(image)
+    pixels[inside & ~binary_erosion(inside, iterations=2)] = ImageColor.getrgb(OUTLINE_COLOUR)
+    return pixels
+
+
 _TOLD = {"before": "before", "after": "without the region", "control": "without the control region"}
 
 
@@ -294,10 +303,13 @@ def show_removal(removal: Removal | None) -> str:
     # Each head has one scale before and after.
     maps = [(head, explanation.classes[0].maps[head]) for explanation in told for head in order]
     strips = []
-    for words, explanation in zip(_TOLD.values(), told, strict=True):
+    regions = (removal.mask, removal.mask, removal.control_mask)
+    for words, explanation, region in zip(_TOLD.values(), told, regions, strict=True):
         small = _shrink(explanation, _SMALL)
         style, best = small.style(maps, False, "head"), explanation.prediction
-        drawn = [(panel.title.replace("\n", ", "), panel.pixels) for panel in small.classes[0].draw(style, order)]
+        panels = small.classes[0].draw(style, order)[1:]
+        drawn = [("region outlined", _outline(small.image, region))]
+        drawn += [(panel.title.replace("\n", ", "), panel.pixels) for panel in panels]
         figures = [
             _fill(
                 "<figure>{image}<figcaption>{name}</figcaption></figure>",

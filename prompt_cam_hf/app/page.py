@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
 """The page: which panels there are, and what each does when a visitor touches it. It computes nothing itself."""
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import gradio as gr
@@ -188,8 +188,8 @@ class _Panels:
                 info="how the importance of a head is measured",
             )
             self.scale = gr.Radio(
-                [("map", "map"), ("head", "head"), ("all maps", "figure")], value="map", label="Colour scale of each",
-                info="on a scale of its own, a weak head is not black", elem_id="scale",
+                [("own for each map", "map"), ("own for each head", "head"), ("one for all", "figure")], value="map",
+                label="Colour scale", info="on one for all, weak heads stay dark", elem_id="scale",
             )
             self.prompts = gr.Dropdown(
                 self.model.prompt_sets, value=self.model.prompts_in_use, label="Prompt set",
@@ -424,9 +424,10 @@ class _Panels:
         return self._taken(_present(visit), what)
 
     def make_file(self, visit: Visit | None, what: str, ending: str) -> dict:
-        """Write a result as a file; Gradio keeps a copy, until it is cleaned up."""
-        folder = Path(tempfile.mkdtemp(dir=self.file.GRADIO_CACHE))
-        return {self.file: str(save_result(_present(visit), what, ending, folder))}
+        """Write a result as a file, into Gradio's folder of those that are cleaned up."""
+        with TemporaryDirectory() as folder:
+            path = save_result(_present(visit), what, ending, Path(folder))
+            return {self.file: self.file.move_resource_to_block_cache(path)}
 
 
 def _present(visit: Visit | None) -> Visit:

@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+from gradio.route_utils import delete_files_created_by_app
 from PIL import Image
 from playwright.sync_api import Page, expect
 
@@ -46,10 +47,16 @@ def birds(tmp_path_factory):
 @pytest.fixture(scope="module")
 def address(birds):
     folder, _ = birds
-    app = build_app(folder / "model", examples=folder / "birds", device="cpu")
-    _, url, _ = app.launch(server_port=None, prevent_thread_lock=True, quiet=True, share=False)
-    yield url
-    app.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRADIO_TEMP_DIR", str(folder / "uploads"))
+        app = build_app(folder / "model", examples=folder / "birds", device="cpu")
+        _, url, _ = app.launch(prevent_thread_lock=True, quiet=True)
+        yield url
+        app.close()
+    # What Gradio does every few minutes leaves nothing of what visitors uploaded or made.
+    assert [path for path in (folder / "uploads").rglob("*") if path.is_file()]
+    delete_files_created_by_app(app, age=-1)
+    assert not [path for path in (folder / "uploads").rglob("*") if path.is_file()]
 
 
 @pytest.fixture
@@ -135,7 +142,7 @@ def test_the_whole_way(visit, birds, tmp_path):
         assert names == [*(f"head {head}" for head in traits.head_order), "all heads"]
         captions = row.locator("button span").all_inner_texts()[:-1]
         shares = [
-            f"head {head} peak {traits.maps[head].max():.0%}, {traits.attention_on_patches[head]:.0%} on patches"
+            f"head {head} peak {_percent(traits.maps[head].max())}, {traits.attention_on_patches[head]:.0%} on patches"
             for head in traits.head_order
         ]
         assert near([captions], [shares])
@@ -189,6 +196,10 @@ def test_the_whole_way(visit, birds, tmp_path):
     page.locator("#link a").click()
     expect(page.locator("#asked")).to_contain_text(label, timeout=20_000)
     expect(page.locator("#asked")).to_contain_text(other)
+
+
+def _percent(peak: float) -> str:
+    return f"{peak:.0%}" if peak >= 0.1 else f"{peak:.1%}" if peak >= 0.01 else f"{peak:.2%}"
 
 
 def _kept_words(told, score: float) -> str:
