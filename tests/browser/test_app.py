@@ -7,7 +7,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-from gradio.route_utils import delete_files_created_by_app
 from PIL import Image
 from playwright.sync_api import Page, expect
 
@@ -52,11 +51,10 @@ def address(birds):
         app = build_app(folder / "model", examples=folder / "birds", device="cpu")
         _, url, _ = app.launch(prevent_thread_lock=True, quiet=True)
         yield url
+        uploads = [path for path in (folder / "uploads").rglob("*") if path.is_file()]
         app.close()
-    # What Gradio does every few minutes leaves nothing of what visitors uploaded or made.
-    assert [path for path in (folder / "uploads").rglob("*") if path.is_file()]
-    delete_files_created_by_app(app, age=-1)
-    assert not [path for path in (folder / "uploads").rglob("*") if path.is_file()]
+        # Nothing of what visitors uploaded or made outlives the page.
+        assert uploads and not any(path.exists() for path in uploads)
 
 
 @pytest.fixture
