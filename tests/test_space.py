@@ -323,7 +323,8 @@ def test_publish_with_a_space(hub, model_folder, photos):
     options = ("--license", "mit", "--space", SPACE, "--examples", photos, "--examples-license", "CC0")
     answer = run("publish", model_folder, MODEL, *options, "--dry-run")
     assert answer.exit_code == 0, answer.output
-    assert "app.py" in answer.stdout and f"The Space would be one commit to {hub.url}/spaces/{SPACE}" in answer.stderr
+    assert "app.py" in answer.stdout and "examples/ (3 files)" in answer.stdout
+    assert f"The Space would be one commit to {hub.url}/spaces/{SPACE}" in answer.stderr
     assert not hub.requests
 
     answer = run("publish", model_folder, MODEL, *options)
@@ -351,6 +352,12 @@ def test_publish_with_a_space(hub, model_folder, photos):
     answer = run("publish", model_folder, "org/private", "--license", "mit", "--space", "org/private", "--private")
     assert answer.exit_code == 0 and "secret HF_TOKEN" in answer.stderr
     assert hub.repositories["org/private"].private and hub.repositories["spaces/org/private"].private
+
+    # Where only the Space fails on its way, the model is there, and both are told.
+    hub.fail("POST /api/spaces/.*/commit/", 500, times=100)
+    answer = run("publish", model_folder, "org/half", "--license", "mit", "--space", "org/half")
+    assert answer.exit_code == 2 and answer.stdout.splitlines()[-1].endswith(hub.commits("org/half")[0].oid)
+    assert "The upload to org/half broke off" in answer.stderr and not hub.commits("spaces/org/half")
 
 
 @pytest.mark.usefixtures("_from_index")

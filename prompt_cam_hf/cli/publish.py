@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`prompt-cam publish`: how do others get the model?"""
 
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -111,8 +112,10 @@ def publish(
 def _print_files(publication: "Publication") -> None:
     table = Table("file", caption="The backbone is fetched from where it is." if publication.prompts_only else None)
     table.add_column("size", justify="right")
-    for name, size in publication.files.items():
-        table.add_row(name, _format_size(size))
+    for name, group in groupby(publication.files.items(), key=lambda file: file[0].partition("/")[0]):
+        files = dict(group)
+        label = name if name in files else f"{name}/ ({len(files)} {'file' if len(files) == 1 else 'files'})"
+        table.add_row(label, _format_size(sum(files.values())))
     table.add_section()
     table.add_row(f"{len(publication.files)} files", _format_size(sum(publication.files.values())))
     Console().print(table, markup=False)
