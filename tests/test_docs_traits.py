@@ -51,7 +51,7 @@ def test_a_page_runs(workplace, page):
     for snippet in snippets:
         exec(compile(snippet, str(page), "exec"), {})
     for command in commands:
-        answer = CliRunner().invoke(app, shlex.split(command))
+        answer = CliRunner().invoke(app, shlex.split(command, comments=True))
         assert answer.exit_code == 0, answer.output
     assert not commands or list((workplace / "traits").glob("*.png"))
 

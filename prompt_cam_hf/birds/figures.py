@@ -91,7 +91,7 @@ def plot_counterfactuals(
             best = int(score.argmax())
             read_as = "the same class" if best == label else BIRD_CLASSES[best].name
             panels += [
-                _Shown(f"{what}: {score[best]:.0%} {read_as}", image, traits),
+                _Shown(f"{what}: {read_as} ({score[best]:.0%})", image, traits),
                 _Shown("most important head", image, traits, head, trait_map),
             ]
         rows.append((BIRD_CLASSES[label].name, panels))

@@ -25,7 +25,7 @@ from prompt_cam_hf.loading import ClassifierLike, as_classifier
 
 RemovalMethod = Literal["blur", "mean", "inpaint"]
 Region = tuple[int, int, int, int] | np.ndarray | int | Literal["top head"]
-# A larger share of the image holds more than one trait: what its removal does says little about any of them.
+# A larger share of the image holds several traits, and what its removal does says little about any of them.
 LARGE_REGION = 0.2
 # Of a class's log odds: the odds change by less than a tenth.
 _SMALL_FALL = 0.1
@@ -229,7 +229,7 @@ class Removal(Result):
         found = []
         if self.share > LARGE_REGION:
             found.append(
-                f"The region is {self.share:.0%} of the image, more than one trait covers; give a smaller box."
+                f"The region is {self.share:.0%} of the image, larger than any one trait; give a box round the trait."
             )
         if self.control_overlap > 0:
             found.append(f"{self.control_overlap:.0%} of the control region lies in the region itself.")
