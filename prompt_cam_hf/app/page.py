@@ -9,18 +9,12 @@ from tempfile import TemporaryDirectory
 from typing import Any, get_args
 
 import gradio as gr
+from PIL import Image
 
 from prompt_cam_hf.app import fragments
 from prompt_cam_hf.app.calls import write_command, write_python
 from prompt_cam_hf.app.examples import Examples
-from prompt_cam_hf.app.session import (
-    AskedModel,
-    Question,
-    Visit,
-    look,
-    read_region,
-    save_result,
-)
+from prompt_cam_hf.app.session import AskedModel, Question, Visit, look, read_region, save_result
 from prompt_cam_hf.data.images import ImageSource, UnreadableImageError
 from prompt_cam_hf.explanations.figures import Scale
 from prompt_cam_hf.explanations.maps import MapKind
@@ -272,16 +266,14 @@ class _Panels:
         except (UnreadableImageError, OSError) as error:
             words = fragments.show_refusal(tell_error(error))
             return {**self.forget(), self.answer: words, self.picker: None}
-        if Path(name).suffix.lower() not in _SHOWN_BY_BROWSERS:
-            shown = answered[self.visit].explanation.image.copy()
-            shown.thumbnail((_LARGEST_SHOWN, _LARGEST_SHOWN))
-            answered[self.picker] = shown
-        return answered
+        shown = Path(name).suffix.lower() in _SHOWN_BY_BROWSERS
+        return answered if shown else {**answered, self.picker: _preview(answered[self.visit])}
 
     def pick_example(self, event: gr.EventData, *settings: Any) -> dict:
         """Open and explain an example."""
         file = self.examples.files[int(event._data["example"])]
-        return {**self._open(file, file.name, settings), self.picker: str(file)}
+        answered = self._open(file, file.name, settings)
+        return {**answered, self.picker: _preview(answered[self.visit])}
 
     def _open(self, source: ImageSource, name: str, settings: tuple) -> dict:
         question, style = self._question(*settings)
@@ -386,7 +378,8 @@ class _Panels:
 
     def rescale(self, visit: Visit | None, *style: Any) -> dict:
         """Draw all maps on another scale."""
-        visit = _present(visit)
+        if visit is None:
+            return {self.large: _NO_IMAGE}
         return {self.heads: fragments.show_heads(visit, style[0]), self.large: fragments.show_large(visit, *style)}
 
     def compare(self, visit: Visit | None, other: int, *style: Any) -> dict:
@@ -428,6 +421,13 @@ class _Panels:
         with TemporaryDirectory() as folder:
             path = save_result(_present(visit), what, ending, Path(folder))
             return {self.file: self.file.move_resource_to_block_cache(path)}
+
+
+def _preview(visit: Visit) -> Image.Image:
+    """The image as every browser can show it."""
+    image = visit.explanation.image.copy()
+    image.thumbnail((_LARGEST_SHOWN, _LARGEST_SHOWN))
+    return image
 
 
 def _present(visit: Visit | None) -> Visit:

@@ -123,12 +123,14 @@ class AskedModel:
         self._taxonomy = self._read_taxonomy()
 
     def _read_taxonomy(self) -> Taxonomy | None:
+        """The tree of classes, where one was saved with the model and prompt sets are its levels."""
         if len(self._classifiers) < 2:
             return None
         try:
-            return read_taxonomy(find_taxonomy(self.name))
-        except OSError:  # most models have no tree
+            tree = read_taxonomy(find_taxonomy(self.name))
+        except OSError:  # most models have none
             return None
+        return tree if self._classifiers.keys() & set(tree.levels) else None
 
     @property
     def prompt_sets(self) -> list[str]:

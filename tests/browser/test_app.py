@@ -3,11 +3,12 @@
 
 import io
 import re
+import time
 from functools import partial
 
 import numpy as np
 import pytest
-from gradio.route_utils import delete_files_created_by_app
+from conftest import ID2LABEL, tiny_model
 from PIL import Image
 from playwright.sync_api import Page, expect
 
@@ -17,6 +18,7 @@ from prompt_cam_hf import explain, remove_trait
 from prompt_cam_hf.app import build_app
 from prompt_cam_hf.birds import BIRD_CLASSES, birds_dataset
 from prompt_cam_hf.birds.backbone import BACKBONE
+from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.data.splits import ImageData
 from prompt_cam_hf.training.demo import RECIPES
 from prompt_cam_hf.training.recipe import load_recipe
@@ -52,11 +54,13 @@ def address(birds):
         app = build_app(folder / "model", examples=folder / "birds", device="cpu")
         _, url, _ = app.launch(prevent_thread_lock=True, quiet=True)
         yield url
+        uploads = [path for path in (folder / "uploads").rglob("*") if path.is_file()]
         app.close()
-    # What Gradio does every few minutes leaves nothing of what visitors uploaded or made.
-    assert [path for path in (folder / "uploads").rglob("*") if path.is_file()]
-    delete_files_created_by_app(app, age=-1)
-    assert not [path for path in (folder / "uploads").rglob("*") if path.is_file()]
+        # Nothing of what visitors uploaded or made outlives the page; its server ends in a thread of its own.
+        end = time.monotonic() + 10
+        while any(path.exists() for path in uploads) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert uploads and not [path for path in uploads if path.exists()]
 
 
 @pytest.fixture
@@ -286,3 +290,26 @@ def test_a_question_without_an_image_or_a_region_is_answered_in_a_sentence(visit
     pick(page, 0)
     page.locator("#remove-painted").click()
     expect(page.locator(".toast-body")).to_contain_text("Nothing is painted on the image yet")
+
+
+def test_prompt_sets_and_the_path_through_the_tree(open_page, tmp_path):
+    folder = tmp_path / "model"
+    model = tiny_model(num_agnostic_prompts=0)
+    model.add_prompts("genus", id2label={0: "Cyanocitta", 1: "Corvus"}, num_agnostic_prompts=0)
+    model.save_pretrained(folder)
+    build_image_processor(32).save_pretrained(folder)
+    rows = [f"{name},{'Corvus' if number else 'Cyanocitta'}\n" for number, name in ID2LABEL.items()]
+    (folder / "taxonomy.csv").write_text(f"{model.prompts_in_use},genus\n" + "".join(rows))
+    app = build_app(folder, device="cpu")
+    page = open_page(app.launch(prevent_thread_lock=True, quiet=True)[1])
+    upload(page, "bird.jpg", encoded("JPEG"))
+    expect(page.locator("#answer li")).to_have_count(2, timeout=20_000)
+    choose(page, "#asked", "class 3")
+    expect(page.locator("#heads h3")).to_contain_text("class 3")
+    choose(page, "#prompts", "genus")
+    expect(page.locator("#answer tbody tr")).to_have_count(2)
+    assert {row[1] for row in table(page, "#answer")} == {"Cyanocitta", "Corvus"}
+    choose(page, "#asked", "Corvus")
+    expect(page.locator("#heads h3")).to_contain_text("Corvus")
+    expect(page.locator("#link a")).to_have_attribute("href", re.compile("prompts=genus&class1=Corvus"))
+    app.close()
