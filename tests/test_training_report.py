@@ -58,6 +58,8 @@ def test_the_standard_error_is_the_spread_of_an_accuracy():
 def test_strong_numbers_have_no_notes():
     assert not find_weaknesses(image_data(["a", "b"], [50, 60], [50, 50]))
     assert not find_weaknesses(image_data(["a", "b"], [50, 60]))
+    assert not find_weaknesses(image_data(["a", "b"], [70, 30]))
+    assert find_weaknesses(image_data(["a", "b"], [80, 20]))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ METRICS = {"top1": "top-1", "top5": "top-5", "macro_accuracy": "macro accuracy"}
 # Below this number of images, the standard error of an accuracy can exceed five points: sqrt(0.25 / 100) = 0.05.
 FEW_IMAGES = 100
 # How many times its even share the largest class may have before it is said.
-_UNEVEN = 2
+_UNEVEN = 1.5
 # A confusion matrix of more classes has no names, one of more than these no numbers.
 _MAX_NAMES, _MAX_NUMBERS = 250, 15
 # Longer names are cut.
@@ -71,12 +71,13 @@ def find_weaknesses(data: ImageData) -> list[str]:
             "validation/, or a larger validation_fraction, would make the choice surer."
         )
     sizes = _class_sizes(data)
-    largest, share = int(sizes.argmax()), sizes.max() / sizes.sum()
-    if share > _UNEVEN / len(sizes):
+    share, even_share = sizes.max() / sizes.sum(), 1 / len(sizes)
+    if share > _UNEVEN * even_share:
+        largest = printable(data.id2label[int(sizes.argmax())])
         notes.append(
-            f"{share:.0%} of the training images are of the class {data.id2label[largest]}, where an even share is "
-            f"{1 / len(sizes):.0%}: compare top-1 with the column `largest class`, which looks at no image, and macro "
-            "accuracy, in which classes count alike, with chance."
+            f"{share:.0%} of the training images are of the class {largest}, where an even share is {even_share:.0%}: "
+            "compare top-1 with the column `largest class`, which looks at no image, and macro accuracy, in which "
+            "classes count alike, with chance."
         )
     for names in _alike(data.id2label.values()):
         notes.append(
