@@ -7,7 +7,6 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prompt_cam_hf.data.splits import ImageData
+from prompt_cam_hf.explanations.fonts import find_fonts, keep_order
 from prompt_cam_hf.messages import printable
 from prompt_cam_hf.metrics.classification import ClassificationReport
 
@@ -158,11 +158,10 @@ def plot_confusion(counts: pd.DataFrame, split: str) -> Figure:
     shares = counts.to_numpy() / np.maximum(totals, 1)[:, None]
     side = float(np.clip(0.15 * number, 3, 36))
     size = 9 if number <= 30 else 7
-    names = (
-        [printable(shorten(name, _MAX_LETTERS, placeholder=" …")) for name in counts.index]
-        if number <= _MAX_NAMES
-        else []
-    )
+    shown = list(map(printable, counts.index)) if number <= _MAX_NAMES else []
+    families, replaced = find_fonts("".join(shown))
+    short = (name if len(name) <= _MAX_LETTERS else f"{name[: _MAX_LETTERS - 1]}…" for name in shown)
+    names = [keep_order(name.translate(replaced)) for name in short]
     margin = 0.0085 * size * max(map(len, names), default=4)
     figure = Figure(figsize=(side + margin + 1.8, side + margin + 1), layout="constrained")
     axes = figure.subplots()
@@ -181,8 +180,9 @@ def plot_confusion(counts: pd.DataFrame, split: str) -> Figure:
     for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
         text.set_fontsize(10 + side / 3)
     # A dollar in a name is a dollar.
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size, parse_math=False)
-    axes.set_yticks(range(len(names)), names, fontsize=size, parse_math=False)
+    style: dict[str, Any] = {"fontsize": size, "fontfamily": families, "parse_math": False}
+    axes.set_xticks(range(len(names)), names, rotation=90, **style)
+    axes.set_yticks(range(len(names)), names, **style)
     axes.set_xticks(np.arange(number + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(number + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="#dddddd", linewidth=0.4)
