@@ -58,6 +58,8 @@ def test_the_standard_error_is_the_spread_of_an_accuracy():
 def test_strong_numbers_have_no_notes():
     assert not find_weaknesses(image_data(["a", "b"], [50, 60], [50, 50]))
     assert not find_weaknesses(image_data(["a", "b"], [50, 60]))
+    assert not find_weaknesses(image_data(["a", "b"], [70, 30]))
+    assert find_weaknesses(image_data(["a", "b"], [80, 20]))
 
 
 @pytest.mark.parametrize(
@@ -136,11 +138,13 @@ def test_confusions_are_drawn(number):
     assert number > 250 or max(width, height) / number > 12  # pixels for the name of a class
 
 
+@pytest.mark.filterwarnings("error")
 def test_names_are_drawn_as_they_are():
-    names = ["$\\frac{1$", "a_b^c", "\x1b[31mred", "long " * 30]
-    figure = plot_confusion(pd.DataFrame(np.eye(4, dtype=int), index=names, columns=names), "test")
+    names = ["$\\frac{1$", "a_b^c", "\x1b[31mred", "long_" * 30, "红雀"]
+    figure = plot_confusion(pd.DataFrame(np.eye(5, dtype=int), index=names, columns=names), "test")
     shown = [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    assert shown[:3] == ["$\\frac{1$", "a_b^c", "\\x1b[31mred"] and len(shown[3]) <= 50
+    assert shown[:3] == ["$\\frac{1$", "a_b^c", "\\x1b[31mred"]
+    assert shown[3] == ("long_" * 30)[:49] + "…" and len(shown[4]) == 2
     assert as_png(figure).startswith(b"\x89PNG")
 
 

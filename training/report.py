@@ -7,7 +7,6 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prompt_cam_hf.data.splits import ImageData
+from prompt_cam_hf.explanations.fonts import find_fonts, keep_order
 from prompt_cam_hf.messages import printable
 from prompt_cam_hf.metrics.classification import ClassificationReport
 
@@ -27,7 +27,7 @@ METRICS = {"top1": "top-1", "top5": "top-5", "macro_accuracy": "macro accuracy"}
 # Below this number of images, the standard error of an accuracy can exceed five points: sqrt(0.25 / 100) = 0.05.
 FEW_IMAGES = 100
 # How many times its even share the largest class may have before it is said.
-_UNEVEN = 2
+_UNEVEN = 1.5
 # A confusion matrix of more classes has no names, one of more than these no numbers.
 _MAX_NAMES, _MAX_NUMBERS = 250, 15
 # Longer names are cut.
@@ -71,12 +71,13 @@ def find_weaknesses(data: ImageData) -> list[str]:
             "validation/, or a larger validation_fraction, would make the choice surer."
         )
     sizes = _class_sizes(data)
-    largest, share = int(sizes.argmax()), sizes.max() / sizes.sum()
-    if share > _UNEVEN / len(sizes):
+    share, even_share = sizes.max() / sizes.sum(), 1 / len(sizes)
+    if share > _UNEVEN * even_share:
+        largest = printable(data.id2label[int(sizes.argmax())])
         notes.append(
-            f"{share:.0%} of the training images are of the class {data.id2label[largest]}, where an even share is "
-            f"{1 / len(sizes):.0%}: compare top-1 with the column `largest class`, which looks at no image, and macro "
-            "accuracy, in which classes count alike, with chance."
+            f"{share:.0%} of the training images are of the class {largest}, where an even share is {even_share:.0%}: "
+            "compare top-1 with the column `largest class`, which looks at no image, and macro accuracy, in which "
+            "classes count alike, with chance."
         )
     for names in _alike(data.id2label.values()):
         notes.append(
@@ -157,11 +158,10 @@ def plot_confusion(counts: pd.DataFrame, split: str) -> Figure:
     shares = counts.to_numpy() / np.maximum(totals, 1)[:, None]
     side = float(np.clip(0.15 * number, 3, 36))
     size = 9 if number <= 30 else 7
-    names = (
-        [printable(shorten(name, _MAX_LETTERS, placeholder=" …")) for name in counts.index]
-        if number <= _MAX_NAMES
-        else []
-    )
+    shown = list(map(printable, counts.index)) if number <= _MAX_NAMES else []
+    families, replaced = find_fonts("".join(shown))
+    short = (name if len(name) <= _MAX_LETTERS else f"{name[: _MAX_LETTERS - 1]}…" for name in shown)
+    names = [keep_order(name.translate(replaced)) for name in short]
     margin = 0.0085 * size * max(map(len, names), default=4)
     figure = Figure(figsize=(side + margin + 1.8, side + margin + 1), layout="constrained")
     axes = figure.subplots()
@@ -180,8 +180,9 @@ def plot_confusion(counts: pd.DataFrame, split: str) -> Figure:
     for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
         text.set_fontsize(10 + side / 3)
     # A dollar in a name is a dollar.
-    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=size, parse_math=False)
-    axes.set_yticks(range(len(names)), names, fontsize=size, parse_math=False)
+    style: dict[str, Any] = {"fontsize": size, "fontfamily": families, "parse_math": False}
+    axes.set_xticks(range(len(names)), names, rotation=90, **style)
+    axes.set_yticks(range(len(names)), names, **style)
     axes.set_xticks(np.arange(number + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(number + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="#dddddd", linewidth=0.4)
