@@ -144,7 +144,7 @@ def atlas(
         page = write_page(classifier, images, summary, sums, options, facts, batch_size)
         buffer = io.BytesIO()
         pq.write_table(class_table(summary, sums), buffer)
-        written = json.dumps(facts, indent=1, ensure_ascii=False).encode()
+        written = (json.dumps(facts, indent=1, ensure_ascii=False) + "\n").encode()
         parts.finish(IMAGES, {CLASSES: buffer.getvalue(), FACTS: written, PAGE: page.encode()})
     return Atlas(parts.out / PAGE, parts.out / IMAGES, parts.out / CLASSES, parts.out / FACTS, summary)
 

@@ -31,9 +31,9 @@ def atlas(
 
     Also where these heads look, and which classes are confused.
 
-    Writes images.parquet, classes.parquet and index.html, one page that works offline, to --out. When it was
-    interrupted, the same command goes on. Images that cannot be read are listed and left out, and the exit status is
-    then 1.
+    Writes images.parquet, classes.parquet, atlas.json and index.html, one page that works offline, to --out. When it
+    was interrupted, the same command goes on. Images that cannot be read are listed and left out, and the exit status
+    is then 1.
     """
     from prompt_cam_hf.class_atlas import atlas as make_atlas
     from prompt_cam_hf.loading import load_pipeline
