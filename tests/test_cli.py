@@ -96,6 +96,7 @@ def test_mistakes_get_one_sentence(model_folder, photos, tmp_path):
     (tmp_path / "empty").mkdir()
     for arguments, message in [
         ((model_folder, tmp_path / "nowhere"), "There is no file or folder"),
+        ((model_folder, ""), "an empty name; the current folder is called ."),
         ((model_folder, tmp_path / "empty"), "holds no images"),
         ((tmp_path / "other", photos), "is a model of type 'vit', not a Prompt-CAM"),
     ]:

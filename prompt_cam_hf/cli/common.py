@@ -23,8 +23,17 @@ if TYPE_CHECKING:
 # Results go to standard output, everything else here.
 messages = Console(stderr=True)
 
+
+def _named_path(text: str) -> Path:
+    if not text:
+        raise typer.BadParameter("an empty name; the current folder is called .")
+    return Path(text)
+
+
 ModelArgument = Annotated[str, typer.Argument(help="Folder or Hub id of a trained Prompt-CAM.")]
-ImagesArgument = Annotated[list[Path], typer.Argument(help="Images, and folders that are searched for them.")]
+ImagesArgument = Annotated[
+    list[Path], typer.Argument(parser=_named_path, help="Images, and folders that are searched for them.")
+]
 OutOption = Annotated[Path, typer.Option(help="Folder for the results; it is made.")]
 ImageArgument = Annotated[Path, typer.Argument(help="The image.")]
 HeadsOption = Annotated[int | None, typer.Option(min=1, help="Heads to draw for each class; 4 by default.")]
