@@ -85,7 +85,7 @@ def main() -> None:
             baselines=[folders["linear_probe"], folders["vpt"]],
             maps=arguments.maps,
             baseline_maps=arguments.baseline_maps,
-            protocol=Protocol(metrics=tuple(arguments.metrics)),
+            protocol=Protocol(metrics=tuple(arguments.metrics), preset="rise"),
             ground_truth=truth,
             overwrite=True,
         )

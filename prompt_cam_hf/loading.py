@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -184,6 +185,17 @@ def as_classifier(model: ClassifierLike, image_processor: BaseImageProcessor | N
     if image_processor is None:
         raise ValueError("A loaded model needs its image processor: give image_processor=, a folder, or a pipeline.")
     return Classifier(model, image_processor)
+
+
+def model_name(name_or_path: str | os.PathLike) -> str:
+    """What a model is called in titles and tables: its id on the Hub, or the name of its folder.
+
+    Of a folder that is called "model", as that of the demonstration is, it is the name of the folder around it.
+    """
+    if not os.path.isdir(name_or_path):
+        return os.fspath(name_or_path)
+    folder = Path(name_or_path).resolve()
+    return folder.parent.name if folder.name == "model" and folder.parent.name else folder.name
 
 
 def weights_digest(model: PreTrainedModel) -> str:

@@ -150,6 +150,18 @@ def test_unreadable_images_are_left_out(model_folder, photos, tmp_path):
     assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["num_unreadable"] == 1
 
 
+def test_an_interruption_says_how_to_go_on(model_folder, photos, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    arguments = (model_folder, "--data", photos, "--metrics", "specificity", "--out", tmp_path / "out")
+    with monkeypatch.context() as patched:
+        patched.setattr("prompt_cam_hf.evaluation.build._measure_part", stop)
+        answer = run(*arguments)
+    assert answer.exit_code == 130 and "The same command goes on" in answer.stderr
+    assert run(*arguments).exit_code == 0
+
+
 def test_mistakes_get_one_sentence(model_folder, photos, tmp_path):
     out, empty = tmp_path / "out", tmp_path / "empty"
     empty.mkdir()

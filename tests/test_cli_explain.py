@@ -101,6 +101,9 @@ def test_nothing_is_overwritten_or_deleted(model_folder, photos, tmp_path):
     arguments = ("explain", model_folder, photos / "robin", "--out", out)
     answer = run(*arguments)
     assert answer.exit_code == 2 and "2.traits.csv exists already" in answer.stderr
+    (out / "2.traits.json").write_text("old")
+    assert "2.traits.json and 1 more exist already; choose another" in " ".join(run(*arguments).stderr.split())
+    (out / "2.traits.json").unlink()
     assert files_in(out) == ["2.traits.csv", "mine.txt"] and (out / "2.traits.csv").read_text() == "old"
     assert run(*arguments, "--overwrite").exit_code == 0
     assert (out / "mine.txt").read_text() == "keep" and (out / "2.traits.csv").read_text() != "old"

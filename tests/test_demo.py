@@ -24,6 +24,7 @@ from prompt_cam_hf.cli import app
 from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.explanations.ranking import rank_heads
 from prompt_cam_hf.explanations.removal import remove_region
+from prompt_cam_hf.messages import own_command
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.training import demo as demo_module
 from prompt_cam_hf.training.demo import DemoReport, run_demo
@@ -319,6 +320,19 @@ def test_the_command_prints_numbers_and_places(demo, monkeypatch, arguments, fol
     assert f"Model: {folder}/model" in output
     assert f"{folder}/trait_hits.png" in output
     assert ("reduced variant" in output) == ("--deep" not in arguments)
+    assert f"Next: {own_command()} predict {folder}/model {folder}/birds" in output
+
+
+def test_a_second_run_says_what_it_uses(demo, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo_module, "run_demo", lambda where, **_: DemoReport(where, [], demo.report.numbers))
+    folder = tmp_path / "my demo"
+    (folder / "model").mkdir(parents=True)
+    assert "my demo holds a run that was interrupted; it goes on where it stopped." in invoke("--out", str(folder))[1]
+    (folder / "report.json").write_text("{}")
+    output = invoke("--out", str(folder))[1]
+    assert "my demo holds a finished run: its model is used again." in output and "interrupted" not in output
+    assert f"predict '{folder}/model' '{folder}/birds'" in output
+    assert "holds a" not in invoke("--out", str(tmp_path / "new"))[1]
 
 
 def test_the_command_explains_a_refusal(tmp_path):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Evaluations: numbers against the metrics' functions image by image, runs that are killed or shared, and the page."""
 
+import contextlib
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from prompt_cam_hf.baselines import VPTConfig, VPTForImageClassification, build_linear_probe, cam_maps
+from prompt_cam_hf.baselines.backbone import backbone_of
 from prompt_cam_hf.data.images import build_image_processor, open_image
 from prompt_cam_hf.evaluation import build, evaluate, report
 from prompt_cam_hf.evaluation.build import GroundTruth
@@ -34,6 +36,7 @@ from prompt_cam_hf.evaluation.subjects import load_subject
 from prompt_cam_hf.evaluation.summary import Mean, as_text, summarize
 from prompt_cam_hf.explanations.aggregate import DEFAULT_AGGREGATION, aggregate_maps
 from prompt_cam_hf.html import EmbeddedImage
+from prompt_cam_hf.loading import load_classifier, model_name
 from prompt_cam_hf.metrics import faithfulness, localization, sanity
 from prompt_cam_hf.metrics.road import road
 from prompt_cam_hf.metrics.specificity import class_specificity
@@ -194,8 +197,8 @@ def test_numbers_are_those_of_the_metrics_image_by_image(finished, folders, phot
     chosen = ("01", "04", "05", "08", "12", "torn")
     seen, images = set(), [path for path in sorted(photos.rglob("*.png")) if path.stem in chosen]
     assert len(images) == len(chosen)
-    for model_name, (first_stage, maps) in models.items():
-        folder = folders["prompt_cam"].parent / model_name
+    for kind, (first_stage, maps) in models.items():
+        folder = folders["prompt_cam"].parent / kind
         model = AutoModelForImageClassification.from_pretrained(folder).eval()
         for path in images:
             image = f"{path.parent.name}/{path.name}"
@@ -212,11 +215,11 @@ def test_numbers_are_those_of_the_metrics_image_by_image(finished, folders, phot
                 mask = np.asarray(squashed) >= 127.5
             if known:
                 right = float(model(pixel_values).logits.argmax() == label)
-                assert found[image, model_name, "", "accuracy"][1:3] == (path.parent.name, right)
-                seen.add((image, model_name, "", "accuracy"))
+                assert found[image, kind, "", "accuracy"][1:3] == (path.parent.name, right)
+                seen.add((image, kind, "", "accuracy"))
             for name in maps:
                 for metric, value in measure_the_long_way(model, name, pixel_values, label, mask, first_stage):
-                    key = (image, model_name, name, metric)
+                    key = (image, kind, name, metric)
                     value = np.asarray(value).item()
                     assert found[key][2] == pytest.approx(value, abs=2e-5, nan_ok=True), key
                     seen.add(key)
@@ -255,6 +258,47 @@ def test_the_files_say_the_same(finished):
         curves = [row[3] for key, row in found.items() if key[1:] == (model, name, metric)]
         assert len(curves) == NUM_IMAGES and curve == pytest.approx(np.mean(curves, axis=0), abs=1e-6)
     assert len(content["curves"]) == len(finished.curves) == 2 * (len(MAPS) + 2 * len(BASELINE_MAPS))
+    for curve in content["curves"]:
+        # A step is a patch, of 4 x 4.
+        assert curve["part"] == pytest.approx(np.arange(17) / 16) and len(curve["curve"]) == 17
+
+
+@pytest.mark.parametrize(
+    ("kind", "maps"), [("prompt_cam", MAPS), ("linear_probe", ("grad_cam", "eigen_cam", "finer_hires_cam"))]
+)
+def test_the_network_runs_once_for_all_maps(folders, tmp_path, monkeypatch, capsys, kind, maps):
+    """As often as was announced: for each image, and for each that is changed to test a map or the model."""
+    pixels = np.random.default_rng(1).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    data = datasets.Dataset.from_dict(
+        {"image": list(map(Image.fromarray, pixels)), "label": list(ID2LABEL.values())[:3] * 2},
+        datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")}),
+    )
+    classifier = load_classifier(folders[kind])
+    embedded, counted = [], []
+    embeddings = backbone_of(classifier.model).get_input_embeddings()
+    embeddings.register_forward_hook(lambda module, arguments, output: embedded.append(len(output)))
+
+    class Recorder(contextlib.nullcontext):
+        def update(self, passes):
+            counted.append(passes)
+
+    totals = []
+    monkeypatch.setattr(build, "render_report", lambda *_: "")  # it reads the images that it shows again
+    monkeypatch.setattr(build, "progress", lambda total, *_, **__: totals.append(total) or Recorder(Recorder()))
+    for number, (metrics, limit) in enumerate((
+        (("specificity",), 6), (("faithfulness",), 6), (("sanity",), 6), (METRIC_GROUPS, 4), (METRIC_GROUPS, 6)
+    )):  # fmt: skip
+        for record in (embedded, counted, totals):
+            record.clear()
+        protocol = Protocol(metrics, preset="rise-eighth", limit=limit, batch_size=4)
+        evaluate(classifier, data, tmp_path / str(number), maps=maps, protocol=protocol)
+        of_map = (2 * 3 if "faithfulness" in metrics else 0) + (2 * 9 if "road" in metrics else 0)
+        of_image = (3 if "faithfulness" in metrics else 0) + (4 if "sanity" in metrics else 0)
+        assert sum(counted) == totals[0] == 6 + limit * (of_map * len(maps) + of_image)
+        assert sum(embedded) == totals[0] + 2 * 8  # two batches were timed
+        assert f"Measuring 6 images with 1 model: {totals[0]:,} passes through the networks, about" in (
+            capsys.readouterr().err
+        )
 
 
 def test_true_classes_and_a_limit(folders, photos, tmp_path):
@@ -300,6 +344,16 @@ def test_defaults(folders, photos, tmp_path):
     assert all(mean.num_images == NUM_IMAGES - 1 for mean in twice.means if mean.metric != "mass lost to runner-up")
 
 
+def test_what_a_model_is_called(tmp_path, monkeypatch):
+    for folder in ("sparrows", "demo/model"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert model_name(tmp_path / "sparrows") == model_name(f"{tmp_path}/sparrows/") == "sparrows"
+    assert model_name(tmp_path / "demo" / "model") == "demo"
+    monkeypatch.chdir(tmp_path / "demo" / "model")
+    assert model_name(".") == "demo" and model_name("..") == "demo" and model_name("../../sparrows") == "sparrows"
+    assert model_name("me/garden-birds") == "me/garden-birds"
+
+
 def test_data_sets_without_labels(folders, tmp_path):
     images = [Image.fromarray(np.full((32, 32, 3), grey, np.uint8)) for grey in (10, 200)]
     data = datasets.Dataset.from_dict({"image": images}, datasets.Features({"image": datasets.Image()}))
@@ -330,6 +384,7 @@ def test_intervals_are_the_bootstraps():
     assert math.isnan(none.value) and none.num_images == 0
     assert (constant.low, constant.value, constant.high) == (0.5, 0.5, 0.5)
     assert str(Mean("m", "a", "x", 0.5, 0.25, 0.75, 4)) == "0.500 [0.250, 0.750]"
+    assert str(Mean("m", "a", "x", -1e-9, -0.0004, 0.0004, 4)) == "0.000 [0.000, 0.000]"
     assert curves["m", "a", "x"][0] == 0 and summarize([table])[0][0] == mean
 
 
@@ -631,6 +686,6 @@ def test_charts_have_the_points_of_the_curves(finished):
         for line, points, marked in chart.curves:
             curve = finished.curves[(*line.label.split(": "), chart.metric)]
             x, y = np.array([point.split(",") for point in points.split()], float).T
-            np.testing.assert_allclose(x / chart.width, np.linspace(0, 1, len(curve)), atol=1e-3)
+            np.testing.assert_allclose(x / chart.width, np.linspace(0, 1, len(curve)), atol=1e-3)  # of this preset
             np.testing.assert_allclose((1 - y / chart.height) * float(top[1]), curve, atol=1e-3)
             assert len(marked) == 5 and set(marked) <= set(zip(x, y, strict=True))

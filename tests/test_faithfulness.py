@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 from transformers import ViTConfig, ViTForImageClassification
 
 import prompt_cam_hf.metrics.faithfulness_report as faithfulness_report
-from prompt_cam_hf.metrics.faithfulness import PRESETS, black, blur, deletion, insertion
+from prompt_cam_hf.metrics.faithfulness import PRESETS, black, blur, deletion, follow_maps, insertion
 from prompt_cam_hf.metrics.faithfulness_report import FaithfulnessReport
 from prompt_cam_hf.metrics.scoring import pixel_ranks
 
@@ -100,13 +100,16 @@ def transcription(model, image, cells, label, metric, preset) -> list[float]:
         blank = np.zeros((3, 1, 1)) if preset != "rise-black" else np.array(BLACK)[:, None, None]
         start, finish = clean.copy(), np.broadcast_to(blank, clean.shape)
     step = width if preset.startswith("rise") else -(-height * width // cells.numel())
-    curve = []
+    num_steps = -(-height // 8) if preset == "rise-eighth" else -(-height * width // step)
+    curve, total = [], height * width
     while True:
         logits = model(torch.from_numpy(start).float()[None])
         logits = getattr(logits, "logits", logits)[0]
         curve.append((logits[label].exp() / logits.exp().sum()).item())
         if not pixels:
             return curve
+        if preset == "rise-eighth":
+            step = round((len(curve) / num_steps) ** 2 * total) - (total - len(pixels))
         for y, x in pixels[:step]:
             start[:, y, x] = finish[:, y, x]
         pixels = pixels[step:]
@@ -153,14 +156,39 @@ def test_equals_a_direct_transcription(metric, preset, kind):
     assert result.preset == preset
     assert result.curve.shape == (2, result.num_steps + 1)
     np.testing.assert_allclose(result.curve, expected, atol=2e-6)
-    np.testing.assert_allclose(result.auc, np.trapezoid(expected) / result.num_steps, atol=2e-6)
+    places = np.arange(result.num_steps + 1) / result.num_steps
+    if preset == "rise-eighth":
+        places = places**2
+    np.testing.assert_allclose(result.auc, np.trapezoid(expected, places), atol=2e-6)
 
 
 def test_number_of_steps():
     image = torch.zeros(1, 3, 224, 224)
     steps = {preset: deletion(lambda x: x[:, :2, 0, 0], image, torch.ones(1, 16, 16), None, preset,
                               image_mean=MEAN, image_std=STD).num_steps for preset in PRESETS}  # fmt: skip
-    assert steps == {"rise": 224, "rise-black": 224, "fast": 256}
+    assert steps == {"rise": 224, "rise-black": 224, "rise-eighth": 28, "fast": 256}
+
+
+def test_the_cheaper_preset_lies_on_the_curve_of_the_whole_one():
+    """docs/metrics.md says how far its areas are off."""
+    model, images, maps = linear_classifier(), random_images(2, 32, 32), random_maps(2, 4, 4)
+    for metric in (insertion, deletion):
+        whole, cheap = (metric(model, images, maps, preset=preset) for preset in ("rise", "rise-eighth"))
+        assert 8 * cheap.num_steps == whole.num_steps
+        # A quarter and all of the pixels: after steps 2 and 4 of 4, and 8 and 32 of 32.
+        np.testing.assert_allclose(cheap.curve[:, [0, 2, 4]], whole.curve[:, [0, 8, 32]], atol=2e-6)
+
+
+def test_several_maps_at_once_are_each_alone():
+    model, images = linear_classifier(), random_images(3, 32, 32)
+    maps = [random_maps(3, 4, 4), random_maps(3, 4, 4).flip(-1), torch.ones(3, 1, 1)]
+    for preset in ("rise-eighth", "fast"):
+        found = follow_maps(model, images, maps, preset=preset, batch_size=5)
+        alone = [metric(model, images, one, preset=preset) for one in maps for metric in (insertion, deletion)]
+        assert [curve.metric for curve in found] == ["insertion", "deletion"] * 3
+        for together, expected in zip(found, alone, strict=True):
+            assert (together.metric, together.num_steps) == (expected.metric, expected.num_steps)
+            np.testing.assert_allclose(together.curve, expected.curve, atol=2e-6)
 
 
 def test_equal_pixels_keep_the_order_of_reading():
@@ -207,7 +235,7 @@ def test_ends_of_the_curves():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"preset": "RISE"}, "no preset 'RISE'; choose one of rise, rise-black, fast"),
+        ({"preset": "RISE"}, "no preset 'RISE'; choose one of rise, rise-eighth, rise-black, fast"),
         ({"preset": "rise-black"}, "image_mean is None .* black in pixel_values needs both"),
         ({"preset": "rise-black", "image_mean": (0.5,), "image_std": (0.5,)}, "3 numbers, one a channel"),
         ({"maps": torch.zeros(3, 4, 4)}, "There are 3 maps for 2 images"),

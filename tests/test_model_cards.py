@@ -136,6 +136,23 @@ def test_metadata(folder):
     )
 
 
+@pytest.mark.parametrize(
+    ("recorded", "name", "hub"),
+    [("me/garden", "me/garden", ["me/garden"]), (None, "own images", None), ("my.birds", "my.birds", None)],
+)
+def test_the_data_that_training_recorded(folder, recorded, name, hub):
+    (folder / "results.json").write_text(json.dumps(RESULTS | {"dataset": recorded}))
+    card = card_of(folder)
+    data = metadata(card.content)
+    assert card.text.startswith("\n# birds\n") and data["model-index"][0]["name"] == "birds"
+    assert metadata_errors(card.content) == [] and data.get("datasets") == hub
+    assert {result["dataset"]["name"] for result in data["model-index"][0]["results"]} == {name}
+    trained_on = dict(rows(card, "Description")[1:])["Trained on"]
+    assert trained_on == (f"[{name}](https://huggingface.co/datasets/{name})" if hub else name)
+    given = metadata(card_of(folder, dataset_name="Garden birds").content)
+    assert given["model-index"][0]["results"][0]["dataset"]["name"] == "Garden birds"
+
+
 def test_what_is_unknown_is_left_out(tmp_path):
     card = card_of(tmp_path)
     for word in ("## Accuracy", "## Evaluation", "## Training", "## Versions", "## Trait maps", "None", "Trained on",

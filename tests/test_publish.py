@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from prompt_cam_hf import PromptCAMForImageClassification
 from prompt_cam_hf.cli import app
 from prompt_cam_hf.data.images import build_image_processor
-from prompt_cam_hf.hub.publish import publish
+from prompt_cam_hf.hub.publish import make_gallery, publish
 from prompt_cam_hf.hub.upload import save_repository
 
 CODE = {path.name for path in (Path(__file__).parents[1] / "modeling").glob("*_prompt_cam.py")}
@@ -340,6 +340,16 @@ def test_gallery(hub, model_folder, tmp_path):
     assert "Licence of the photos: cc0-1.0." in card and "secret-name" not in card
     assert card.count("](trait_maps/") == 2 and metadata_errors(card) == []
     assert hub.commits(REPO)[0].changed == FILES | {"trait_maps/1.png", "trait_maps/2.png"}
+    # In a folder of a class, the one class that it is read as, and not the other four.
+    captions = []
+    for name in ID2LABEL.values():
+        (tmp_path / name).mkdir()
+        shutil.copy(photo, tmp_path / name / "photo.jpg")
+        images = make_gallery(tiny_model(), build_image_processor(32), [tmp_path / name / "photo.jpg"], tmp_path)
+        captions.append(images[0].caption)
+    (read,) = [name for name, caption in zip(ID2LABEL.values(), captions, strict=True) if "in truth" not in caption]
+    for name, caption in zip(ID2LABEL.values(), captions, strict=True):
+        assert caption.startswith(f"{read}, score " if name == read else f"{read}, in truth {name}, score ")
     # Photos that are no longer shown are no longer there.
     publish(model_folder, REPO, license="mit", gallery=[photo], gallery_license="cc0-1.0")
     assert [name for name in hub.files(REPO) if name.startswith("trait_maps/")] == ["trait_maps/1.png"]

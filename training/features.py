@@ -22,11 +22,11 @@ from accelerate import PartialState
 from huggingface_hub.constants import HF_HOME
 from huggingface_hub.utils import WeakFileLock
 from torch.utils.data import DataLoader, Subset
-from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, default_data_collator
 
 from prompt_cam_hf.baselines import LinearProbe, VPTForImageClassification
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
+from prompt_cam_hf.progress import follow, progress
 from prompt_cam_hf.training.data import EpochDataset, ImageDataset, TrainingAugmentation
 from prompt_cam_hf.training.trainer import on_main_process
 
@@ -156,19 +156,19 @@ def _compute(
     num_views, num_images = features.shape[:2]
     first, end = (num_images * (process.process_index + i) // process.num_processes for i in (0, 1))
     device = model.device
-    progress = tqdm(
-        total=num_views * (end - first), desc="Caching features", unit="img", disable=not process.is_main_process
-    )
-    for view in range(num_views):
-        dataset.set_epoch(view)
-        row = first
-        for batch in DataLoader(Subset(dataset, range(first, end)), batch_size=batch_size, num_workers=num_workers):
-            with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-                hidden_states = model.encode_prefix(batch["pixel_values"].to(device))
-            features[view, row : row + len(hidden_states)] = hidden_states.float().cpu().numpy()
-            row += len(hidden_states)
-            progress.update(len(hidden_states))
-    progress.close()
+    total = num_views * (end - first)
+    with progress(total, "Caching features", " images", show=process.is_main_process) as shown:
+        for view in range(num_views):
+            dataset.set_epoch(view)
+            row = first
+            for batch in DataLoader(
+                Subset(dataset, range(first, end)), batch_size=batch_size, num_workers=num_workers
+            ):
+                with torch.autocast(device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+                    hidden_states = model.encode_prefix(batch["pixel_values"].to(device))
+                features[view, row : row + len(hidden_states)] = hidden_states.float().cpu().numpy()
+                row += len(hidden_states)
+                shown.update(len(hidden_states))
 
 
 def _check_disk(folder: Path, shape: tuple[int, ...]) -> None:
@@ -230,7 +230,8 @@ def _fingerprint(model: PrefixModel, dataset: ImageDataset, num_views: int, auto
         "versions": [torch.__version__, transformers.__version__, PIL.__version__],
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for row in tqdm(dataset.dataset.select_columns("image"), desc="Looking for cached features", unit="img"):
+    rows = dataset.dataset.select_columns("image")
+    for row in follow(rows, len(rows), "Looking for cached features", " images"):
         image = row["image"]
         content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
         digest.update(hashlib.sha256(content).digest())

@@ -88,23 +88,58 @@ def cam_maps(
         raise ValueError(
             f"similar_classes={similar_classes} must be from 0 to {num_labels - 1}, the number of other classes."
         )
-    with _evaluation_mode(model):
-        activation, logits = _run(model, pixel_values, interpolate_pos_encoding)
-        asked = check_classes(logits.argmax(dim=-1) if classes is None else classes.to(logits.device), *logits.shape)
-        if method in _GRADIENT_METHODS:
-            gradients = _gradients(_scores(logits, asked, similar_classes, alpha), activation)
-            maps = torch.stack([_weigh(method, activation, gradient) for gradient in gradients], dim=1)
-        elif method == "eigen_cam":
-            maps = _project_on_first_component(activation)[:, None]
-        else:
-            attention = attention_rollout if method == "rollout" else _mean_raw_attention
-            maps = attention(model, pixel_values, interpolate_pos_encoding).flatten(2)
-            if model.config.model_type == "prompt_cam":
-                maps = maps[torch.arange(len(asked))[:, None], asked.to(maps.device)]
-    grid = grid_size(backbone_of(model).config, *pixel_values.shape[-2:])
-    maps = maps.expand(-1, asked.shape[1], -1).unflatten(-1, grid)
-    maps = maps if signed else maps.relu()
+    run = CamRun(model, pixel_values, interpolate_pos_encoding)
+    logits = run.logits
+    asked = check_classes(logits.argmax(dim=-1) if classes is None else classes.to(logits.device), *logits.shape)
+    maps = run.maps(method, asked, similar_classes, alpha, signed)
     return maps if classes is not None and classes.ndim == 2 else maps[:, 0]
+
+
+class CamRun:
+    """One run of the network on images, from which the maps of any method and class are made; see `cam_maps`.
+
+    Attributes:
+        logits: (batch, num_labels), the scores.
+    """
+
+    @torch.inference_mode(False)
+    def __init__(self, model: PreTrainedModel, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False):
+        self._arguments = model, pixel_values, interpolate_pos_encoding
+        self._attention: dict[str, torch.Tensor] = {}
+        with _evaluation_mode(model):
+            self._activation, self.logits = _run(*self._arguments)
+
+    @torch.inference_mode(False)
+    def maps(
+        self,
+        method: CamMethod,
+        classes: torch.Tensor,
+        similar_classes: int = 0,
+        alpha: float = 1.0,
+        signed: bool = False,
+    ) -> torch.Tensor:
+        """The maps (batch, k, rows, cols) of `classes` (batch, k); the other arguments are those of `cam_maps`."""
+        model, pixel_values, _ = self._arguments
+        if method in _GRADIENT_METHODS:
+            gradients = _gradients(_scores(self.logits, classes, similar_classes, alpha), self._activation)
+            maps = torch.stack([_weigh(method, self._activation, gradient) for gradient in gradients], dim=1)
+        elif method == "eigen_cam":
+            maps = _project_on_first_component(self._activation)[:, None]
+        else:
+            maps = self._find_attention(method)
+            if model.config.model_type == "prompt_cam":
+                maps = maps[torch.arange(len(classes))[:, None], classes.to(maps.device)]
+        grid = grid_size(backbone_of(model).config, *pixel_values.shape[-2:])
+        maps = maps.expand(-1, classes.shape[1], -1).unflatten(-1, grid)
+        return maps if signed else maps.relu()
+
+    def _find_attention(self, method: str) -> torch.Tensor:
+        """Rollout or raw attention, (batch, 1 or num_labels, patches), for which the network runs again, once."""
+        if method not in self._attention:
+            attention = attention_rollout if method == "rollout" else _mean_raw_attention
+            with _evaluation_mode(self._arguments[0]):
+                self._attention[method] = attention(*self._arguments).flatten(2)
+        return self._attention[method]
 
 
 @contextmanager
@@ -204,4 +239,4 @@ def _mean_raw_attention(
     return raw_attention(model, pixel_values, interpolate_pos_encoding).mean(dim=2)
 
 
-__all__ = ["CAM_METHODS", "cam_maps"]
+__all__ = ["CAM_METHODS", "CamRun", "cam_maps"]

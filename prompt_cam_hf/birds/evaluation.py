@@ -13,7 +13,6 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
 from prompt_cam_hf.explanations.removal import remove_region
@@ -28,6 +27,7 @@ from prompt_cam_hf.metrics.localization import (
 )
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.modeling.ranking_prompt_cam import rank_heads_greedily
+from prompt_cam_hf.progress import follow
 
 from .classes import BIRD_CLASSES, TRAIT_PARTS, BirdSpec, counterfactual
 from .dataset import row_spec
@@ -90,7 +90,7 @@ def read_birds(
         )
     found: list[tuple[torch.Tensor, ...]] = []
     prepared = model.prepared()
-    for images in _batches(tqdm(birds["image"], desc="Reading traits", unit="img")):
+    for images in _batches(follow(birds["image"], len(birds), "Reading traits", " images")):
         with prepared:
             state = model.last_layer_state(_pixel_values(model, image_processor, images))
         logits = model.last_layer_logits(state)
@@ -165,7 +165,8 @@ def measure_removal(
     correct = _correct_rows(reading).tolist()
     maps = reading.first_head_maps
     changed: list[tuple[str, int, Image.Image]] = []
-    for row, bird in zip(tqdm(correct, desc="Taking traits away", unit="img"), birds.select(correct), strict=True):
+    shown = follow(correct, len(correct), "Taking traits away", " images")
+    for row, bird in zip(shown, birds.select(correct), strict=True):
         rng = np.random.default_rng((seed, row))
         strongest = np.argsort(-maps[row, reading.labels[row]], axis=None, kind="stable")[:_TOP_PATCHES]
         random = rng.permutation(np.flatnonzero(reading.bird_patches[row]))[:_TOP_PATCHES]
@@ -175,7 +176,7 @@ def measure_removal(
         for name, parts in _parts_to_take(spec, traits, rng):
             changed.append((name, row, draw_bird(without_values(spec, parts), bird["image"].width)[0]))
     names, rows, images = zip(*changed, strict=True)
-    predictions = _predict(model, image_processor, tqdm(images, desc="Reading them again", unit="img"))
+    predictions = _predict(model, image_processor, follow(images, len(images), "Reading them again", " images"))
     same = predictions == reading.labels[list(rows)]
     kept = {name: float(same[[other == name for other in names]].mean()) for name in dict.fromkeys(names)}
     return {

@@ -12,19 +12,20 @@ from zipfile import BadZipFile
 import datasets
 import numpy as np
 import pyarrow.parquet as pq
-from tqdm.auto import tqdm
 from transformers.image_processing_utils import BaseImageProcessor
 
-from prompt_cam_hf.class_atlas.collect import ROW_SCHEMA, MapSums, Options, collect, input_size
+from prompt_cam_hf.class_atlas.collect import ROW_SCHEMA, MapSums, Options, collect
 from prompt_cam_hf.class_atlas.page import NUM_CONFUSION_EXAMPLES, NUM_CONFUSIONS, write_page
 from prompt_cam_hf.class_atlas.summary import Summary, class_table, summarize
+from prompt_cam_hf.data.image_processors import input_size
 from prompt_cam_hf.data.labelled_images import LabelledImages, Split, read_labelled_images
 from prompt_cam_hf.data.trained_on import count_trained_on, warn_of_training_images
 from prompt_cam_hf.explanations.ranking import check_ranking
 from prompt_cam_hf.files import only_writer, write_atomically
-from prompt_cam_hf.loading import Classifier, ClassifierLike, as_classifier, weights_digest
+from prompt_cam_hf.loading import Classifier, ClassifierLike, as_classifier, model_name, weights_digest
 from prompt_cam_hf.modeling.backbone_prompt_cam import grid_size
 from prompt_cam_hf.parts import Parts
+from prompt_cam_hf.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -152,7 +153,7 @@ def _facts(model: str, data: Any, images: LabelledImages, summary: Summary) -> d
     """What atlas.json holds; docs/traits/atlas.md describes it."""
     trained_on = count_trained_on(model, data, images)
     return {
-        "model": Path(model).name or "a Prompt-CAM",
+        "model": model_name(model) or "a Prompt-CAM",
         "data": images.origin,
         "split": images.split,
         "num_trained_on": trained_on,
@@ -183,18 +184,12 @@ def _collect_parts(
                 sums, done = MapSums(saved["sums"], saved["counts"]), int(saved["parts"])
         except (BadZipFile, EOFError, KeyError, OSError, ValueError) as error:
             logger.warning("%s is damaged (%s); all images are looked at again.", parts.state, error)
-    with tqdm(
-        total=len(images),
-        initial=min(done * PART_SIZE, len(images)),
-        desc="Looking at images",
-        unit="img",
-        disable=None,
-    ) as progress:
+    with progress(len(images), "Looking at images", " images", initial=min(done * PART_SIZE, len(images))) as shown:
         for number in range(done, len(parts)):
             rows: list[dict[str, Any]] = []
             for batch in collect(classifier, images, parts.places(number), options, batch_size, sums):
                 rows += batch
-                progress.update(len(batch))
+                shown.update(len(batch))
             parts.add(number, rows)
             buffer = io.BytesIO()
             np.savez(buffer, parts=number + 1, sums=sums.sums, counts=sums.counts)

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 
+from prompt_cam_hf.data.image_processors import input_size
 from prompt_cam_hf.data.images import UnreadableImageError, open_image
 from prompt_cam_hf.data.labelled_images import LabelledImages
 from prompt_cam_hf.explanations.ranking import rank_heads_from_state
@@ -166,12 +167,6 @@ def collect(
                 if label in (None, prediction):
                     sums.add(prediction, maps)
         yield rows
-
-
-def input_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
-    """Height and width in pixels of the images that the image processor makes."""
-    height, width = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].shape[-2:]
-    return height, width
 
 
 def _stack(pixel_values: list[torch.Tensor], size: tuple[int, int]) -> torch.Tensor:

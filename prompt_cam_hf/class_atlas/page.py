@@ -7,7 +7,6 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from prompt_cam_hf.class_atlas.collect import MapSums, Options, opened
 from prompt_cam_hf.class_atlas.summary import ClassSummary, Confusion, Example, Summary
@@ -25,6 +24,7 @@ from prompt_cam_hf.html import (
     render_page,
 )
 from prompt_cam_hf.loading import Classifier
+from prompt_cam_hf.progress import follow
 from prompt_cam_hf.version import __version__
 
 # Bounds of the page's size: 640 photos of 10 kB and 2,560 maps of 3 kB are 19 MB in base64.
@@ -123,7 +123,7 @@ def _draw(
     order = [example.index for example, _ in wanted]
     batches = (order[first : first + batch_size] for first in range(0, len(order), batch_size))
     photo = (_BETTER_PHOTO_SIDE, _BETTER_PHOTO_BYTES) if len(wanted) <= _FEW_PHOTOS else (_PHOTO_SIDE, MAX_PHOTO_BYTES)
-    tasks = iter(tqdm(wanted, desc="Drawing examples", unit="img", disable=None))
+    tasks = iter(follow(wanted, len(wanted), "Drawing examples", " images"))
     for batch in opened(images, classifier.image_processor, batches):
         for _, image, values in batch:
             example, classes = next(tasks)

@@ -116,8 +116,8 @@ def output_paths(files: Iterable[Path], out: Path, ending: str, overwrite: bool)
             raise ValueError(f"{path} would replace one of the images; choose another --out.")
     there = [path for path in every if path.exists()]
     if there and not overwrite:
-        others = f" and {len(there) - 1} more" if len(there) > 1 else ""
-        raise FileExistsError(f"{there[0]}{others} exists already; choose another --out, or add --overwrite.")
+        exist = f"and {len(there) - 1} more exist" if len(there) > 1 else "exists"
+        raise FileExistsError(f"{there[0]} {exist} already; choose another --out, or add --overwrite.")
     return outputs
 
 

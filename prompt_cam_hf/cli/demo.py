@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """`prompt-cam demo`: how does a Prompt-CAM do on drawn birds, where the truth is known?"""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prompt_cam_hf.cli.common import say
+from prompt_cam_hf.messages import own_command
 
 if TYPE_CHECKING:
     from prompt_cam_hf.training.demo import DemoReport
@@ -27,9 +29,13 @@ def demo(
     A second run uses again what the first one left: drawn birds, cached features, the trained model.
     """
     # Training brings a second of imports that no other command needs.
-    from prompt_cam_hf.training.demo import run_demo
+    from prompt_cam_hf.training.demo import MODEL_FOLDER, REPORT_FILE, run_demo
 
     folder = out or Path("prompt_cam_demo" + ("_deep" if deep else "") + (f"_seed_{seed}" if seed else ""))
+    if (folder / REPORT_FILE).is_file():
+        say(f"{folder} holds a finished run: its model is used again. To train a new one, remove the folder.")
+    elif (folder / MODEL_FOLDER).is_dir():
+        say(f"{folder} holds a run that was interrupted; it goes on where it stopped.")
     if deep:
         say("The paper's Deep: prompts in every layer.")
     else:
@@ -98,4 +104,5 @@ def _print_report(report: "DemoReport") -> None:
         console.print(f"{name + ':':14}{what}", markup=False, highlight=False, soft_wrap=True)
     same = "gives the same answers" if numbers["same_after_loading"] else "gives OTHER answers, which is a fault"
     console.print(f"The saved model, loaded by pipeline(), {same}.", soft_wrap=True)
-    console.print(f"Next: prompt-cam predict {folder / 'model'} {folder / 'birds'}", markup=False, soft_wrap=True)
+    model, birds = (shlex.quote(str(folder / name)) for name in ("model", "birds"))
+    console.print(f"Next: {own_command()} predict {model} {birds}", markup=False, highlight=False, soft_wrap=True)

@@ -57,7 +57,12 @@ def evaluate(
     baseline_maps: Annotated[
         list[str] | None, typer.Option("--baseline-map", help="A map of the baselines; repeat it for several.")
     ] = None,
-    preset: Annotated[str, typer.Option(help="Of insertion and deletion: rise, rise-black, fast.")] = "rise",
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="Of insertion and deletion: rise-eighth, rise, rise-black, fast; published numbers are often of rise."
+        ),
+    ] = "rise-eighth",
     classes: Annotated[Literal["predicted", "true"], typer.Option(help="Whose map and probability.")] = "predicted",
     limit: Annotated[
         int | None, typer.Option(min=1, help="Measure maps on so many images only, drawn at random.")
@@ -93,28 +98,32 @@ def evaluate(
     if data == DRAWN_BIRDS and not os.path.exists(data):
         images = birds_dataset(split or "test", birds_per_class)
         ground_truth, split = _bird_truth(images), None
-    found = run_evaluation(
-        model,
-        images,
-        out,
-        baselines=baseline or (),
-        maps=maps,
-        baseline_maps=baseline_maps,
-        protocol=Protocol(
-            metrics=tuple(metrics) if metrics else Protocol.metrics,
-            preset=preset,
-            classes=classes,
-            limit=limit,
-            seed=seed,
-            batch_size=batch_size,
-        ),
-        ground_truth=ground_truth,
-        split=split,
-        image_column=image_column,
-        label_column=label_column,
-        overwrite=overwrite,
-        device=device,
-    )
+    try:
+        found = run_evaluation(
+            model,
+            images,
+            out,
+            baselines=baseline or (),
+            maps=maps,
+            baseline_maps=baseline_maps,
+            protocol=Protocol(
+                metrics=tuple(metrics) if metrics else Protocol.metrics,
+                preset=preset,
+                classes=classes,
+                limit=limit,
+                seed=seed,
+                batch_size=batch_size,
+            ),
+            ground_truth=ground_truth,
+            split=split,
+            image_column=image_column,
+            label_column=label_column,
+            overwrite=overwrite,
+            device=device,
+        )
+    except KeyboardInterrupt as error:
+        common.say("Interrupted. The same command goes on after the last images that were measured.", style="yellow")
+        raise typer.Exit(130) from error
     if PartialState().is_main_process:
         _print(found)
     if found.num_unreadable:

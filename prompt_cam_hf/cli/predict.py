@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from prompt_cam_hf.cli import common
@@ -36,6 +35,7 @@ def predict(
     """
     from prompt_cam_hf.data.images import find_images
     from prompt_cam_hf.loading import load_pipeline
+    from prompt_cam_hf.progress import follow
 
     files = find_images(images)
     classifier = load_pipeline(model, device)
@@ -47,10 +47,7 @@ def predict(
             yield image
 
     predictions = classifier(opened(), batch_size=batch_size, top_k=min(top_k, classifier.model.config.num_labels))
-    progress = track(
-        predictions, "Classifying", total=len(files), console=common.messages, disable=not common.messages.is_terminal
-    )
-    answers = list(progress)
+    answers = list(follow(predictions, len(files), "Classifying", " images"))
     _print_predictions(readable, answers, output_format)
     if len(readable) < len(files):
         raise typer.Exit(1)

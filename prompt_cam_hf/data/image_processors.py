@@ -28,6 +28,12 @@ _OPEN_CLIP_DEFAULTS = {
 }
 
 
+def input_size(image_processor: BaseImageProcessor) -> tuple[int, int]:
+    """Height and width in pixels of the images that the image processor makes."""
+    height, width = image_processor(Image.new("RGB", (64, 64)), return_tensors="pt")["pixel_values"].shape[-2:]
+    return height, width
+
+
 def backbone_image_processor(backbone: str | os.PathLike, **hub: Any) -> BaseImageProcessor:
     """The image processor that a backbone was trained with.
 

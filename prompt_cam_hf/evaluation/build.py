@@ -3,6 +3,8 @@
 
 import logging
 import os
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -15,24 +17,26 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
-from tqdm.auto import tqdm
 from transformers import Pipeline
 
 from prompt_cam_hf.data.ground_truth import mask_as_seen
+from prompt_cam_hf.data.image_processors import input_size
 from prompt_cam_hf.data.images import UnreadableImageError, open_image
 from prompt_cam_hf.data.labelled_images import LabelledImages, Split, read_labelled_images
 from prompt_cam_hf.evaluation.curves import draw_curves
-from prompt_cam_hf.evaluation.measure import ROW_SCHEMA, SANITY_IMAGES, Batch, Protocol, measure
+from prompt_cam_hf.evaluation.measure import ROW_SCHEMA, SANITY_IMAGES, Batch, Protocol, count_passes, measure
 from prompt_cam_hf.evaluation.report import CURVES, EVALUATION, MEASUREMENTS, PAGE, render_report, to_json
 from prompt_cam_hf.evaluation.subjects import Subject, check_same_classes, load_subject
 from prompt_cam_hf.evaluation.summary import Evaluation, summarize
 from prompt_cam_hf.files import only_writer
 from prompt_cam_hf.loading import weights_digest
 from prompt_cam_hf.parts import Parts
+from prompt_cam_hf.progress import Progress, in_words, progress
 
 logger = logging.getLogger(__name__)
 
 PART_SIZE = 16  # images
+_TIMED_IMAGES = 8
 # How long processes wait for the slowest one.
 _LONGEST_WAIT = timedelta(days=7)
 
@@ -126,8 +130,10 @@ def evaluate(
         state.wait_for_everyone()
         missing = parts.missing()
         mine = missing[state.process_index :: state.num_processes]
-        for number in tqdm(mine, desc="Measuring", unit="part", disable=None if state.is_main_process else True):
-            parts.add(number, _measure_part(subjects, images, parts.places(number), order, protocol, ground_truth))
+        places = [parts.places(number) for number in mine]
+        with _show_passes(subjects, protocol, places, state.is_main_process) as shown:
+            for number, part in zip(mine, places, strict=True):
+                parts.add(number, _measure_part(subjects, images, part, order, protocol, ground_truth, shown.update))
         state.wait_for_everyone()
         found = _summarize(parts, images, protocol, ground_truth)
         # The main process removes the parts, so all others must have read them.
@@ -173,6 +179,31 @@ def _settings(
     }
 
 
+def _show_passes(subjects: Sequence[Subject], protocol: Protocol, parts: Sequence[range], show: bool) -> Progress:
+    """Show the progress in passes of images through networks, and say before how long all of them will take."""
+    passes = [sum(count_passes(subject, protocol, part) for part in parts) for subject in subjects]
+    if show and any(passes):
+        seconds = sum(number * _time_pass(subject) for number, subject in zip(passes, subjects, strict=True))
+        print(
+            f"Measuring {sum(map(len, parts)):,} images with {len(subjects)} "
+            f"{'model' if len(subjects) == 1 else 'models'}: {sum(passes):,} passes through the networks, about "
+            f"{in_words(seconds)}.",
+            file=sys.stderr,
+        )
+    return progress(sum(passes), "Measuring", " passes", show=show)
+
+
+@torch.no_grad()
+def _time_pass(subject: Subject) -> float:
+    """How long an image takes through the network, in seconds; the first pass is always a slow one."""
+    model = subject.model
+    images = torch.zeros((_TIMED_IMAGES, 3, *input_size(subject.image_processor)), device=model.device)
+    for _ in range(2):
+        start = time.perf_counter()
+        model(images).logits.cpu()
+    return (time.perf_counter() - start) / len(images)
+
+
 def _measure_part(
     subjects: Sequence[Subject],
     images: LabelledImages,
@@ -180,8 +211,9 @@ def _measure_part(
     order: Sequence[int],
     protocol: Protocol,
     ground_truth: GroundTruth | None,
+    count: Callable[[int], object],
 ) -> list[dict[str, Any]]:
-    """The rows of the images at these places of the order."""
+    """The rows of the images at these places of the order; `count` is that of `measure`."""
     opened: list[tuple[int, int, Image.Image]] = []
     rows: list[dict[str, Any]] = []
     names = subjects[0].config.id2label
@@ -206,7 +238,7 @@ def _measure_part(
             chunk = slice(start, start + protocol.batch_size)
             batch = _as_seen(subject, images, opened[chunk], truths[chunk], limit)
             with prepared:
-                found = list(measure(subject, batch, protocol))
+                found = list(measure(subject, batch, protocol, count))
             for at, map_name, (metric, value, curve) in found:
                 measured = {"model": subject.name, "map": map_name, "metric": metric, "value": value, "curve": curve}
                 rows.append(_about(images, opened[start + at][1], names) | measured)

@@ -3,23 +3,25 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from prompt_cam_hf.evaluation.subjects import Subject, explainer
+from prompt_cam_hf.baselines.backbone import backbone_of
+from prompt_cam_hf.data.image_processors import input_size
+from prompt_cam_hf.evaluation.subjects import Reading, Subject
 from prompt_cam_hf.metrics import localization
-from prompt_cam_hf.metrics.faithfulness import PRESETS, deletion, insertion
-from prompt_cam_hf.metrics.road import road
-from prompt_cam_hf.metrics.sanity import map_stability, parameter_randomisation, random_class_similarity
-from prompt_cam_hf.metrics.scoring import Explainer
-from prompt_cam_hf.metrics.specificity import class_specificity
+from prompt_cam_hf.metrics.faithfulness import PRESETS, FaithfulnessCurve, changed_pixels, follow_maps
+from prompt_cam_hf.metrics.road import PERCENTILES, road
+from prompt_cam_hf.metrics.sanity import add_noise, randomise, rank_correlation
+from prompt_cam_hf.metrics.specificity import other_classes, specificity_of_maps
+from prompt_cam_hf.modeling.backbone_prompt_cam import grid_size
 
 METRIC_GROUPS = ("faithfulness", "localisation", "specificity", "sanity", "road")
-# Sanity copies the model and runs it once for each layer, which is expensive; a few images are enough.
-SANITY_IMAGES = 32
+# Sanity copies and shuffles the model, and reads each image four times again; a few images are enough.
+SANITY_IMAGES, _SANITY_READINGS = 32, 4
 
 # The columns of measurements.parquet; docs/evaluation.md says what they hold.
 ROW_SCHEMA = pa.schema(
@@ -61,7 +63,7 @@ class Protocol:
     """
 
     metrics: tuple[str, ...] = ("faithfulness", "localisation", "specificity", "sanity")
-    preset: str = "rise"
+    preset: str = "rise-eighth"
     classes: Literal["predicted", "true"] = "predicted"
     limit: int | None = None
     seed: int = 0
@@ -111,41 +113,189 @@ class Batch:
     for_sanity: torch.Tensor
 
 
-def measure(subject: Subject, batch: Batch, protocol: Protocol) -> Iterator[tuple[int, str, Measured]]:
+def measure(
+    subject: Subject, batch: Batch, protocol: Protocol, count: Callable[[int], object] = lambda passes: None
+) -> Iterator[tuple[int, str, Measured]]:
     """Measure a model and its maps on a batch of images.
+
+    All maps are made from the same runs of the network.
+
+    Args:
+        subject: The model, and which of its maps are measured.
+        batch: The images.
+        protocol: What is measured, and how.
+        count: Called with the number of images that went through the network; all calls add up to `count_passes`.
 
     Yields:
         (place in the batch, name of the map or "" for the model itself, (metric, value, curve or None)).
     """
-    with torch.no_grad():
-        predictions = subject.model(batch.pixel_values).logits.argmax(dim=-1)
+    names = subject.maps if batch.for_maps.any() else ()
+    reading = Reading(subject.model, batch.pixel_values, names)
+    count(len(batch.labels))
     known = batch.labels >= 0
-    correct = (predictions.cpu() == batch.labels).double()
+    correct = (reading.logits.argmax(dim=-1).cpu() == batch.labels).double()
     yield from _rows("", _places(known), [("accuracy", correct[known], None)])
+    if not names:
+        return
+    places = _places(batch.for_maps)
+    if len(places) < len(batch.labels):
+        batch = _select(batch, batch.for_maps)
+        reading = Reading(subject.model, batch.pixel_values, names)
+    for name, rows, measured in _measure_maps(subject, batch, reading, protocol, count):
+        yield from _rows(name, places[rows], measured)
+
+
+def count_passes(subject: Subject, protocol: Protocol, places: range) -> int:
+    """How many images will go through the network of a subject, those included that are changed to test a map.
+
+    `places` are those of the images in the order in which all are measured.
+    """
+    limit = len([place for place in places if protocol.limit is None or place < protocol.limit])
+    num_sanity = min(limit, len([place for place in places if place < SANITY_IMAGES]))
+    passes, num_maps = len(places), len(subject.maps)
+    if num_maps and "faithfulness" in protocol.metrics:
+        size = input_size(subject.image_processor)
+        points = changed_pixels(protocol.preset, size, grid_size(backbone_of(subject.model).config, *size))
+        # The whole image, the blurred and the empty one are the same for all maps.
+        passes += limit * (3 + 2 * (len(points) - 2) * num_maps)
+    if num_maps and "road" in protocol.metrics:
+        passes += limit * 2 * len(PERCENTILES) * num_maps
+    if num_maps and "sanity" in protocol.metrics:
+        passes += num_sanity * _SANITY_READINGS
+    return passes
+
+
+def _measure_maps(
+    subject: Subject, batch: Batch, reading: Reading, protocol: Protocol, count: Callable[[int], object]
+) -> Iterator[tuple[str, torch.Tensor, list[Measured]]]:
+    """Measure maps on images of which all are `for_maps`.
+
+    Yields:
+        The name of a map, the images (booleans) that a group of metrics was measured on, and what was measured.
+    """
+    images, labels, seed = batch.pixel_values, batch.labels.to(batch.pixel_values.device), protocol.seed
+    groups = _images_of_groups(subject, batch, protocol)
+    predicted = reading.logits.argmax(dim=-1)
+    true = torch.where(labels >= 0, labels, predicted)
+    asked = true if protocol.classes == "true" else predicted
+    classes = {"asked": asked, "true": true}
+    if "specificity" in groups:
+        classes["runner-up"], classes["random"] = other_classes(reading.logits, true, seed)
+    if "sanity" in groups and subject.config.num_labels >= 3:
+        classes["random beside asked"] = other_classes(reading.logits, asked, seed)[1]
+    maps = _maps_of_classes(subject, reading, classes)
+
+    def scorer(pixel_values: torch.Tensor) -> Any:
+        count(len(pixel_values))
+        return subject.model(pixel_values)
+
+    curves: list[FaithfulnessCurve] = []
+    if "faithfulness" in groups:
+        statistics = subject.image_processor.image_mean, subject.image_processor.image_std
+        of_asked = [maps[name]["asked"] for name in subject.maps]
+        curves = follow_maps(scorer, images, of_asked, asked, protocol.preset, protocol.batch_size, *statistics)
+    changed: dict[str, dict[str, torch.Tensor]] = {}
+    if (rows := groups.get("sanity")) is not None:
+        here = rows.to(images.device)
+        changed = _maps_after_changes(subject, images[here], asked[here], seed, count)
     for name in subject.maps:
-        explain = explainer(name)
-        for group, rows, run in _measurements(batch, protocol):
-            if group in protocol.metrics and rows.any():
-                chosen = _select(batch, rows)
-                asked = predictions[rows.to(predictions.device)]
-                if protocol.classes == "true":
-                    asked = torch.where(chosen.labels.to(asked.device) >= 0, chosen.labels.to(asked.device), asked)
-                yield from _rows(name, _places(rows), run(subject, chosen, explain, asked, protocol))
+        of_class = maps[name]
+        for group, rows in groups.items():
+            measured: list[Measured]
+            if group == "faithfulness":
+                measured = [(curve.metric, curve.auc, curve.curve) for curve in curves[:2]]
+                del curves[:2]
+            elif group == "road":
+                removed = road(scorer, images, of_class["asked"], asked, seed=seed, batch_size=protocol.batch_size)
+                measured = [("road", removed.combined, None)]
+            elif group == "localisation":
+                measured = _localise(of_class["true"][rows], cast(np.ndarray, batch.masks)[rows.numpy()])
+            elif group == "specificity":
+                three = ("true", "runner-up", "random")
+                measured = _compare_classes(
+                    torch.stack([classes[which].cpu()[rows] for which in three], dim=1),
+                    torch.stack([of_class[which][rows] for which in three], dim=1),
+                    None if batch.masks is None else batch.masks[rows.numpy()],
+                )
+            else:
+                others = {metric: of_map[name] for metric, of_map in changed.items()}
+                if "random beside asked" in of_class:
+                    others["like a random class's map"] = of_class["random beside asked"][rows]
+                intact = of_class["asked"][rows]
+                measured = [(metric, rank_correlation(intact, other), None) for metric, other in others.items()]
+            yield name, rows, measured
 
 
-_Run = Callable[[Subject, Batch, Explainer, torch.Tensor, Protocol], list[Measured]]
+def _images_of_groups(subject: Subject, batch: Batch, protocol: Protocol) -> dict[str, torch.Tensor]:
+    """The images, (batch,) booleans, that each group of metrics can be measured on, if there are any."""
+    labelled = batch.labels >= 0
+    has_mask = torch.zeros_like(labelled) if batch.masks is None else torch.from_numpy(batch.masks.any(axis=(1, 2)))
+    groups = {
+        "faithfulness": torch.ones_like(labelled),
+        "road": torch.ones_like(labelled),
+        "localisation": labelled & has_mask,
+        "specificity": labelled & (subject.config.num_labels >= 3),
+        "sanity": batch.for_sanity,
+    }
+    return {group: rows for group, rows in groups.items() if group in protocol.metrics and rows.any()}
 
 
-def _measurements(batch: Batch, protocol: Protocol) -> Iterator[tuple[str, torch.Tensor, _Run]]:
-    """Each group of metrics with the images that it can be measured on."""
-    labelled = batch.for_maps & (batch.labels >= 0)
-    yield "faithfulness", batch.for_maps, _measure_faithfulness
-    yield "road", batch.for_maps, _measure_road
-    if batch.masks is not None:
-        has_mask = torch.from_numpy(batch.masks.any(axis=(1, 2)))
-        yield "localisation", labelled & has_mask, _measure_localisation
-    yield "specificity", labelled, _measure_specificity
-    yield "sanity", batch.for_maps & batch.for_sanity, _measure_sanity
+def _maps_of_classes(
+    subject: Subject, reading: Reading, classes: dict[str, torch.Tensor]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """By the name of the map and the key in `classes`, each (batch,): the maps (batch, rows, cols)."""
+    # Where all images of a batch are read correctly, the true class is the one that is asked about.
+    distinct, columns = torch.stack(list(classes.values()), dim=1).unique(dim=1, return_inverse=True)
+    found = {}
+    for name in subject.maps:
+        maps = reading.maps(name, distinct)
+        found[name] = {which: maps[:, column] for which, column in zip(classes, columns.tolist(), strict=True)}
+    return found
+
+
+def _maps_after_changes(
+    subject: Subject, images: torch.Tensor, asked: torch.Tensor, seed: int, count: Callable[[int], object]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """By the metric and the name of the map: the maps (batch, rows, cols) that are compared with the intact ones."""
+
+    def read(model: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        count(len(images))
+        reading = Reading(model, images, subject.maps)
+        return {name: reading.maps(name, asked[:, None])[:, 0] for name in subject.maps}
+
+    stages = randomise(subject.model, seed)
+    first, model = next(stages)
+    changed = {f"left after randomising {first}": read(model, images)}
+    for _ in stages:
+        pass  # Each stage shuffles more of the same copy.
+    changed["left after randomising everything"] = read(model, images)
+    changed["stability under noise"] = read(
+        subject.model, add_noise(images, subject.image_processor.image_std, seed=seed)
+    )
+    mirrored = read(subject.model, images.flip(-1))
+    changed["stability under a flip"] = {name: maps.flip(-1) for name, maps in mirrored.items()}
+    return changed
+
+
+def _localise(maps: torch.Tensor, masks: np.ndarray) -> list[Measured]:
+    patches = localization.patch_mask(masks, (maps.shape[-2], maps.shape[-1]))
+    values = maps.numpy()
+    found = (
+        localization.pointing_game(values, patches),
+        localization.relevance_mass_accuracy(values, patches),
+        localization.relevance_rank_accuracy(values, patches),
+        localization.region_iou(values, patches),
+        localization.chance_level(patches),
+    )
+    return [(name, values, None) for name, values in zip(LOCALISATION, found, strict=True)]
+
+
+def _compare_classes(classes: torch.Tensor, maps: torch.Tensor, masks: np.ndarray | None) -> list[Measured]:
+    found = specificity_of_maps(classes, maps, masks)
+    measured: list[Measured] = [(name, found.distance[:, place], None) for place, name in enumerate(SPECIFICITY[:2])]
+    if found.mass is not None:
+        measured.append((LOST_MASS, found.mass[:, 0] - found.mass[:, 1], None))
+    return measured
 
 
 def _select(batch: Batch, rows: torch.Tensor) -> Batch:
@@ -164,69 +314,3 @@ def _rows(name: str, places: torch.Tensor, measured: list[Measured]) -> Iterator
         for index, place in enumerate(places.tolist()):
             curve = None if curves is None else curves[index].tolist()
             yield place, name, (metric, float(values[index]), curve)
-
-
-def _measure_faithfulness(
-    subject: Subject, batch: Batch, explain: Explainer, asked: torch.Tensor, protocol: Protocol
-) -> list[Measured]:
-    maps = explain(subject.model, batch.pixel_values, asked)
-    arguments = (subject.model, batch.pixel_values, maps, asked, protocol.preset, protocol.batch_size)
-    inserted = insertion(*arguments)
-    settings = subject.image_processor
-    deleted = deletion(*arguments, image_mean=settings.image_mean, image_std=settings.image_std)
-    return [(found.metric, found.auc, found.curve) for found in (inserted, deleted)]
-
-
-def _measure_road(
-    subject: Subject, batch: Batch, explain: Explainer, asked: torch.Tensor, protocol: Protocol
-) -> list[Measured]:
-    maps = explain(subject.model, batch.pixel_values, asked)
-    curves = road(subject.model, batch.pixel_values, maps, asked, seed=protocol.seed, batch_size=protocol.batch_size)
-    return [("road", curves.combined, None)]
-
-
-def _measure_localisation(
-    subject: Subject, batch: Batch, explain: Explainer, asked: torch.Tensor, protocol: Protocol
-) -> list[Measured]:
-    maps = explain(subject.model, batch.pixel_values, batch.labels.to(asked.device)).cpu().numpy()
-    assert batch.masks is not None  # see `_measurements`
-    patches = localization.patch_mask(batch.masks, maps.shape[-2:])
-    found = (
-        localization.pointing_game(maps, patches),
-        localization.relevance_mass_accuracy(maps, patches),
-        localization.relevance_rank_accuracy(maps, patches),
-        localization.region_iou(maps, patches),
-        localization.chance_level(patches),
-    )
-    return [(name, values, None) for name, values in zip(LOCALISATION, found, strict=True)]
-
-
-def _measure_specificity(
-    subject: Subject, batch: Batch, explain: Explainer, asked: torch.Tensor, protocol: Protocol
-) -> list[Measured]:
-    if subject.config.num_labels < 3:
-        return []
-    labels = batch.labels.to(asked.device)
-    found = class_specificity(subject.model, batch.pixel_values, explain, labels, batch.masks, seed=protocol.seed)
-    measured: list[Measured] = [(name, found.distance[:, place], None) for place, name in enumerate(SPECIFICITY[:2])]
-    if found.mass is not None:
-        measured.append((LOST_MASS, found.mass[:, 0] - found.mass[:, 1], None))
-    return measured
-
-
-def _measure_sanity(
-    subject: Subject, batch: Batch, explain: Explainer, asked: torch.Tensor, protocol: Protocol
-) -> list[Measured]:
-    model, images = subject.model, batch.pixel_values
-    randomised = parameter_randomisation(model, images, explain, asked, protocol.seed)
-    stable = map_stability(model, images, explain, subject.image_processor.image_std, asked, seed=protocol.seed)
-    measured: list[Measured] = [
-        (f"left after randomising {randomised.stages[0]}", randomised.similarity[:, 0], None),
-        ("left after randomising everything", randomised.similarity[:, -1], None),
-        ("stability under noise", stable.noise, None),
-        ("stability under a flip", stable.flip, None),
-    ]
-    if subject.config.num_labels >= 3:
-        similarity = random_class_similarity(model, images, explain, asked, protocol.seed)
-        measured.append(("like a random class's map", similarity, None))
-    return measured

@@ -20,6 +20,7 @@ from prompt_cam_hf.evaluation.measure import FAITHFULNESS, LOCALISATION, LOST_MA
 from prompt_cam_hf.evaluation.subjects import Subject, explainer
 from prompt_cam_hf.evaluation.summary import Evaluation, Mean, as_text
 from prompt_cam_hf.html import Drawn, DrawnMap, EmbeddedImage, embed_map, embed_thumbnail, render_page
+from prompt_cam_hf.metrics.faithfulness import changed_parts
 from prompt_cam_hf.version import __version__
 
 EVALUATION, MEASUREMENTS, CURVES, PAGE = "evaluation.json", "measurements.parquet", "curves.svg", "index.html"
@@ -74,7 +75,13 @@ def to_json(found: Evaluation, names: Sequence[str]) -> str:
             for mean in found.means
         ],
         "curves": [
-            {"model": model, "map": map_name, "metric": metric, "curve": [round(float(point), 5) for point in curve]}
+            {
+                "model": model,
+                "map": map_name,
+                "metric": metric,
+                "part": [round(part, 5) for part in changed_parts(found.protocol.preset, len(curve) - 1).tolist()],
+                "curve": [round(float(point), 5) for point in curve],
+            }
             for (model, map_name, metric), curve in found.curves.items()
         ],
     }

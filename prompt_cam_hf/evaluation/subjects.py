@@ -2,16 +2,21 @@
 """The models that are compared (`Subject`), and the maps that can be measured on them (`MAPS`)."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
+import torch
 from transformers import Pipeline, PreTrainedModel
 
-from prompt_cam_hf.baselines import CAM_METHODS, cam_maps
-from prompt_cam_hf.baselines.cams import CamMethod
-from prompt_cam_hf.explanations.aggregate import AGGREGATIONS, DEFAULT_AGGREGATION, Aggregation, aggregate_maps
+from prompt_cam_hf.baselines.cams import CAM_METHODS, CamMethod, CamRun
+from prompt_cam_hf.explanations.aggregate import (
+    AGGREGATIONS,
+    DEFAULT_AGGREGATION,
+    Aggregation,
+    aggregate_maps_from_state,
+)
 from prompt_cam_hf.explanations.ranking import check_ranking
-from prompt_cam_hf.loading import load_classifier
+from prompt_cam_hf.loading import load_classifier, model_name
 from prompt_cam_hf.metrics.scoring import Explainer
 
 _FINER = "finer_"
@@ -53,7 +58,7 @@ def load_subject(
     if not isinstance(model, Pipeline):
         model = load_classifier(model, device)
     is_prompt_cam = model.model.config.model_type == "prompt_cam"
-    name = _short_name(str(model.model.name_or_path)) or type(model.model).__name__
+    name = model_name(model.model.name_or_path or "") or type(model.model).__name__
     if maps is None:
         maps = _DEFAULT_MAPS if is_prompt_cam else _DEFAULT_BASELINE_MAPS
         maps = [one for one in maps if _fits(one, model.model)][: 1 if is_prompt_cam else None]
@@ -65,11 +70,6 @@ def load_subject(
                 f"{name} has no map {one!r}: its kind, or its number of heads or classes, does not allow it."
             )
     return Subject(name, model.model.eval(), model.image_processor, tuple(dict.fromkeys(maps)))
-
-
-def _short_name(path: str) -> str:
-    """The last word of a Hub id or of a folder's path; "" for none."""
-    return os.path.basename(os.path.abspath(path) if os.path.isdir(path) else path)
 
 
 def _fits(name: str, model: PreTrainedModel) -> bool:
@@ -88,14 +88,45 @@ def _has_few_heads(model: PreTrainedModel) -> bool:
     return True
 
 
+class Reading:
+    """What a model makes of images: its scores, and any map of any class, for which the network runs once.
+
+    Args:
+        model: The model, in evaluation mode.
+        pixel_values: (batch, channels, height, width).
+        names: The maps, of `MAPS`, that will be asked for.
+
+    Attributes:
+        logits: (batch, num_labels), the scores, float32.
+    """
+
+    def __init__(self, model: PreTrainedModel, pixel_values: torch.Tensor, names: Iterable[str]):
+        names = set(names)
+        self._model = cast(Any, model)
+        self._run = CamRun(model, pixel_values) if names - set(AGGREGATIONS) else None
+        with torch.no_grad():
+            if names & set(AGGREGATIONS):
+                self._state = self._model.last_layer_state(pixel_values)
+                logits = self._model.last_layer_logits(self._state)
+            else:
+                logits = self._run.logits if self._run else self._model(pixel_values).logits
+        self.logits = logits.detach().float()
+
+    def maps(self, name: str, classes: torch.Tensor) -> torch.Tensor:
+        """The map `name` of `classes` (batch, k), (batch, k, rows, cols), on the CPU."""
+        if name in AGGREGATIONS:
+            how = cast(Aggregation, name)
+            found = aggregate_maps_from_state(self._model, self._state, self.logits, classes, how)
+        else:
+            assert self._run is not None  # the name was announced
+            similar = _SIMILAR_CLASSES if name.startswith(_FINER) else 0
+            found = self._run.maps(cast(CamMethod, name.removeprefix(_FINER)), classes, similar)
+        return found.detach().cpu()
+
+
 def explainer(name: str) -> Explainer:
     """The function that computes a map: (model, pixel_values, classes (batch,)) -> (batch, rows, cols)."""
-    if name in AGGREGATIONS:
-        how = cast(Aggregation, name)
-        return lambda model, pixel_values, classes: aggregate_maps(model, pixel_values, classes, how)
-    method = cast(CamMethod, name.removeprefix(_FINER))
-    similar = _SIMILAR_CLASSES if name.startswith(_FINER) else 0
-    return lambda model, pixel_values, classes: cam_maps(model, pixel_values, method, classes, similar_classes=similar)
+    return lambda model, pixel_values, classes: Reading(model, pixel_values, [name]).maps(name, classes[:, None])[:, 0]
 
 
 def check_same_classes(first: Subject, second: Subject) -> None:

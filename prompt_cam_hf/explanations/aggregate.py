@@ -68,19 +68,34 @@ def aggregate_maps(
     """
     if how not in AGGREGATIONS:
         raise ValueError(f"how={how!r} is not known; use one of {', '.join(AGGREGATIONS)}.")
-    kind: MapKind
-    kind, way = how.split("_")  # type: ignore[assignment]
     with torch.no_grad():
         state = model.last_layer_state(pixel_values, interpolate_pos_encoding)
         logits = model.last_layer_logits(state)
         asked = check_classes(logits.argmax(dim=-1) if classes is None else classes.to(logits.device), *logits.shape)
-    maps = maps_from_state(model, state, asked, kind)
+    maps = aggregate_maps_from_state(model, state, logits, asked, how)
+    return maps if classes is not None and classes.ndim == 2 else maps[:, 0]
+
+
+@torch.inference_mode(False)
+def aggregate_maps_from_state(
+    model: PromptCAMForImageClassification,
+    state: LastLayerState,
+    logits: torch.Tensor,
+    classes: torch.Tensor,
+    how: Aggregation = DEFAULT_AGGREGATION,
+) -> torch.Tensor:
+    """Combine maps as `aggregate_maps` does, from a state of the network that is there already.
+
+    `logits` are (batch, num_labels) of that state, `classes` (batch, k); the maps are (batch, k, rows, cols).
+    """
+    kind: MapKind
+    kind, way = how.split("_")  # type: ignore[assignment]
+    maps = maps_from_state(model, state, classes, kind)
     if way == "positive":
         maps = maps.relu()
     elif way != "sum":
-        maps = maps * _head_weights(model, state, logits, asked, way)[..., None, None]
-    summed = maps.sum(dim=2)
-    return summed if classes is not None and classes.ndim == 2 else summed[:, 0]
+        maps = maps * _head_weights(model, state, logits, classes, way)[..., None, None]
+    return maps.sum(dim=2)
 
 
 def _head_weights(

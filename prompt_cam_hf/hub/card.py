@@ -34,6 +34,8 @@ RECIPE_KEYS = (
     "validation_fraction", "seed", "bf16", "fp16",
 )  # fmt: skip
 
+# The name of a data set of files, since names of folders may be private.
+_OWN_IMAGES = "own images"
 _METRICS = {"top1": "top-1", "top5": "top-5", "macro_accuracy": "macro accuracy"}
 _HUB_DATASET = re.compile(r"https://huggingface\.co/datasets/([\w.-]+/[\w.-]+)/?")
 
@@ -108,6 +110,11 @@ class CardFacts:
                 "Trait maps show the photos that they were made from, so the photos' licence must be given."
             )
 
+    @property
+    def name(self) -> str:
+        """What the model is called: its repository, without the owner."""
+        return self.repo_id.split("/")[-1]
+
     def hub_metadata(self) -> ModelCardData:
         """The metadata at the top of the card, which the Hub reads."""
         match = _HUB_DATASET.fullmatch(self.dataset_url or "")
@@ -124,7 +131,7 @@ class CardFacts:
             "tags": TAGS,
             "metrics": ["accuracy"] if results else None,
             "eval_results": results or None,
-            "model_name": self.repo_id.split("/")[-1] if results else None,
+            "model_name": self.name if results else None,
             **self.metadata,
         }
         return ModelCardData(**fields)
@@ -136,13 +143,12 @@ def render_card(facts: CardFacts) -> ModelCard:
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
     template = environment.from_string(files("prompt_cam_hf.model_cards").joinpath("template.md").read_text("utf-8"))
-    what = f"Prompt-CAM on {facts.backbone.split('/')[-1]}" if facts.backbone else "Prompt-CAM"
     class_names = list(map(one_line, facts.class_names))
     text = template.render(
         vars(facts)
         | {
             "metadata": facts.hub_metadata().to_yaml(),
-            "title": _cell(f"{what}: {facts.dataset_name}" if facts.dataset_name else what),
+            "title": facts.name,
             "class_names": class_names,
             "fence": _fence(class_names),
             "backbone_fetched_from": _backbone(facts, "@") if facts.prompts_only else None,
@@ -196,6 +202,7 @@ def read_card_facts(
         "evaluation_notes": [f"Protocol: {protocol}."] if isinstance(protocol, str) else [],
         "recipe": recipe,
         "versions": results.get("versions", {}),
+        **_dataset(results),
         **given,
     }
     found["model_facts"] = _describe_model(model) | _describe_input(image_processor) | given.get("model_facts", {})
@@ -214,6 +221,17 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold names and values, not {type(content).__name__}.")
     return content
+
+
+def _dataset(results: Mapping[str, Any]) -> dict[str, str]:
+    """What training recorded of its data: their id on the Hub, or only that they are files of the publisher."""
+    if "dataset" not in results:
+        return {}
+    name = results["dataset"]
+    if name is None:
+        return {"dataset_name": _OWN_IMAGES}
+    url = {"dataset_url": f"https://huggingface.co/datasets/{name}"} if "/" in name else {}
+    return {"dataset_name": name, **url}
 
 
 def _measured(evaluation: Mapping[str, Any], path: Path) -> dict[str, Mapping[str, Any]]:

@@ -196,7 +196,7 @@ def make_gallery(
     folder: Path,
 ) -> list[GalleryImage]:
     """Draw photos beside the trait maps of their predicted classes, for a card, into the folder trait_maps in
-    `folder`.
+    `folder`. Where a photo lies in a folder that is called like another class, that is named as the true one.
 
     Raises:
         ValueError: there are more than `MAX_GALLERY_IMAGES` photos, or one cannot be read.
@@ -211,13 +211,14 @@ def make_gallery(
     for number, photo in enumerate(photos, 1):
         image = open_image(photo)
         answer = pipe(image, trait_maps=True, top_k=1)[0]
-        figure = plot_trait_maps(
-            image, answer["trait_maps"], answer["head_order"][:_GALLERY_HEADS], title=answer["label"]
-        )
+        read, folder_name = answer["label"], Path(photo).absolute().parent.name
+        is_misread = folder_name != read and folder_name in model.config.label2id
+        title = f"{read}, in truth {folder_name}" if is_misread else read
+        figure = plot_trait_maps(image, answer["trait_maps"], answer["head_order"][:_GALLERY_HEADS], title=title)
         file = f"{upload.GALLERY_FOLDER}/{number}.png"
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / file, dpi=_DOTS_PER_INCH)
-        images.append(GalleryImage(file, f"{answer['label']}, score {answer['score']:.0%}"))
+        images.append(GalleryImage(file, f"{title}, score {answer['score']:.0%}"))
     return images
 
 

@@ -19,9 +19,10 @@ from torch import nn
 
 from prompt_cam_hf.metrics.scoring import (
     Scorer,
-    area_under_curve,
     asked_classes,
     check_one_map_an_image,
+    class_logits,
+    class_probability,
     pixel_ranks,
     probabilities_after_replacing,
 )
@@ -36,23 +37,29 @@ class Preset:
 
     Attributes:
         step: How many pixels change between two evaluations. "row": as many as one row of the image has, so 224 at
-            224 pixels, and as many steps as the image has rows. "patch": as many as one cell of the map covers,
-            which is a patch for maps on the patch grid, and as many steps as the map has cells.
+            224 pixels, and as many steps as the image has rows. "growing": an eighth of these steps, so 28 at 224
+            pixels; after step k of n the part (k / n)^2 of the pixels has changed, for curves bend at their beginning.
+            "patch": as many as one cell of the map covers, which is a patch for maps on the patch grid, and as many
+            steps as the map has cells.
         deleted: What a deleted pixel becomes. "zeros": zero in pixel_values, the mean colour of the processor's
             normalisation. "black": black in the image.
     """
 
-    step: Literal["row", "patch"]
+    step: Literal["row", "growing", "patch"]
     deleted: Literal["zeros", "black"]
 
 
 PRESETS = MappingProxyType(
     {
         "rise": Preset(step="row", deleted="zeros"),
+        "rise-eighth": Preset(step="growing", deleted="zeros"),
         "rise-black": Preset(step="row", deleted="black"),
         "fast": Preset(step="patch", deleted="zeros"),
     }
 )
+
+
+Metric = Literal["insertion", "deletion"]
 
 
 class FaithfulnessCurve(NamedTuple):
@@ -66,10 +73,10 @@ class FaithfulnessCurve(NamedTuple):
         classes: (batch,), the class whose probability was followed.
         curve: (batch, num_steps + 1), float32: its softmax probability after 0, 1, ... num_steps steps.
         auc: (batch,), the area under the curve, 0 to 1.
-        num_steps: Steps from none to all of the pixels; the last one may be shorter.
+        num_steps: Steps from none to all of the pixels; `changed_parts` says how far each goes.
     """
 
-    metric: Literal["insertion", "deletion"]
+    metric: Metric
     preset: str
     classes: torch.Tensor
     curve: torch.Tensor
@@ -102,10 +109,7 @@ def insertion(
     Raises:
         ValueError: the preset is unknown, or classes or maps do not fit the images.
     """
-    settings = _preset(preset)
-    blurred = blur(pixel_values)
-    curve = _follow(model, pixel_values, blurred, pixel_values, maps, classes, settings, batch_size)
-    return FaithfulnessCurve("insertion", preset, *curve)
+    return follow_maps(model, pixel_values, [maps], classes, preset, batch_size, metrics=("insertion",))[0]
 
 
 def deletion(
@@ -130,13 +134,87 @@ def deletion(
         ValueError: `insertion` would refuse the arguments, or the preset deletes to black and `image_mean` or
             `image_std` is missing.
     """
-    settings = _preset(preset)
-    if settings.deleted == "black":
-        blank = black(pixel_values, image_mean, image_std)
-    else:
-        blank = torch.zeros_like(pixel_values)
-    curve = _follow(model, pixel_values, pixel_values, blank, maps, classes, settings, batch_size)
-    return FaithfulnessCurve("deletion", preset, *curve)
+    statistics = image_mean, image_std
+    return follow_maps(model, pixel_values, [maps], classes, preset, batch_size, *statistics, metrics=("deletion",))[0]
+
+
+def follow_maps(
+    model: Scorer,
+    pixel_values: torch.Tensor,
+    maps: Sequence[torch.Tensor],
+    classes: torch.Tensor | None = None,
+    preset: str = "rise",
+    batch_size: int = 32,
+    image_mean: Sequence[float] | None = None,
+    image_std: Sequence[float] | None = None,
+    metrics: Sequence[Metric] = ("insertion", "deletion"),
+) -> list[FaithfulnessCurve]:
+    """Insertion and deletion for several maps of the same images, for all of which the curves' ends are computed once.
+
+    Args:
+        maps: Each (batch, rows, cols), one map an image.
+        metrics: Which of the two.
+
+    The other arguments and the errors are those of `deletion`.
+
+    Returns:
+        For each of the maps, the curves of all metrics: map by map.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(PRESETS)}.")
+    settings = PRESETS[preset]
+    ends: dict[Metric, tuple[torch.Tensor, torch.Tensor]] = {}
+    if "insertion" in metrics:
+        ends["insertion"] = blur(pixel_values), pixel_values
+    if "deletion" in metrics:
+        is_black = settings.deleted == "black"
+        blank = black(pixel_values, image_mean, image_std) if is_black else torch.zeros_like(pixel_values)
+        ends["deletion"] = pixel_values, blank
+    for one in maps:
+        check_one_map_an_image(one, pixel_values)
+    size = (pixel_values.shape[-2], pixel_values.shape[-1])
+    ranks = [pixel_ranks(one, size) for one in maps]
+    classes = asked_classes(model, pixel_values, classes)
+    # Insertion ends where deletion begins: with the whole image.
+    scored: dict[int, torch.Tensor] = {}
+    for images in (images for pair in ends.values() for images in pair):
+        if id(images) not in scored:
+            logits = torch.cat([class_logits(model, chunk) for chunk in images.split(batch_size)])
+            scored[id(images)] = class_probability(logits, classes).cpu()[:, None]
+    found = []
+    for one, rank in zip(maps, ranks, strict=True):
+        counts = changed_pixels(preset, size, one.shape[-2:])
+        parts = changed_parts(preset, len(counts) - 1).float()
+        for metric, (first, last) in ends.items():
+            inner = probabilities_after_replacing(model, first, last, rank, counts[1:-1], classes, batch_size)
+            curve = torch.cat((scored[id(first)], inner, scored[id(last)]), dim=1)
+            area = torch.trapezoid(curve, parts)
+            found.append(FaithfulnessCurve(metric, preset, classes.cpu(), curve, area, len(counts) - 1))
+    return found
+
+
+def changed_pixels(preset: str, size: tuple[int, int], grid: Sequence[int]) -> torch.Tensor:
+    """How many pixels have changed after 0, 1, ... num_steps steps, (num_steps + 1,).
+
+    Args:
+        preset: A key of `PRESETS`.
+        size: Height and width of the image.
+        grid: Rows and columns of the map.
+    """
+    height, width = size
+    if PRESETS[preset].step == "growing":
+        return (changed_parts(preset, math.ceil(height / 8)) * height * width).round().long()
+    step = width if PRESETS[preset].step == "row" else math.ceil(height * width / math.prod(grid))
+    return torch.arange(math.ceil(height * width / step) + 1) * step
+
+
+def changed_parts(preset: str, num_steps: int) -> torch.Tensor:
+    """The horizontal axis of a curve, (num_steps + 1,), double, 0 to 1: the part of the pixels that has changed.
+
+    Where the last step is shorter, it counts as much as the others.
+    """
+    steps = torch.linspace(0, 1, num_steps + 1, dtype=torch.float64)
+    return steps**2 if PRESETS[preset].step == "growing" else steps
 
 
 def blur(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -165,31 +243,3 @@ def black(
         )
     mean, std = (pixel_values.new_tensor(list(values)).view(1, -1, 1, 1) for values in (image_mean, image_std))
     return (-mean / std).expand_as(pixel_values)
-
-
-def _preset(name: str) -> Preset:
-    if name not in PRESETS:
-        raise ValueError(f"There is no preset {name!r}; choose one of {', '.join(PRESETS)}.")
-    return PRESETS[name]
-
-
-def _follow(
-    model: Scorer,
-    clean: torch.Tensor,
-    first: torch.Tensor,
-    last: torch.Tensor,
-    maps: torch.Tensor,
-    classes: torch.Tensor | None,
-    preset: Preset,
-    batch_size: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """Classes, curve, area and number of steps from the image `first` to the image `last`."""
-    check_one_map_an_image(maps, clean)
-    height, width = clean.shape[-2:]
-    ranks = pixel_ranks(maps, (height, width))
-    classes = asked_classes(model, clean, classes)
-    step = width if preset.step == "row" else math.ceil(height * width / math.prod(maps.shape[-2:]))
-    num_steps = math.ceil(height * width / step)
-    counts = torch.arange(num_steps + 1) * step
-    curve = probabilities_after_replacing(model, first, last, ranks, counts, classes, batch_size)
-    return classes.cpu(), curve, area_under_curve(curve), num_steps

@@ -8,7 +8,7 @@ randomised does not explain the model. Changes of the image that leave the predi
 import copy
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from scipy.stats import spearmanr
@@ -97,15 +97,28 @@ def parameter_randomisation(
     """
     classes = asked_classes(model, pixel_values, classes)
     intact = explain(model, pixel_values, classes)
-    randomised = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(seed)
     stages, similarities = [], []
-    for stage, parameters in randomisation_stages(randomised):
-        for parameter in parameters:
-            _shuffle(parameter, generator)
+    for stage, randomised in randomise(model, seed):
         stages.append(stage)
         similarities.append(rank_correlation(intact.detach(), explain(randomised, pixel_values, classes).detach()))
     return RandomisationTest(classes.cpu(), tuple(stages), torch.stack(similarities, dim=1))
+
+
+def randomise(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, Any]]:
+    """Shuffle the parameters of a copy of a model, stage by stage; see `parameter_randomisation`.
+
+    Yields:
+        What was shuffled last, and the copy, which is the same object at every stage.
+
+    Raises:
+        ValueError: the model has no list of layers.
+    """
+    randomised = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    for stage, parameters in randomisation_stages(randomised):
+        for parameter in parameters:
+            _shuffle(parameter, generator)
+        yield stage, randomised
 
 
 def randomisation_stages(model: nn.Module) -> Iterator[tuple[str, list[nn.Parameter]]]:
@@ -191,6 +204,21 @@ def map_stability(
     return _stability(model, pixel_values, explain, lambda maps: maps.flip(-1), image_std, classes, noise_std, seed)
 
 
+def add_noise(
+    pixel_values: torch.Tensor, image_std: Sequence[float], noise_std: float = 5.0, seed: int = 0
+) -> torch.Tensor:
+    """Images with the noise of `map_stability`, of the same shape.
+
+    Raises:
+        ValueError: `image_std` does not fit.
+    """
+    if len(image_std) != pixel_values.shape[1]:
+        raise ValueError(f"image_std is {image_std}; it must be {pixel_values.shape[1]} numbers, one a channel.")
+    noise = torch.randn(pixel_values.shape[1:], generator=torch.Generator().manual_seed(seed)) * noise_std / 255
+    noise = noise / torch.tensor(list(image_std)).view(-1, 1, 1)
+    return pixel_values + noise.to(pixel_values)
+
+
 def head_stability(
     model: PromptCAMForImageClassification,
     pixel_values: torch.Tensor,
@@ -222,11 +250,7 @@ def _stability(
     noise_std: float,
     seed: int,
 ) -> Stability:
-    if len(image_std) != pixel_values.shape[1]:
-        raise ValueError(f"image_std is {image_std}; it must be {pixel_values.shape[1]} numbers, one a channel.")
-    noise = torch.randn(pixel_values.shape[1:], generator=torch.Generator().manual_seed(seed)) * noise_std / 255
-    noise = noise / torch.tensor(list(image_std)).view(-1, 1, 1)
-    noisy, mirrored = pixel_values + noise.to(pixel_values), pixel_values.flip(-1)
+    noisy, mirrored = add_noise(pixel_values, image_std, noise_std, seed), pixel_values.flip(-1)
     predictions, noisy_predictions, mirrored_predictions = (
         class_logits(model, images).argmax(dim=-1).cpu() for images in (pixel_values, noisy, mirrored)
     )

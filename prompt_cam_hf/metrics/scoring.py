@@ -95,6 +95,8 @@ def probabilities_after_replacing(
     The pixel values `original` become those of `replacement`, both (batch, channels, height, width), in the order of
     `ranks` (`pixel_ranks`), as many as each number in `counts` says: one evaluation of the model for every image.
     """
+    if not len(counts):
+        return torch.empty(len(original), 0)
     ranks, counts = ranks.to(original.device), counts.to(original.device)
     evaluations = torch.arange(len(original) * len(counts), device=original.device)
     probabilities = []
@@ -104,8 +106,3 @@ def probabilities_after_replacing(
         mixed = torch.where(replaced[:, None], replacement[images], original[images])
         probabilities.append(class_probability(class_logits(model, mixed), classes[images]))
     return torch.cat(probabilities).view(len(original), -1).cpu()
-
-
-def area_under_curve(curve: torch.Tensor) -> torch.Tensor:
-    """The area under curves (..., points), by the trapezoid rule: (sum - first / 2 - last / 2) / (points - 1)."""
-    return (curve.sum(-1) - curve[..., 0] / 2 - curve[..., -1] / 2) / (curve.shape[-1] - 1)

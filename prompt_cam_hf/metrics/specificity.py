@@ -62,12 +62,22 @@ def class_specificity(
     Raises:
         ValueError: the model has fewer than three classes, classes do not fit, or `top` is not above 0 and at most 1.
     """
-    if not 0 < top <= 1:
-        raise ValueError(f"top is {top}; it must be above 0 and at most 1, the part of the patches that count.")
     logits = class_logits(model, pixel_values)
     classes = asked_classes(model, pixel_values, classes)
     asked = torch.stack((classes, *other_classes(logits, classes, seed)), dim=1)
     maps = torch.stack([explain(model, pixel_values, one).detach().float().cpu() for one in asked.T], dim=1)
+    return specificity_of_maps(asked, maps, masks, top)
+
+
+def specificity_of_maps(
+    classes: torch.Tensor, maps: torch.Tensor, masks: ArrayLike | None = None, top: float = 0.1
+) -> ClassSpecificity:
+    """Compare maps that are there already: `classes` (batch, 3) and their `maps` (batch, 3, rows, cols).
+
+    All else, errors included, is as in `class_specificity`.
+    """
+    if not 0 < top <= 1:
+        raise ValueError(f"top is {top}; it must be above 0 and at most 1, the part of the patches that count.")
     flat = maps.flatten(2)
     norms = flat.norm(dim=-1)
     cosine = nn.functional.cosine_similarity(flat[:, :1], flat[:, 1:], dim=-1)
@@ -75,7 +85,7 @@ def class_specificity(
     strongest = _strongest(flat, max(round(top * flat.shape[-1]), 1))
     common = (strongest[:, :1] & strongest[:, 1:]).sum(-1) / (strongest[:, :1] | strongest[:, 1:]).sum(-1)
     mass = None if masks is None else torch.from_numpy(relevance_mass_accuracy(maps, np.asarray(masks)[:, None]))
-    return ClassSpecificity(asked.cpu(), maps, distance, common, mass)
+    return ClassSpecificity(classes.cpu(), maps, distance, common, mass)
 
 
 def other_classes(logits: torch.Tensor, classes: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
