@@ -59,9 +59,7 @@ def evaluate(
     ] = None,
     preset: Annotated[
         str,
-        typer.Option(
-            help="Of insertion and deletion: rise-eighth, rise, rise-black, fast; published numbers are often of rise."
-        ),
+        typer.Option(help="Of insertion, deletion: rise, rise-eighth, rise-black, fast. Publish those of rise."),
     ] = "rise-eighth",
     classes: Annotated[Literal["predicted", "true"], typer.Option(help="Whose map and probability.")] = "predicted",
     limit: Annotated[

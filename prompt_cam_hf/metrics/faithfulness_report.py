@@ -23,7 +23,7 @@ Args:
     references: (n,), the class asked about in each image: the true one or the predicted one.
     pixel_values: (n, channels, height, width), from the image processor.
     model: The classifier, in evaluation mode; images go to its device.
-    preset: "rise", "rise-black" or "fast"; see prompt_cam_hf.metrics.faithfulness.PRESETS.
+    preset: "rise", "rise-eighth", "rise-black" or "fast"; see prompt_cam_hf.metrics.faithfulness.PRESETS.
     batch_size: the number of images that go through the model at once.
     image_mean, image_std: Of the image processor, for "rise-black".
 
