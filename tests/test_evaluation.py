@@ -646,6 +646,21 @@ def test_best_and_worst_images(finished):
     assert outlined == [name for name, _, _ in shown if int(Path(name).stem) % 6 != 5]
 
 
+def test_one_image_is_the_best_if_it_was_not_misread(folders, tmp_path):
+    image = Image.fromarray(np.random.default_rng(3).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    model = load_subject(folders["prompt_cam"])
+    with torch.no_grad():
+        values = model.image_processor(image, return_tensors="pt")["pixel_values"]
+        right = ID2LABEL[int(model.model(values).logits.argmax())]
+    wrong = next(name for name in ID2LABEL.values() if name != right)
+    for label, sections in ((right, {"best"}), (wrong, set())):
+        (tmp_path / label / label).mkdir(parents=True)
+        image.save(tmp_path / label / label / "5.png")
+        found = quick(folders, tmp_path / label, tmp_path / f"{label} out")
+        page = Page((found.folder / "index.html").read_text(encoding="utf-8"))
+        assert {"best", "worst"} & set(page.ids) == sections
+
+
 def test_the_outline_surrounds_the_mask():
     mask = np.zeros((10, 20), dtype=bool)
     mask[2:5, 4:9] = True
@@ -654,6 +669,7 @@ def test_the_outline_surrounds_the_mask():
     corners = [np.array([point.split() for point in part.split("L")], float) for part in path.split("M")[1:]]
     boxes = sorted((*one.min(axis=0), *one.max(axis=0)) for one in corners)
     np.testing.assert_allclose(boxes, [(8, 6, 18, 15), (36, 24, 40, 30)])
+    assert report._outline(np.zeros((10, 20), dtype=bool), EmbeddedImage("", 40, 30)) == ""
 
 
 def test_the_best_of_each_column():
@@ -686,6 +702,6 @@ def test_charts_have_the_points_of_the_curves(finished):
         for line, points, marked in chart.curves:
             curve = finished.curves[(*line.label.split(": "), chart.metric)]
             x, y = np.array([point.split(",") for point in points.split()], float).T
-            np.testing.assert_allclose(x / chart.width, np.linspace(0, 1, len(curve)), atol=1e-3)
+            np.testing.assert_allclose(x / chart.width, np.linspace(0, 1, len(curve)), atol=1e-3)  # of this preset
             np.testing.assert_allclose((1 - y / chart.height) * float(top[1]), curve, atol=1e-3)
             assert len(marked) == 5 and set(marked) <= set(zip(x, y, strict=True))

@@ -22,7 +22,7 @@ from prompt_cam_hf.data.labelled_images import LabelledImages, Split, read_label
 from prompt_cam_hf.data.trained_on import count_trained_on, warn_of_training_images
 from prompt_cam_hf.explanations.ranking import check_ranking
 from prompt_cam_hf.files import only_writer, write_atomically
-from prompt_cam_hf.loading import Classifier, ClassifierLike, as_classifier, weights_digest
+from prompt_cam_hf.loading import Classifier, ClassifierLike, as_classifier, model_name, weights_digest
 from prompt_cam_hf.modeling.backbone_prompt_cam import grid_size
 from prompt_cam_hf.parts import Parts
 from prompt_cam_hf.progress import progress
@@ -153,7 +153,7 @@ def _facts(model: str, data: Any, images: LabelledImages, summary: Summary) -> d
     """What atlas.json holds; docs/traits/atlas.md describes it."""
     trained_on = count_trained_on(model, data, images)
     return {
-        "model": Path(model).name or "a Prompt-CAM",
+        "model": model_name(model) or "a Prompt-CAM",
         "data": images.origin,
         "split": images.split,
         "num_trained_on": trained_on,

@@ -61,15 +61,11 @@ def lines(found: Evaluation) -> dict[tuple[str, str], Line]:
     }
 
 
-def _marked(place: int, length: int) -> list[int]:
-    """The points of a curve that get a marker, others for each line."""
+def _marked(place: int, parts: np.ndarray) -> list[int]:
+    """The points of a curve that get a marker, others for each line; `parts` are its places from 0 to 1."""
     share = (place % len(COLOURS)) / len(COLOURS)
-    return [round((length - 1) * (number + share) / _MARKERS_ON_A_LINE) for number in range(_MARKERS_ON_A_LINE)]
-
-
-def _parts(found: Evaluation, curve: np.ndarray) -> np.ndarray:
-    """Where the points of a curve lie on the horizontal axis, 0 to 1."""
-    return changed_parts(found.protocol.preset, len(curve) - 1).numpy()
+    wanted = (np.arange(_MARKERS_ON_A_LINE) + share) / _MARKERS_ON_A_LINE
+    return np.abs(parts[:, None] - wanted).argmin(axis=0).tolist()
 
 
 def draw_curves(found: Evaluation) -> bytes:
@@ -80,9 +76,10 @@ def draw_curves(found: Evaluation) -> bytes:
     for axis, (metric, meaning) in zip(axes, _AXES.items(), strict=True):
         for place, ((model, map_name), line) in enumerate(shown.items()):
             curve = found.curves[model, map_name, metric]
+            parts = changed_parts(found.protocol.preset, len(curve) - 1).numpy()
             (drawn,) = axis.plot(
-                _parts(found, curve), curve, linewidth=1.4, label=line.label, color=COLOURS[line.colour],
-                marker=_MARKERS[line.marker], markersize=5, markevery=_marked(place, len(curve)),
+                parts, curve, linewidth=1.4, label=line.label, color=COLOURS[line.colour],
+                marker=_MARKERS[line.marker], markersize=5, markevery=_marked(place, parts),
             )  # fmt: skip
             if line.dashes:
                 drawn.set_dashes([float(length) / 1.4 for length in line.dashes.split()])
@@ -112,10 +109,11 @@ def charts(found: Evaluation) -> list[Chart]:
         curves = []
         for place, ((model, map_name), line) in enumerate(lines(found).items()):
             curve = np.asarray(found.curves[model, map_name, metric], np.float64)
-            across = (_CHART_WIDTH * _parts(found, curve)).round(1).tolist()
+            parts = changed_parts(found.protocol.preset, len(curve) - 1).numpy()
+            across = (_CHART_WIDTH * parts).round(1).tolist()
             down = (_CHART_HEIGHT * (1 - curve / (num_steps * step))).round(1).tolist()
             points = list(zip(across, down, strict=True))
             text = " ".join(f"{x:g},{y:g}" for x, y in points)
-            curves.append((line, text, [points[index] for index in _marked(place, len(points))]))
+            curves.append((line, text, [points[index] for index in _marked(place, parts)]))
         found_charts.append(Chart(metric, axis, _CHART_WIDTH, _CHART_HEIGHT, curves, ticks))
     return found_charts

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
-from contourpy import contour_generator
+from matplotlib.figure import Figure
 from PIL import Image
 
 from prompt_cam_hf.data.ground_truth import mask_as_seen
@@ -251,7 +251,10 @@ def _draw(
 def _outline(mask: np.ndarray, image: EmbeddedImage) -> str:
     """The border of a mask (height, width) as an SVG path in pixels of an embedded image of the same view."""
     height, width = mask.shape
-    borders = contour_generator(z=np.pad(mask.astype(float), 1)).lines(0.5)
+    if not mask.any():
+        return ""
+    (found,) = Figure().add_subplot().contour(np.pad(mask.astype(float), 1), [0.5]).get_paths()
+    borders = found.to_polygons(closed_only=False)
     scale = (image.width / width, image.height / height)
     # The middle of a pixel is half a pixel from its edge, and there is one more pixel around the mask.
     paths = [np.round((np.asarray(border) - 0.5) * scale, 1).tolist() for border in borders]
