@@ -88,6 +88,7 @@ def test_results_file(finished):
     recipe, result = finished
     facts = json.loads((Path(recipe.output_dir) / "results.json").read_text())
     assert facts["num_images"] == {"train": 27, "validation": 3, "test": 15}
+    assert facts["dataset"] is None  # files: where they lie is not for a card
     assert (facts["best_epoch"], facts["best_epoch_chosen_on"]) == (result.best_epoch, "validation")
     assert {name: facts[name] for name in result.metrics} == result.metrics
 
