@@ -160,12 +160,12 @@ class Run:
             table = pd.DataFrame(report["confusion"], index=names, columns=names)
             table.to_csv(folder / f"confusion_{name}.csv", index_label="true \\ predicted")
         facts = {
+            # Where files lie on this machine is nobody else's business: cards are made of this.
+            "dataset": None if Path(self.recipe.data).expanduser().exists() else self.recipe.data,
             "best_epoch": result.best_epoch,
             "best_epoch_chosen_on": None if self.data.validation is None else "validation",
             "num_train_epochs": self.recipe.num_train_epochs,
             "num_classes": len(self.data.id2label),
-            # Where files lie on this machine is nobody else's business: cards are made of this.
-            "dataset": None if Path(self.recipe.data).expanduser().exists() else self.recipe.data,
             "num_images": {
                 name: len(split)
                 for name in ("train", "validation", "test")

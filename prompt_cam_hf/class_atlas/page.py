@@ -9,6 +9,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 
 from prompt_cam_hf.class_atlas.collect import MapSums, Options, opened
 from prompt_cam_hf.class_atlas.summary import ClassSummary, Confusion, Example, Summary
@@ -18,7 +19,6 @@ from prompt_cam_hf.explanations.maps import map_box
 from prompt_cam_hf.explanations.ranking import rank_heads_from_state
 from prompt_cam_hf.html import EmbeddedImage, embed_pixels, embed_thumbnail, render_page
 from prompt_cam_hf.loading import Classifier
-from prompt_cam_hf.progress import follow
 from prompt_cam_hf.version import __version__
 
 # Bounds of the page's size: 2,600 images of 5 kB are 17.3 MB in base64. All else is a few kB a class.
@@ -134,7 +134,7 @@ def _draw(
     names = classifier.model.config.id2label
     order = [example.index for example, _ in wanted]
     batches = (order[first : first + batch_size] for first in range(0, len(order), batch_size))
-    tasks = iter(follow(wanted, len(wanted), "Drawing examples", " images"))
+    tasks = iter(tqdm(wanted, desc="Drawing examples", unit="img", disable=None))
     for batch in opened(images, classifier.image_processor, batches):
         for _, image, values in batch:
             example, classes = next(tasks)

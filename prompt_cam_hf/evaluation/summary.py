@@ -34,9 +34,9 @@ class Mean:
     num_images: int
 
     def __str__(self) -> str:
-        # Adding 0 makes a plain one of -0.
-        value, low, high = (f"{round(number, 3) + 0:.3f}" for number in (self.value, self.low, self.high))
-        return value if np.isnan(self.low) else f"{value} [{low}, {high}]"
+        if np.isnan(self.low):
+            return f"{self.value:.3f}"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 # (model, map, metric)
