@@ -28,7 +28,7 @@ from prompt_cam_hf.modeling import (
     PromptCAMForImageClassification,
     PromptCAMImageClassificationPipeline,
 )
-from prompt_cam_hf.modeling.checkpoint_prompt_cam import explained_load_errors
+from prompt_cam_hf.modeling.checkpoint_prompt_cam import explained_load_errors, find_cause
 
 
 class Classifier(NamedTuple):
@@ -154,14 +154,14 @@ def _refusals(name: str | os.PathLike) -> Iterator[None]:
     try:
         with explained_load_errors(name):
             yield
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
+        if find_cause(error, HFValidationError):
+            raise FileNotFoundError(
+                f"There is no folder {name!r}, and no repository of the Hub can have this name."
+            ) from error
         if "Consistency check failed" in str(error):
             raise ConnectionError(f"The Hub sent a file of {name} of the wrong size; try again.") from error
         raise
-    except HFValidationError as error:
-        raise FileNotFoundError(
-            f"There is no folder {name}, and no repository of the Hub can have this name."
-        ) from error
     except ValueError as error:
         if "trust_remote_code" in str(error):
             raise ValueError(f"{name} needs code of its own, which is never run.") from error

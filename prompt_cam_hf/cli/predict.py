@@ -72,6 +72,8 @@ def _print_predictions(files: list[Path], answers: list[list[dict[str, Any]]], o
     if output_format == "csv":
         csv.writer(sys.stdout, lineterminator="\n").writerows([columns, *cells])
         return
+    if not cells:
+        return
     table = Table(*columns)
     table.columns[0].overflow = "fold"
     for row in cells:

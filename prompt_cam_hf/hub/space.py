@@ -169,7 +169,7 @@ def publish_space(
 
     Example:
         >>> from prompt_cam_hf import publish_space
-        >>> publish_space("me/garden-birds", "me/garden-birds-traits", license="cc-by-4.0", dry_run=True).files
+        >>> publish_space("my_model", "me/garden-birds-traits", license="cc-by-4.0", dry_run=True).files
     """
     upload.check_repo_id(space_id)
     if not dry_run:
