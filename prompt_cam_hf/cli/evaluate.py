@@ -96,28 +96,32 @@ def evaluate(
     if data == DRAWN_BIRDS and not os.path.exists(data):
         images = birds_dataset(split or "test", birds_per_class)
         ground_truth, split = _bird_truth(images), None
-    found = run_evaluation(
-        model,
-        images,
-        out,
-        baselines=baseline or (),
-        maps=maps,
-        baseline_maps=baseline_maps,
-        protocol=Protocol(
-            metrics=tuple(metrics) if metrics else Protocol.metrics,
-            preset=preset,
-            classes=classes,
-            limit=limit,
-            seed=seed,
-            batch_size=batch_size,
-        ),
-        ground_truth=ground_truth,
-        split=split,
-        image_column=image_column,
-        label_column=label_column,
-        overwrite=overwrite,
-        device=device,
-    )
+    try:
+        found = run_evaluation(
+            model,
+            images,
+            out,
+            baselines=baseline or (),
+            maps=maps,
+            baseline_maps=baseline_maps,
+            protocol=Protocol(
+                metrics=tuple(metrics) if metrics else Protocol.metrics,
+                preset=preset,
+                classes=classes,
+                limit=limit,
+                seed=seed,
+                batch_size=batch_size,
+            ),
+            ground_truth=ground_truth,
+            split=split,
+            image_column=image_column,
+            label_column=label_column,
+            overwrite=overwrite,
+            device=device,
+        )
+    except KeyboardInterrupt as error:
+        common.say("Interrupted. The same command goes on after the last images that were measured.", style="yellow")
+        raise typer.Exit(130) from error
     if PartialState().is_main_process:
         _print(found)
     if found.num_unreadable:
