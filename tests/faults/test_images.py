@@ -158,7 +158,7 @@ REFUSED: list[tuple[str, Content]] = [
     ("a link to a terminal", link_to("/dev/tty")),
     ("a link to this process", link_to("/proc/self/mem")),
 ]  # fmt: skip
-EITHER = [(f"{kind} scratched, {seed}", scratched(kind, SEED + seed)) for kind in FORMATS for seed in range(5)]
+EITHER = [(f"{kind} scratched, {seed}", scratched(kind, SEED + seed)) for kind in FORMATS for seed in range(6)]
 SUFFIXES = (".png", ".jpg")
 SHORT = ("a pipe", "177 megapixels", "PostScript", "JPEG cut to 50%", "16 bit PNG")
 
