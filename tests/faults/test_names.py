@@ -40,7 +40,8 @@ ROW = "\x1b[2J\x1b[31m<b>file</b> ` | {{ 7 * 191 }}\n# Owned row"
 @pytest.fixture(scope="module", name="hostile")
 def fixture_hostile(tmp_path_factory):
     """A model of classes with these names, and images of hostile names too, one of them unreadable."""
-    folder = tmp_path_factory.mktemp("secret-place")
+    # A model in a folder called "model" has the name of the folder around it.
+    folder = tmp_path_factory.mktemp("secret-place") / "birds"
     ViTModel(tiny_backbone_config(), add_pooling_layer=False).save_pretrained(folder / "backbone")
     model = PromptCAMForImageClassification.from_backbone(
         folder / "backbone", id2label=dict(enumerate(NAMES.values()))
