@@ -5,8 +5,11 @@ A command imports what it runs on inside its function, so that --help need not w
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -72,6 +75,38 @@ LabelColumnOption = Annotated[str, typer.Option(help="Column of class names, in 
 BatchSizeOption = Annotated[int, typer.Option(min=1, help="Images that go through the network at once.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files of an earlier run.")]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps ...; the best there is by default.")]
+
+
+@dataclass(frozen=True)
+class FigureOptions:
+    """How a figure is drawn, for the commands that write one; see `takes_figure_options`."""
+
+    scale: ScaleOption = None
+    outline: OutlineOption = False
+    figure_format: FormatOption = "png"
+    columns: ColumnsOption = None
+    width: WidthOption = None
+    font_size: FontSizeOption = None
+
+
+def takes_figure_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take each field of `FigureOptions` as an option, in the place of its parameter `figure`."""
+    options = signature(FigureOptions).parameters
+
+    @wraps(command)
+    def run(**arguments: Any) -> None:
+        figure = FigureOptions(**{name: arguments.pop(name) for name in options})
+        command(figure=figure, **arguments)
+
+    own = signature(command)
+    parameters: list[Parameter] = []
+    for parameter in own.parameters.values():
+        in_place = options.values() if parameter.name == "figure" else (parameter,)
+        parameters += [each.replace(kind=Parameter.KEYWORD_ONLY) for each in in_place]
+    # What typer reads.
+    run.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
 
 
 def say(message: str, style: str = "") -> None:
@@ -154,8 +189,16 @@ def output_paths(
     return outputs
 
 
-def save_result(result: "Result", paths: Iterable[Path], **figure_options: Any) -> None:
+def save_result(result: "Result", paths: Iterable[Path], heads: int | None, figure: FigureOptions) -> None:
     """Write a result as each of these files, and make their folders."""
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-        result.save(path, **figure_options)
+        result.save(
+            path,
+            heads=heads,
+            scale=figure.scale,
+            outline=figure.outline,
+            columns=figure.columns,
+            width=figure.width,
+            font_size=figure.font_size,
+        )

@@ -8,6 +8,7 @@ import typer
 from prompt_cam_hf.cli import common
 
 
+@common.takes_figure_options
 def compare(
     model: common.ModelArgument,
     image: common.ImageArgument,
@@ -19,12 +20,8 @@ def compare(
     heads: common.HeadsOption = None,
     kind: common.KindOption = "attention",
     method: common.MethodOption = "greedy",
-    scale: common.ScaleOption = None,
-    outline: common.OutlineOption = False,
-    figure_format: common.FormatOption = "png",
-    columns: common.ColumnsOption = None,
-    width: common.WidthOption = None,
-    font_size: common.FontSizeOption = None,
+    *,
+    figure: common.FigureOptions,
     overwrite: common.OverwriteOption = False,
     device: common.DeviceOption = None,
 ) -> None:
@@ -38,18 +35,9 @@ def compare(
     from prompt_cam_hf.explanations.figures import check_head_count
     from prompt_cam_hf.loading import load_pipeline
 
-    outputs = common.output_paths([image], out, "comparison", figure_format, overwrite)
+    outputs = common.output_paths([image], out, "comparison", figure.figure_format, overwrite)
     classifier = load_pipeline(model, device)
     check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
     comparison = compare_classes(classifier, image, classes or None, true=true, kind=kind, method=method)
-    common.save_result(
-        comparison,
-        outputs[image],
-        heads=heads,
-        scale=scale,
-        outline=outline,
-        columns=columns,
-        width=width,
-        font_size=font_size,
-    )
+    common.save_result(comparison, outputs[image], heads, figure)
     common.show(comparison)

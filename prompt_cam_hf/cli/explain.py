@@ -10,6 +10,7 @@ import typer
 from prompt_cam_hf.cli import common
 
 
+@common.takes_figure_options
 def explain(
     model: common.ModelArgument,
     images: common.ImagesArgument,
@@ -21,12 +22,8 @@ def explain(
     heads: common.HeadsOption = None,
     kind: common.KindOption = "attention",
     method: common.MethodOption = "greedy",
-    scale: common.ScaleOption = None,
-    outline: common.OutlineOption = False,
-    figure_format: common.FormatOption = "png",
-    columns: common.ColumnsOption = None,
-    width: common.WidthOption = None,
-    font_size: common.FontSizeOption = None,
+    *,
+    figure: common.FigureOptions,
     batch_size: common.BatchSizeOption = 8,
     overwrite: common.OverwriteOption = False,
     device: common.DeviceOption = None,
@@ -44,7 +41,7 @@ def explain(
     from prompt_cam_hf.loading import as_classifier, load_pipeline
 
     num_explained = 0
-    outputs = common.output_paths(find_images(images), out, "traits", figure_format, overwrite)
+    outputs = common.output_paths(find_images(images), out, "traits", figure.figure_format, overwrite)
     classifier = as_classifier(load_pipeline(model, device))
     numbers = find_classes(classifier.model.config.id2label, classes) if classes else None
     check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
@@ -55,16 +52,7 @@ def explain(
         )
         for file, explanation in zip(batch, explanations, strict=True):
             explanation = replace(explanation, source=str(file))
-            common.save_result(
-                explanation,
-                outputs[file],
-                heads=heads,
-                scale=scale,
-                outline=outline,
-                columns=columns,
-                width=width,
-                font_size=font_size,
-            )
+            common.save_result(explanation, outputs[file], heads, figure)
             common.show(f"{explanation}\n")
         num_explained += len(batch)
     if num_explained < len(outputs):

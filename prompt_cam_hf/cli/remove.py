@@ -8,6 +8,7 @@ import typer
 from prompt_cam_hf.cli import common
 
 
+@common.takes_figure_options
 def remove(
     model: common.ModelArgument,
     image: common.ImageArgument,
@@ -28,12 +29,8 @@ def remove(
     ] = "inpaint",
     heads: common.HeadsOption = None,
     kind: common.KindOption = "attention",
-    scale: common.ScaleOption = None,
-    outline: common.OutlineOption = False,
-    figure_format: common.FormatOption = "png",
-    columns: common.ColumnsOption = None,
-    width: common.WidthOption = None,
-    font_size: common.FontSizeOption = None,
+    *,
+    figure: common.FigureOptions,
     overwrite: common.OverwriteOption = False,
     device: common.DeviceOption = None,
 ) -> None:
@@ -50,18 +47,9 @@ def remove(
     if box is not None and head is not None:
         raise ValueError("Give either --box or --head.")
     region: Region = "top head" if head is None else head
-    outputs = common.output_paths([image], out, "removal", figure_format, overwrite)
+    outputs = common.output_paths([image], out, "removal", figure.figure_format, overwrite)
     classifier = load_pipeline(model, device)
     check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
     removal = remove_trait(classifier, image, box or region, class_name, method=method, kind=kind)
-    common.save_result(
-        removal,
-        outputs[image],
-        heads=heads,
-        scale=scale,
-        outline=outline,
-        columns=columns,
-        width=width,
-        font_size=font_size,
-    )
+    common.save_result(removal, outputs[image], heads, figure)
     common.show(removal)

@@ -10,6 +10,7 @@ import typer
 from prompt_cam_hf.cli import common
 
 
+@common.takes_figure_options
 def taxonomy(
     model: common.ModelArgument,
     images: common.ImagesArgument,
@@ -19,12 +20,8 @@ def taxonomy(
     ] = None,
     heads: common.HeadsOption = None,
     kind: common.KindOption = "attention",
-    scale: common.ScaleOption = None,
-    outline: common.OutlineOption = False,
-    figure_format: common.FormatOption = "png",
-    columns: common.ColumnsOption = None,
-    width: common.WidthOption = None,
-    font_size: common.FontSizeOption = None,
+    *,
+    figure: common.FigureOptions,
     overwrite: common.OverwriteOption = False,
     device: common.DeviceOption = None,
 ) -> None:
@@ -43,22 +40,13 @@ def taxonomy(
     from prompt_cam_hf.loading import load_pipeline
 
     num_explained = 0
-    outputs = common.output_paths(find_images(images), out, "path", figure_format, overwrite)
+    outputs = common.output_paths(find_images(images), out, "path", figure.figure_format, overwrite)
     classifier = load_pipeline(model, device)
     levels = read_taxonomy(tree or find_taxonomy(model))
     check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
     for file, image in common.open_readable(outputs):
         path = replace(explain_path(classifier, image, levels, kind=kind), source=str(file))
-        common.save_result(
-            path,
-            outputs[file],
-            heads=heads,
-            scale=scale,
-            outline=outline,
-            columns=columns,
-            width=width,
-            font_size=font_size,
-        )
+        common.save_result(path, outputs[file], heads, figure)
         common.show(path)
         num_explained += 1
     if num_explained < len(outputs):
