@@ -137,12 +137,17 @@ class CardFacts:
         return ModelCardData(**fields)
 
 
-def render_card(facts: CardFacts) -> ModelCard:
-    """Write the card; metadata that huggingface_hub does not accept are a ValueError."""
+def load_template(package: str, path: str) -> jinja2.Template:
+    """A template of a card in Markdown; a name that it is not given is an error."""
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
     )
-    template = environment.from_string(files("prompt_cam_hf.model_cards").joinpath("template.md").read_text("utf-8"))
+    return environment.from_string(files(package).joinpath(path).read_text("utf-8"))
+
+
+def render_card(facts: CardFacts) -> ModelCard:
+    """Write the card; metadata that huggingface_hub does not accept are a ValueError."""
+    template = load_template("prompt_cam_hf.model_cards", "template.md")
     class_names = list(map(one_line, facts.class_names))
     text = template.render(
         vars(facts)

@@ -17,14 +17,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import jinja2
 from huggingface_hub import ModelCard, ModelCardData, SpaceCardData, constants
 from packaging.requirements import Requirement
 
 from prompt_cam_hf.data.images import find_images, open_image
 from prompt_cam_hf.explanations.taxonomy_path import TAXONOMY_FILE
 from prompt_cam_hf.hub import upload
-from prompt_cam_hf.hub.card import TAGS
+from prompt_cam_hf.hub.card import TAGS, load_template
 from prompt_cam_hf.hub.publish import Publication, load_folder
 from prompt_cam_hf.loading import check_prompt_cam, load_model_type
 from prompt_cam_hf.messages import one_line, printable
@@ -311,11 +310,7 @@ def _render_card(
         tags=TAGS,
         **license,
     )
-    environment = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
-    )
-    template = environment.from_string(files("prompt_cam_hf").joinpath("templates/space.md.j2").read_text("utf-8"))
-    return template.render(
+    return load_template("prompt_cam_hf", "templates/space.md.j2").render(
         metadata=metadata.to_yaml(),
         title=html.escape(one_line(title)),
         model_id=model_id,
