@@ -2,7 +2,6 @@
 """A training run from folders of photos to a saved model: what it computes, reports, saves and refuses."""
 
 import csv
-import dataclasses
 import doctest
 import json
 import math
@@ -34,7 +33,7 @@ from transformers.trainer_utils import set_seed
 from prompt_cam_hf import PromptCAMForImageClassification
 from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.explanations.explain import explain
-from prompt_cam_hf.training.recipe import Recipe, load_recipe, training_arguments
+from prompt_cam_hf.training.recipe import load_recipe, training_arguments
 from prompt_cam_hf.training.train import main, prepare_run, train
 from prompt_cam_hf.training.trainer import EpochSampler, PromptCAMTrainer, complete_checkpoints
 
@@ -441,15 +440,3 @@ def test_the_example_of_train_runs(photos, tmp_path, monkeypatch):
         exec(example.source, names)
     assert repr(eval(examples[-1].source, names)) == examples[-1].want.strip()
     assert AutoModelForImageClassification.from_pretrained("first_try").config.id2label[0] == "red"
-
-
-def test_every_key_is_documented_as_it_is():
-    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \|$", (ROOT / "docs" / "training.md").read_text(), re.MULTILINE)
-    expected = []
-    for key in dataclasses.fields(Recipe):
-        default = key.default if key.default_factory is dataclasses.MISSING else key.default_factory()
-        text = "required" if default is dataclasses.MISSING else "empty" if default in (None, {}) else f"`{default}`"
-        expected.append(
-            (key.name, re.sub(r"`(True|False)`", lambda found: found[0].lower(), text), key.metadata["help"])
-        )
-    assert rows == expected

@@ -43,13 +43,13 @@ _TRAINER = {argument.name for argument in dataclasses.fields(TrainingArguments)}
 
 
 def _key(text: str, **default: Any) -> Any:
-    """A field that carries its meaning, for --help and docs/training.md."""
+    """A field that carries its meaning, for --help and docs/reference/recipes.md."""
     return field(metadata={"help": text}, **default)
 
 
 @dataclass(kw_only=True)
 class Recipe:
-    """All settings of a training run. `docs/training.md` has the same text as a table.
+    """All settings of a training run. The site has the same text as a table (docs/reference/recipes.md).
 
     Values are converted where nothing is lost (1 for a number, the text "1e-6" that YAML 1.1 makes of 1e-6).
 
