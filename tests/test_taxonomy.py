@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: MIT
 """A tree of classes: read, trained level by level, and followed on an image."""
 
-import copy
 import json
 from dataclasses import replace
 from itertools import product
@@ -20,6 +19,8 @@ from small_runs import as_arguments, fixture_backbone, fixture_photos, fixture_r
 from transformers import AutoModelForImageClassification, pipeline
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from typer.testing import CliRunner
+from workplace import TREE as BIRDS
+from workplace import save_taxonomy
 
 from prompt_cam_hf import PromptCAMForImageClassification, PromptCAMImageClassificationPipeline
 from prompt_cam_hf.birds import BIRD_CLASSES
@@ -35,13 +36,6 @@ from prompt_cam_hf.modeling.backbone_prompt_cam import backbone_layers
 from prompt_cam_hf.training.train_taxonomy import evaluate_paths, main, relabel, train_taxonomy
 
 COLOURS = "colour,warmth,all\nred,warm,colours\nblue,cold,colours\ngreen,cold,colours\n"
-BIRDS = """species,genus,family
-Blue Jay,Cyanocitta,Corvidae
-Steller's Jay,Cyanocitta,Corvidae
-Common Raven,Corvus,Corvidae
-
-House Sparrow,Passer,Passeridae
-"""
 
 
 @pytest.fixture
@@ -270,25 +264,8 @@ def test_what_does_not_fit_is_refused_before_training(write, recipe, tmp_path, c
 @pytest.fixture
 def birds(write, tmp_path):
     """A random model with the sets of `BIRDS`, saved with its tree."""
-    tree = read_taxonomy(write(BIRDS))
-    model = None
-    for level in reversed(tree.levels):
-        alone = tiny_model(id2label=dict(enumerate(tree.nodes(level))), num_agnostic_prompts=0)
-        if model is None:
-            model = copy.deepcopy(alone)
-            model.config.prompts_in_use = level
-            model = PromptCAMForImageClassification(model.config).eval()
-            model.load_state_dict(alone.state_dict())
-        else:
-            generator = torch.Generator().manual_seed(len(level))
-            parts = {key: value for key, value in alone.state_dict().items() if not key.startswith("backbone.")}
-            parts["class_prompts"] = 3 * torch.randn(parts["class_prompts"].shape, generator=generator)
-            model.add_prompts(level, id2label=alone.config.id2label, num_agnostic_prompts=0, state_dict=parts)
-    model.set_prompts("species")
     folder = tmp_path / "birds"
-    model.save_pretrained(folder)
-    build_image_processor(32).save_pretrained(folder)
-    write(tree.to_csv(), "birds/taxonomy.csv")
+    save_taxonomy(folder, read_taxonomy(write(BIRDS)))
     return folder
 
 
