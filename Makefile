@@ -3,7 +3,7 @@ PYTHON ?= python3
 NEWEST := .venv
 OLDEST := .venv-oldest
 
-.PHONY: demo app test test-newest test-oldest test-processors test-faults lint format bench bench-app clean
+.PHONY: demo app test test-newest test-oldest test-processors test-faults lint format docs docs-serve docs-blocks bench bench-app clean
 
 # Trains on drawn birds, offline, and shows what the trait maps are worth: docs/demo.md.
 demo: $(NEWEST)/installed
@@ -43,6 +43,18 @@ format: $(NEWEST)/installed
 	$(NEWEST)/bin/ruff check --fix .
 	$(NEWEST)/bin/ruff format .
 
+# The site, into build/site: a broken link or anchor fails, and so does a public name that the reference lacks.
+docs docs-serve: export NO_MKDOCS_2_WARNING := 1
+docs: $(NEWEST)/installed
+	$(NEWEST)/bin/mkdocs build --quiet
+
+docs-serve: $(NEWEST)/installed
+	$(NEWEST)/bin/mkdocs serve
+
+# Which code blocks of the documentation run, which are checked only, and why.
+docs-blocks: $(NEWEST)/installed
+	$(NEWEST)/bin/python tests/docs_blocks.py
+
 bench: $(NEWEST)/installed
 	$(NEWEST)/bin/python benchmarks/bench_model.py
 	$(NEWEST)/bin/python benchmarks/bench_ranking.py
@@ -55,9 +67,11 @@ clean:
 	rm -rf $(NEWEST) $(OLDEST) build dist *.egg-info
 
 $(NEWEST)/installed: constraints.txt setup.cfg
+$(NEWEST)/installed: EXTRAS := dev,docs
 $(OLDEST)/installed: constraints-oldest.txt setup.cfg
+$(OLDEST)/installed: EXTRAS := dev
 %/installed:
 	$(PYTHON) -m venv $*
 	$*/bin/python -m pip install --quiet --upgrade pip
-	$*/bin/python -m pip install --quiet -c $< -e '.[dev]'
+	$*/bin/python -m pip install --quiet -c $< -e '.[$(EXTRAS)]'
 	touch $@

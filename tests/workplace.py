@@ -44,15 +44,15 @@ def sharpen(model: torch.nn.Module, factor: float) -> torch.nn.Module:
     return model
 
 
-def save_photos(folder: Path, train: int = 10, test: int = 2) -> None:
+def save_photos(folder: Path) -> None:
     """Noise of one colour for each class."""
     random = np.random.default_rng(0)
-    for split, count in (("train", train), ("test", test)):
+    for split, numbers in (("train", range(10)), ("test", (3, 4))):
         for name, colour in COLOURS.items():
             (folder / split / name).mkdir(parents=True)
-            for index in range(count):
+            for number in numbers:
                 pixels = random.normal(colour, 40, (48, 60, 3)).clip(0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / split / name / f"{index:04}.jpg")
+                Image.fromarray(pixels).save(folder / split / name / f"{number:04}.jpg")
 
 
 def save_taxonomy(folder: Path, tree: Taxonomy) -> None:

@@ -70,7 +70,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         path, hash_sign, anchor = target.partition("#")
         path = posixpath.normpath(posixpath.join(here, path))
         uri = OUTSIDE.get(path, path.removeprefix("docs/"))
-        if files.get_file_from_path(uri) is None or files.get_file_from_path(uri).inclusion.is_excluded():
+        file = files.get_file_from_path(uri)
+        if file is None or file.inclusion.is_excluded():
             if not (ROOT / path).is_file():
                 return found[0]  # mkdocs reports it
             uri = f"files/{path}"
@@ -124,10 +125,10 @@ def _cell(text: str) -> str:
 
 def command_reference() -> Iterator[str]:
     """A section for each command: its help, and a table of what it takes."""
-    group = typer.main.get_command(app)
+    group = typer.main.get_group(app)
     context = group.make_context("prompt-cam", ["train"])
     for name in group.list_commands(context):
-        command = group.get_command(context, name)
+        command = group.commands[name]
         with command.make_context(name, [], parent=context, resilient_parsing=True) as own:
             usage = " ".join(command.collect_usage_pieces(own))
             records = {parameter.name: parameter.get_help_record(own) for parameter in command.params}
