@@ -52,7 +52,7 @@ def test_a_page_runs(title, workplace):
     assert not [path for path in MADE.get(title, []) if not (workplace / path).is_file()]
     if title == "docs/first_hour.md":
         results = json.loads((workplace / "my_model" / "results.json").read_text())
-        assert results["metrics"]["test"]["top1"] == 1
+        assert results["test"]["top1"] > 0.8
 
 
 def test_no_block_is_skipped():

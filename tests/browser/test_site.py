@@ -60,7 +60,9 @@ def test_search_finds(site, open_page, words, title, width):
     page = open_page(site / "traits" / "explain.html", width=width)
     if width == NARROW:
         page.locator("label.md-header__button[for=__search]").click()
-    page.get_by_placeholder("Search").fill(words)
+    field = page.get_by_placeholder("Search")
+    field.click()
+    field.press_sequentially(words)
     results = page.locator(".md-search-result__list h1, .md-search-result__list h2")
     expect(results.first).to_be_visible(timeout=20_000)
     headings = page.locator(".md-search-result__list").inner_text()
