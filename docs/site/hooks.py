@@ -105,7 +105,7 @@ class HouseStyle(griffe.Extension):
     """Lets mkdocstrings read what docstrings of this project say in another way than it knows."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
-        """Make `Example:` a section, `a, b:` two arguments, and a class's `Args:` its fields if it has no `__init__`."""
+        """Make `Example:` a section, `a, b:` two arguments, and `Args:` fields of a class without `__init__`."""
         if obj.docstring:
             renamed = {"Example:": "Examples:"}
             if obj.is_class and "__init__" not in obj.members:
