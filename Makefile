@@ -46,7 +46,7 @@ format: $(NEWEST)/installed
 # The site, into build/site: a broken link or anchor fails, and so does a public name that the reference lacks.
 docs docs-serve: export NO_MKDOCS_2_WARNING := 1
 docs: $(NEWEST)/installed
-	$(NEWEST)/bin/mkdocs build --quiet
+	$(NEWEST)/bin/mkdocs build
 
 docs-serve: $(NEWEST)/installed
 	$(NEWEST)/bin/mkdocs serve
