@@ -29,8 +29,8 @@ def experiment(photos, backbone, tmp_path_factory):
     tree = out.parent / "tree.csv"
     tree.write_text("colour,kind\nred,warm\ngreen,cold\nblue,cold\n")
     settings = {
-        "backbone": str(backbone), "image_size": 32, "learning_rate": 0.1, "train_batch_size": 8, "num_train_epochs": 6,
-        "warmup_epochs": 1, "dataloader_num_workers": 0,
+        "backbone": str(backbone), "image_size": 32, "learning_rate": 0.1, "train_batch_size": 8, "warmup_epochs": 1,
+        "num_train_epochs": 6, "dataloader_num_workers": 0,
     }  # fmt: skip
     run = partial(reproduce, data=photos, out=out, recipe="dino_cub", **settings)
     return lambda name, **options: run(name, **({"taxonomy": tree} if name == "taxonomy" else {}), **options)
@@ -135,7 +135,7 @@ def test_disagreements_are_counted(experiment, photos):
 
 def test_regions_are_removed(experiment):
     done = experiment("manipulation", limit=5)
-    assert [row["removed"] for row in rows_of(done)][0] == "where the first head looks"
+    assert next(row["removed"] for row in rows_of(done)) == "where the first head looks"
     assert done.figures
 
 
@@ -182,8 +182,8 @@ def test_what_is_trained_is_used_again_and_a_kill_goes_on(experiment, monkeypatc
 
 def test_a_run_that_was_stopped_goes_on(photos, backbone, tmp_path, monkeypatch):
     run = partial(
-        reproduce, "table2", photos, tmp_path / "out", recipe="dino_cub", rivals=(), backbone=str(backbone), image_size=32,
-        num_train_epochs=3, warmup_epochs=0, train_batch_size=8, dataloader_num_workers=0,
+        reproduce, "table2", photos, tmp_path / "out", recipe="dino_cub", rivals=(), backbone=str(backbone),
+        image_size=32, num_train_epochs=3, warmup_epochs=0, train_batch_size=8, dataloader_num_workers=0,
     )  # fmt: skip
     saved = []
 
@@ -251,6 +251,6 @@ def test_every_experiment_on_drawn_birds(tmp_path, monkeypatch):
         assert answer.exit_code == 0, answer.output
         assert str(tmp_path / "out" / name / "table.md") in answer.stdout
         told = (tmp_path / "out" / name / "table.md").read_text()
-        assert "drawn birds and the tiny backbone of the package" in told
+        assert "drawn birds on the package's tiny backbone" in told
     with pytest.raises(ValueError, match="choose another --out"):
         door.reproduce("table2", out=tmp_path / "out", birds_per_class=(5, 1, 2))

@@ -194,7 +194,7 @@ def test_mistakes_get_one_sentence(folder, tmp_path):
         ((), "give them as --traits"),
         (("--traits", tmp_path / "traits.csv"), "line 2: class or trait is missing"),
         (("--traits", folder / "key.csv"), "There is no file of traits"),
-        (("--traits", folder / "photos" / "class 0" / "secret_0.png"), ""),
+        (("--traits", folder / "photos" / "class 0" / "secret_0.png"), "is not a CSV file in UTF-8"),
     ):
         answer = run(*common, *more)
         assert answer.exit_code == 2 and sentence in answer.stderr, answer.output

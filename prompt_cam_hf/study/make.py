@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import datasets
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image
 from transformers import Pipeline
@@ -131,7 +132,7 @@ def _draw(subject: Subject, image: Image.Image, label: int, heads: int, code: st
 
 def _maps(subject: Subject, image: Image.Image, label: int, heads: int) -> Iterator[np.ndarray]:
     if heads and subject.config.model_type == "prompt_cam":
-        classifier = Classifier(subject.model, subject.image_processor)  # type: ignore[arg-type]
+        classifier = Classifier(subject.model, subject.image_processor)
         (explanation,) = explain_each(classifier, [image], label)
         traits = explanation.classes[0]
         yield from (traits.maps[head] for head in traits.head_order[:heads])
@@ -150,14 +151,16 @@ def read_traits(path: str | os.PathLike) -> dict[str, list[str]]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file of traits {os.fspath(path)!r}.")
+    try:
+        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except ValueError as error:
+        raise ValueError(f"{path} is not a CSV file in UTF-8: {error}.") from error
+    if not {"class", "trait"} <= set(table.columns):
+        raise ValueError(f"{path} has no columns class and trait in its first line.")
     found: dict[str, list[str]] = {}
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        if not {"class", "trait"} <= set(reader.fieldnames or ()):
-            raise ValueError(f"{path} has no columns class and trait in its first line.")
-        for row in reader:
-            name, trait = ((row[column] or "").strip() for column in ("class", "trait"))
-            if not name or not trait:
-                raise ValueError(f"{path}, line {reader.line_num}: class or trait is missing.")
-            found.setdefault(name, []).append(trait)
+    for number, cells in enumerate(zip(table["class"], table["trait"], strict=True), 2):
+        name, trait = map(str.strip, cells)
+        if not name or not trait:
+            raise ValueError(f"{path}, line {number}: class or trait is missing.")
+        found.setdefault(name, []).append(trait)
     return found

@@ -160,7 +160,7 @@ def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
         raise FileNotFoundError(f"There is no file {path}.")
     try:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (ValueError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not a CSV file in UTF-8: {error}.") from error
     if list(table.columns) != list(columns):
         raise ValueError(f"{path} has the columns {', '.join(table.columns)}; they have to be {', '.join(columns)}.")

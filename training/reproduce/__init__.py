@@ -7,7 +7,7 @@
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,8 @@ def reproduce(
         limit=limit,
         settings=settings,
     )
+    for rival in rivals:
+        replace(shop.recipe, method=rival)  # refuses a wrong one before anything is trained
     folder = Path(out) / name
     folder.mkdir(exist_ok=True)
     tree = None if taxonomy is None else Path(taxonomy)

@@ -140,7 +140,7 @@ def disagreements(shop: Workshop) -> Finding:
     notes = ["The paper shows single images: Prompt-CAM's maps then say which trait it missed, or saw in its place."]
     if lost + won:
         p = binomtest(lost, lost + won).pvalue
-        notes.append(f"That one is right more often than the other: p = {p:.2g} (exact McNemar test).")
+        notes.append(f"If both were equally good, a difference of this size had p = {p:.2g} (exact McNemar test).")
     chosen = np.flatnonzero(counts["probe right, Prompt-CAM wrong"])
     figures = {}
     for number, row in enumerate(shop.examples(chosen), 1):

@@ -136,11 +136,14 @@ class Workshop:
     def about(self) -> str:
         """What is behind the numbers that are ours."""
         recipe, counts = self.recipe, {name: getattr(self.images, name) for name in ("train", "validation", "test")}
-        numbers = ", ".join(f"{len(split):,} to {use}" for use, split in counts.items() if split is not None)
-        where = "drawn birds and the tiny backbone of the package, which no number of photos compares with"
+        numbers = ", ".join(f"{len(split):,} {use}" for use, split in counts.items() if split is not None)
+        where = "drawn birds on the package's tiny backbone, so compare nothing with numbers from photos"
         if self.birds is None:
             where = f"{Path(recipe.data).name}, backbone {model_name(recipe.backbone)}"
-        return f"Ours: {where}; {numbers}; recipe {self.recipe_name}, {recipe.num_train_epochs} epochs, seed {recipe.seed}."
+        how = f"recipe {self.recipe_name}, {recipe.num_train_epochs} epochs, seed {recipe.seed}"
+        if self.recipe_name == BIRDS_RECIPE:
+            how += " (class prompts in the last layer only; the paper's Deep is --recipe birds_deep)"
+        return f"Ours: {where}; {numbers} images; {how}."
 
     def prompt_cam(self) -> Trained:
         """The Prompt-CAM of the recipe."""
