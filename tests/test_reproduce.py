@@ -82,7 +82,7 @@ def test_each_layer_is_a_variant(experiment):
     assert [row["variant"] for row in rows_of(done)] == ["Shallow", "between", "Deep"]
     layers = [
         json.loads((done.folder.parent / "models" / name / "config.json").read_text())["class_prompt_layer"]
-        for name in ("layer_0", "layer_1", "deep")
+        for name in ("layer_0", "layer_1", "prompt_cam")
     ]
     assert layers == [0, 1, -1] and [path.name for path in done.figures] == ["variants.png"]
 

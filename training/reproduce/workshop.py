@@ -36,8 +36,8 @@ from prompt_cam_hf.training.train import RESULTS_FILE, check_same_recipe, load_d
 
 DRAWN_BIRDS = "drawn-birds"
 MODELS_FOLDER, DATA_FILE = "models", "data.json"
-# Trains on cached features, in seconds; its variants, as the paper's Deep, cannot.
-BIRDS_RECIPE, BIRDS_VARIANTS_RECIPE = "birds", "birds_deep"
+# Trains on cached features, in seconds.
+BIRDS_RECIPE = "birds"
 _BATCH_SIZE = 32
 _BIRDS_LIMIT = 36  # of two images a class, on average
 
@@ -214,7 +214,7 @@ def open_workshop(
     birds = None
     if data == DRAWN_BIRDS and not Path(data).exists():
         name = recipe or BIRDS_RECIPE
-        made = load_recipe(name, **{**birds_keys(out), **settings})
+        made = load_recipe(name, **{**_birds_keys(out), **settings})
         size = made.image_size or 96
         splits = dict(zip(("train", "validation", "test"), birds_per_class, strict=True))
         drawn = {split: birds_dataset(split, count, size) for split, count in splits.items()}
@@ -234,8 +234,7 @@ def open_workshop(
     return workshop
 
 
-def birds_keys(folder: Path) -> dict[str, Any]:
-    """What the recipes of drawn birds leave open."""
+def _birds_keys(folder: Path) -> dict[str, Any]:
     return {"backbone": str(BACKBONE), "output_dir": folder}
 
 
