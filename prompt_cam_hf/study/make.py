@@ -92,7 +92,7 @@ def make_study(
     for other in subjects[1:]:
         check_same_classes(subjects[0], other)
     names = subjects[0].config.id2label
-    wanted = {find_class(names, name): [trait for trait in listed if trait] for name, listed in traits.items()}
+    wanted = {find_class(names, name): list(dict.fromkeys(listed)) for name, listed in traits.items()}
     found = read_labelled_images(data, names, split=split)
     usable = [index for index, label in enumerate(found.labels) if label is not None and wanted.get(label)]
     if not usable:

@@ -29,10 +29,9 @@ def heads(shop: Workshop) -> Finding:
     for explanation in shop.explain(trained, shop.sample(correct)):
         counts[explanation.classes[0].sufficient or 0] += 1
     total = sum(counts.values())
-    num_heads = len(explanation.classes[0].head_order)
     rows = [
         (str(count), f"{counts[count] / total:.1%}", f"{sum(counts[n] for n in range(count + 1)) / total:.1%}")
-        for count in range(num_heads + 1)
+        for count in range(max(counts) + 1)
     ]
     figures = {
         f"heads_{number}.png": draw_blurring(explanation)
@@ -170,6 +169,8 @@ def manipulation(shop: Workshop) -> Finding:
             flipped.append((removal.after.prediction.number != before, removal.control.prediction.number != before))
         if row in shown:
             figures[f"manipulation_{len(figures) + 1}.png"] = removal.figure(heads=3)
+    if not flipped:
+        raise ValueError("In none of the images does the first head single out a region, so nothing can be removed.")
     shares = np.mean(flipped, axis=0)
     names = ("where the first head looks", "a region of the same shape elsewhere")
     return Finding(

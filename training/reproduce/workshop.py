@@ -85,13 +85,10 @@ class Workshop:
     num_images: int
     limit: int | None
 
-    @cached_property
+    @property
     def test(self) -> datasets.Dataset:
         """The test split."""
-        if self.images.test is None:
-            raise ValueError(
-                f"{self.recipe.data} has no test split, which the experiments are measured on; add test/."
-            )
+        assert self.images.test is not None  # `open_workshop` refuses data without one
         return self.images.test
 
     @cached_property
@@ -230,7 +227,11 @@ def open_workshop(
         name = recipe or f"dino_{_known_data_set(images, data)}"
         made = load_recipe(name, **{"data": data, "output_dir": out, **settings})
     workshop = Workshop(out, made, Path(name).stem, settings, images, birds, num_images, limit)
-    _check_same_data(workshop, data)
+    if made.hub_model_id:
+        raise ValueError("hub_model_id is for a single run; publish the finished folder of a model instead.")
+    if images.test is None:
+        raise ValueError(f"{data} has no test split, which the experiments are measured on; add test/.")
+    _check_same_data(workshop, Path(data).name)
     return workshop
 
 
