@@ -25,7 +25,7 @@ from prompt_cam_hf.explanations.explain import explain_each
 from prompt_cam_hf.explanations.maps import patches_box
 from prompt_cam_hf.files import write_atomically
 from prompt_cam_hf.html import Drawn, DrawnMap, embed_map, embed_thumbnail, render_page, share_of
-from prompt_cam_hf.loading import Classifier
+from prompt_cam_hf.loading import Classifier, weights_digest
 from prompt_cam_hf.modeling.backbone_prompt_cam import patch_size
 
 FORM, KEY = "study.html", "key.csv"
@@ -100,8 +100,9 @@ def make_study(
     random = np.random.default_rng(seed)
     chosen = random.permutation(usable)[:images].tolist()
     shown = [(number, index) for number in range(len(subjects)) for index in chosen]
-    digest = hashlib.sha256(f"{found.digest()} {shown} {seed} {heads}".encode())
-    study = digest.hexdigest()[:8]
+    weights = [weights_digest(subject.model) for subject in subjects]
+    told = f"{weights} {found.digest()} {sorted(wanted.items())} {shown} {seed} {heads}"
+    study = hashlib.sha256(told.encode()).hexdigest()[:8]
     pictures, rows = [], []
     for place, (number, index) in enumerate(random.permutation(shown).tolist(), 1):
         code, label = f"P{place:03d}", found.labels[index]
