@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         PromptCAMOutput,
     )
     from prompt_cam_hf.training.recipe import load_recipe
+    from prompt_cam_hf.training.reproduce import reproduce
     from prompt_cam_hf.training.train import train
 
 # Where each public name is defined.
@@ -54,6 +55,7 @@ _MODULES = {
     "publish_space": "hub.space",
     "rank_heads": "explanations.ranking",
     "remove_trait": "explanations.removal",
+    "reproduce": "training.reproduce",
     "train": "training.train",
     "trait_maps": "explanations.maps",
     "write_space": "hub.space",
@@ -100,6 +102,7 @@ __all__ = [
     "publish_space",
     "rank_heads",
     "remove_trait",
+    "reproduce",
     "train",
     "trait_maps",
     "write_space",

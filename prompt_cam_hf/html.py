@@ -84,6 +84,13 @@ class Drawn:
     outline: str = ""
 
 
+def share_of(box: Box, size: tuple[int, int]) -> Box:
+    """A box (left, top, right, bottom) in pixels as shares of an image's size: left, top, width, height."""
+    left, top, right, bottom = box
+    width, height = size
+    return left / width, top / height, (right - left) / width, (bottom - top) / height
+
+
 def embed_map(trait_map: np.ndarray) -> EmbeddedImage:
     """Embed a map (rows, cols; at least 0) as PNG, in the colours and the transparency of `overlay`.
 

@@ -143,6 +143,27 @@ def test_cubs_annotations(model_folder, photos, cub, tmp_path):
     assert answer.exit_code == 2 and "no folder segmentations" in answer.stderr
 
 
+def test_fish_vistas_traits(model_folder, photos, tmp_path):
+    masks = tmp_path / "fish" / "segmentation_masks"
+    (masks / "images").mkdir(parents=True)
+    (masks / "seg_id_trait_map.json").write_text('{"0": "Background", "1": "Head", "2": "Eye"}')
+    numbers = np.zeros(IMAGE_SIZE[::-1], np.uint8)
+    numbers[:, :30], numbers[10:30, 30:45] = 1, 2
+    Image.fromarray(numbers).save(masks / "images" / "a_1.png")
+    common = (model_folder, "--data", photos, "--metrics", "localisation", "--fish-vista", tmp_path / "fish")
+    for name, traits, marked in (("all", (), numbers > 0), ("eye", ("Eye",), numbers == 2)):
+        asked = [word for trait in traits for word in ("--fish-vista-trait", trait)]
+        answer = run(*common, *asked, "--out", tmp_path / name)
+        assert answer.exit_code == 0, answer.output
+        rows = pq.read_table(tmp_path / name / "measurements.parquet").to_pylist()
+        chances = {row["image"]: row["value"] for row in rows if row["metric"] == "chance of pointing"}
+        assert chances == pytest.approx({"class 1/a_1.png": patch_mask(marked, (4, 4)).mean()})
+    answer = run(*common, "--fish-vista-trait", "Wing", "--out", tmp_path / "wing")
+    assert answer.exit_code == 2 and "no trait 'Wing'" in answer.stderr
+    answer = run(*common, "--cub", tmp_path, "--out", tmp_path / "both")
+    assert answer.exit_code == 2 and "not both" in answer.stderr
+
+
 def test_unreadable_images_are_left_out(model_folder, photos, tmp_path):
     (photos / "class 1" / "torn.jpg").write_bytes(b"torn")
     answer = run(model_folder, "--data", photos, "--metrics", "specificity", "--out", tmp_path / "out")

@@ -18,11 +18,11 @@ from prompt_cam_hf.data.images import build_image_processor
 
 FUNCTIONS = {
     "atlas", "compare", "convert_official_checkpoint", "evaluate", "explain", "explain_path", "load_recipe", "publish",
-    "publish_space", "rank_heads", "remove_trait", "train", "trait_maps", "write_space",
+    "publish_space", "rank_heads", "remove_trait", "reproduce", "train", "trait_maps", "write_space",
 }  # fmt: skip
 COMMANDS = (
     "train", "predict", "explain", "compare", "remove", "atlas", "taxonomy", "evaluate", "app", "demo", "prepare",
-    "publish", "space", "convert",
+    "publish", "space", "convert", "reproduce", "study",
 )  # fmt: skip
 # What a command's help must not wait for.
 HEAVY = {"torch", "transformers", "datasets", "matplotlib", "numpy", "PIL", "accelerate", "scipy"}

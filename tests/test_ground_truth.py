@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """CUB's files are read as they are published, drawn birds give their masks, and masks go where their images go."""
 
+import json
 import shutil
 
 import numpy as np
@@ -15,9 +16,11 @@ from prompt_cam_hf.data.ground_truth import (
     mask_as_seen,
     point_mask,
     read_cub,
+    read_fish_vista,
     segmentation_mask,
+    trait_mask,
 )
-from prompt_cam_hf.data.images import build_image_processor
+from prompt_cam_hf.data.images import UnreadableImageError, build_image_processor
 from prompt_cam_hf.metrics.localization import pointing_game
 
 FILES = {
@@ -153,3 +156,52 @@ def test_from_a_point_to_a_hit(cub):
     maps[1, 2] = 1  # the eye, at 70 of 100 and 31 of 80 pixels
     assert pointing_game(maps, mask) == 1
     assert pointing_game(maps.T, mask) == 0
+
+
+FISH_TRAITS = {"0": "Background", "1": "Head", "2": "Eye", "3": "Dorsal fin", "8": "Adipose fin", "9": "Barbel"}
+
+
+@pytest.fixture
+def fish(tmp_path):
+    """A clone of Fish-Vista's repository, as its card describes it."""
+    masks = tmp_path / "fish-vista" / "segmentation_masks"
+    (masks / "images").mkdir(parents=True)
+    (masks / "seg_id_trait_map.json").write_text(json.dumps(FISH_TRAITS))
+    numbers = np.array([[0, 1, 2], [3, 3, 9]], dtype=np.uint8)
+    Image.fromarray(numbers).save(masks / "images" / "grey.png")
+    coloured = Image.fromarray(numbers).convert("P")
+    coloured.putpalette(list(range(255, -1, -1)) * 3)
+    coloured.putdata(numbers.ravel().tolist())
+    coloured.save(masks / "images" / "coloured.png")
+    return tmp_path / "fish-vista"
+
+
+@pytest.mark.parametrize("image", ["grey.jpg", "test/Perca/coloured.jpg"])
+def test_fish_vista_as_its_card_describes_it(fish, image):
+    found = read_fish_vista(fish)
+    assert "Background" not in found.traits and found.traits["Dorsal fin"] == 3
+    np.testing.assert_array_equal(trait_mask(found, image), [[False, True, True], [True, True, True]])
+    np.testing.assert_array_equal(
+        trait_mask(found, image, ["dorsal fin", "Barbel"]), [[False, False, False], [True, True, True]]
+    )
+    assert not trait_mask(found, image, ["Adipose fin"]).any()
+
+
+def test_fish_vista_of_another_form_is_refused(fish):
+    found = read_fish_vista(fish)
+    assert trait_mask(found, "another.jpg") is None
+    with pytest.raises(ValueError, match="no trait 'Wing'; its traits are Head, Eye, Dorsal fin"):
+        trait_mask(found, "grey.jpg", ["Wing"])
+    Image.new("RGB", (3, 2)).save(found.files["coloured"])
+    with pytest.raises(ValueError, match="pixels of the kind RGB"):
+        trait_mask(found, "coloured.jpg")
+    found.files["grey"].write_bytes(b"torn")
+    with pytest.raises(UnreadableImageError, match=r"grey\.png cannot be read"):
+        trait_mask(found, "grey.jpg")
+    names = fish / "segmentation_masks" / "seg_id_trait_map.json"
+    names.write_text('["Head"]')
+    with pytest.raises(ValueError, match="not in Fish-Vista's form"):
+        read_fish_vista(fish)
+    names.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no file segmentation_masks/seg_id_trait_map\.json"):
+        read_fish_vista(fish)

@@ -4,7 +4,6 @@
 import json
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +23,7 @@ from workplace import save_taxonomy
 
 from prompt_cam_hf import PromptCAMForImageClassification, PromptCAMImageClassificationPipeline
 from prompt_cam_hf.birds import BIRD_CLASSES
+from prompt_cam_hf.birds.backbone import TAXONOMY
 from prompt_cam_hf.cli.common import one_sentence_errors
 from prompt_cam_hf.cli.taxonomy import taxonomy as command
 from prompt_cam_hf.data.images import build_image_processor
@@ -108,7 +108,7 @@ def test_the_leaves_have_to_be_the_classes(write):
 
 
 def test_the_tree_of_the_documentation_is_that_of_the_drawn_birds():
-    tree = read_taxonomy(Path(__file__).parents[1] / "docs" / "taxonomy.csv")
+    tree = read_taxonomy(TAXONOMY)
     tree.check_classes(bird.name for bird in BIRD_CLASSES)
     assert [len(tree.nodes(level)) for level in tree.levels] == [18, 8, 4]
 

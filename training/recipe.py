@@ -245,6 +245,16 @@ def load_recipe(path: str | os.PathLike, **overrides: Any) -> Recipe:
 
 def parse_recipe(arguments: Sequence[str]) -> Recipe:
     """Read `RECIPE [--key value ...]` as given on the command line; raises what `load_recipe` raises."""
+    path, overrides = parse_overrides(arguments)
+    return load_recipe(path, **overrides)
+
+
+def parse_overrides(arguments: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """Read `RECIPE [--key value ...]` into the recipe and the keys that win over it, without opening the recipe.
+
+    Raises:
+        ValueError: a key is unknown, or a value is not YAML.
+    """
     found, rest = command_line_parser().parse_known_args(arguments)
     if rest and not rest[0].startswith("--"):
         raise ValueError(
@@ -265,7 +275,7 @@ def parse_recipe(arguments: Sequence[str]) -> Recipe:
     overrides = {name: value for name, value in values.items() if name in kinds}
     if trainer := {name[len("trainer.") :]: value for name, value in values.items() if name not in kinds}:
         overrides["trainer"] = trainer
-    return load_recipe(path, **overrides)
+    return path, overrides
 
 
 def num_workers(recipe: Recipe, *, reads_images: bool) -> int:

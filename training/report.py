@@ -135,7 +135,7 @@ def plot_learning_curve(
         panel.plot(epochs, values, color="#1f5fa8", marker="o" if len(epochs) < 30 else None, markersize=4)
         panel.axvline(best_epoch, color="#c05000", linestyle="--", label=f"epoch {best_epoch}, the one that is saved")
         panel.set(title=title, xlabel="Epoch", xlim=(0, max(epochs) * 1.03))
-        panel.set_ylim(0, 1.08 * max(values))
+        panel.set_ylim(0, 1.08 * max(values) or 1)  # of an axis without length matplotlib would warn
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.grid(alpha=0.3)
     if has_validation:

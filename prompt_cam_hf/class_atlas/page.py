@@ -11,7 +11,7 @@ import torch
 from prompt_cam_hf.class_atlas.collect import MapSums, Options, opened
 from prompt_cam_hf.class_atlas.summary import ClassSummary, Confusion, Example, Summary
 from prompt_cam_hf.data.labelled_images import LabelledImages
-from prompt_cam_hf.explanations.maps import Box, map_box
+from prompt_cam_hf.explanations.maps import map_box
 from prompt_cam_hf.explanations.ranking import rank_heads_from_state
 from prompt_cam_hf.html import (
     Drawn,
@@ -22,6 +22,7 @@ from prompt_cam_hf.html import (
     embed_thumbnail,
     percent,
     render_page,
+    share_of,
 )
 from prompt_cam_hf.loading import Classifier
 from prompt_cam_hf.progress import follow
@@ -152,7 +153,7 @@ def _draw(
                 embed_thumbnail(image, *photo),
                 [draw_map(maps[k, head], title) for k, head, title in panels],
                 caption,
-                _share_of(map_box(classifier.model, classifier.image_processor, image), image.size),
+                share_of(map_box(classifier.model, classifier.image_processor, image), image.size),
             )
 
 
@@ -164,13 +165,6 @@ def draw_map(trait_map: np.ndarray, title: str) -> DrawnMap:
         percent(float(trait_map.max())),
         f"{title}, strongest {strongest_place(trait_map)}",
     )
-
-
-def _share_of(box: Box, size: tuple[int, int]) -> Box:
-    """A box (left, top, right, bottom) in pixels as shares of an image's size: left, top, width, height."""
-    left, top, right, bottom = box
-    width, height = size
-    return left / width, top / height, (right - left) / width, (bottom - top) / height
 
 
 @torch.inference_mode()

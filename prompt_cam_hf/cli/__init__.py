@@ -17,7 +17,9 @@ from prompt_cam_hf.cli import (
     prepare,
     publish,
     remove,
+    reproduce,
     space,
+    study,
     taxonomy,
     train,
 )
@@ -51,6 +53,7 @@ def _main(
 
 
 app.command(context_settings=train.CONTEXT)(one_sentence_errors()(train.train))
+app.command(context_settings=reproduce.CONTEXT)(one_sentence_errors()(reproduce.reproduce))
 for _command in (
     predict.predict,
     explain.explain,
@@ -67,5 +70,7 @@ for _command in (
     convert.convert,
 ):
     app.command()(one_sentence_errors()(_command))
+
+app.add_typer(study.study, name="study")
 
 __all__ = ["app"]

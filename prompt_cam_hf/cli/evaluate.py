@@ -70,6 +70,16 @@ def evaluate(
         Path | None, typer.Option(help="The unpacked CUB_200_2011 that the images come from, for its annotations.")
     ] = None,
     cub_mask: Annotated[CubMask, typer.Option(help="Which of CUB's annotations.")] = "segmentation",
+    fish_vista: Annotated[
+        Path | None, typer.Option(help="A clone of Fish-Vista that the images come from, for its trait masks.")
+    ] = None,
+    fish_traits: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fish-vista-trait",
+            help="A trait that counts, such as 'Dorsal fin'; repeat it for several. All by default.",
+        ),
+    ] = None,
     birds_per_class: Annotated[int, typer.Option(min=1, help="Of drawn-birds.")] = 20,
     image_column: common.ImageColumnOption = "image",
     label_column: common.LabelColumnOption = "label",
@@ -92,7 +102,11 @@ def evaluate(
     from prompt_cam_hf.evaluation.measure import Protocol
 
     images: str | datasets.Dataset = data
-    ground_truth = None if cub is None else _cub_truth(cub, cub_mask)
+    if cub and fish_vista:
+        raise ValueError("The images come from one data set: give --cub or --fish-vista, not both.")
+    ground_truth = _cub_truth(cub, cub_mask) if cub else None
+    if fish_vista:
+        ground_truth = _fish_truth(fish_vista, fish_traits)
     if data == DRAWN_BIRDS and not os.path.exists(data):
         images = birds_dataset(split or "test", birds_per_class)
         ground_truth, split = _bird_truth(images), None
@@ -151,6 +165,16 @@ def _cub_truth(folder: Path, kind: CubMask) -> "GroundTruth":
         return mask(annotation, (image.height, image.width))
 
     return GroundTruth(f"CUB's {_CUB_WORDS[kind]}", truth)
+
+
+def _fish_truth(folder: Path, traits: list[str] | None) -> "GroundTruth":
+    from prompt_cam_hf.data.ground_truth import read_fish_vista, trait_mask
+    from prompt_cam_hf.evaluation.build import GroundTruth
+
+    fish = read_fish_vista(folder)
+    trait_mask(fish, "", traits)  # refuses an unknown trait before anything is measured
+    asked = f" ({', '.join(traits)})" if traits else ""
+    return GroundTruth(f"Fish-Vista's traits{asked}", lambda index, name, image: trait_mask(fish, name, traits))
 
 
 def _print(found: "Evaluation") -> None:

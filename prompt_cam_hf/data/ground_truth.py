@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Ground truth about the parts of an animal: readers of CUB's annotations and of the drawn birds' masks.
+"""Ground truth about the parts of an animal: readers of CUB's annotations, Fish-Vista's and the drawn birds' masks.
 
 Everything becomes boolean masks (height, width) of the original image, which `mask_as_seen` sends the way that the
 image goes into the model; `prompt_cam_hf.metrics.localization` takes them from there.
 """
 
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -18,7 +19,7 @@ from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 
 from prompt_cam_hf.birds import PARTS, unpack_masks
-from prompt_cam_hf.data.images import open_image
+from prompt_cam_hf.data.images import UnreadableImageError, open_image
 
 # Of the side of a square as large as the bird's box: our choice, since CUB's points have no size.
 POINT_RADIUS = 0.1
@@ -160,6 +161,78 @@ def point_mask(
 def _pixel_centres(size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     height, width = size
     return np.arange(height)[:, None] + 0.5, np.arange(width)[None, :] + 0.5
+
+
+@dataclass(frozen=True)
+class FishVista:
+    """The trait masks of Fish-Vista's segmentation part (Mehrab et al., CVPR 2025, arXiv 2407.08027).
+
+    Attributes:
+        traits: The value that the pixels of a trait have in the masks, by the trait's name, such as "Dorsal fin".
+        files: The mask of each image, by the image's file name without folders and ending, which is unique.
+    """
+
+    traits: Mapping[str, int]
+    files: Mapping[str, Path]
+
+
+def read_fish_vista(folder: str | os.PathLike) -> FishVista:
+    """List the trait masks of Fish-Vista.
+
+    Args:
+        folder: A clone of the data set's repository on the Hub, with `segmentation_masks/seg_id_trait_map.json`, which
+            names the traits by number, and for each image a mask `segmentation_masks/images/IMAGE.png`. 0 is the
+            background.
+
+    Raises:
+        FileNotFoundError: the names or the masks are not there.
+        ValueError: the file of names is not in that form.
+    """
+    masks = Path(folder) / "segmentation_masks"
+    names = masks / "seg_id_trait_map.json"
+    files = {path.stem: path for path in sorted((masks / "images").glob("*.png"))}
+    if not names.is_file() or not files:
+        missing = "masks in segmentation_masks/images" if names.is_file() else "file segmentation_masks/" + names.name
+        raise FileNotFoundError(f"There is no {missing} in {folder}; the folder must be a clone of Fish-Vista.")
+    try:
+        traits = {str(name): int(number) for number, name in json.loads(names.read_text(encoding="utf-8")).items()}
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f'{names} is not in Fish-Vista\'s form, {{"1": "Head", ...}}: {error}.') from error
+    return FishVista({name: number for name, number in traits.items() if number != 0}, files)
+
+
+def trait_mask(fish: FishVista, image: str, traits: Iterable[str] | None = None) -> np.ndarray | None:
+    """Mark the pixels, (height, width), that show traits of a fish.
+
+    Args:
+        fish: From `read_fish_vista`.
+        image: The name of the image's file, with or without folders.
+        traits: Which of its traits; by default all. Case does not matter.
+
+    Returns:
+        A boolean mask; None where Fish-Vista has none of the image.
+
+    Raises:
+        ValueError: there is no such trait, or the mask is no grey or palette image of numbers.
+        UnreadableImageError: the file is broken.
+    """
+    numbers = {name.casefold(): number for name, number in fish.traits.items()}
+    asked = list(fish.traits if traits is None else traits)
+    if unknown := [name for name in asked if name.casefold() not in numbers]:
+        raise ValueError(f"Fish-Vista has no trait {unknown[0]!r}; its traits are {', '.join(fish.traits)}.")
+    file = fish.files.get(Path(image).stem)
+    if file is None:
+        return None
+    try:
+        with Image.open(file, formats=["PNG"]) as opened:
+            if opened.mode not in ("L", "P"):
+                raise ValueError(
+                    f"{file} has pixels of the kind {opened.mode}; Fish-Vista's masks have one number each."
+                )
+            values = np.asarray(opened)  # of a palette, the numbers and not the colours
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UnreadableImageError(f"{file} cannot be read: {error}") from error
+    return np.isin(values, [numbers[name.casefold()] for name in asked])
 
 
 def bird_mask(row: Mapping[str, Any], parts: Iterable[str] | None = None) -> np.ndarray:

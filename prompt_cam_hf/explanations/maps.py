@@ -148,6 +148,11 @@ def map_box(model: PromptCAMForImageClassification, image_processor: BaseImagePr
     Raises:
         ValueError: the image processor resizes in a way that is not known.
     """
+    return patches_box(patch_size(model.config.backbone_config), image_processor, image)
+
+
+def patches_box(patch: tuple[int, int], image_processor: BaseImageProcessor, image: Image.Image) -> Box:
+    """Do as `map_box`, for any model that cuts images into patches of so many pixels (height, width)."""
     settings = image_processor.to_dict()
     width, height = float(image.width), float(image.height)
     if settings.get("do_resize"):
@@ -164,7 +169,7 @@ def map_box(model: PromptCAMForImageClassification, image_processor: BaseImagePr
     seen = resized
     if settings.get("do_center_crop"):
         seen = (settings["crop_size"]["width"], settings["crop_size"]["height"])
-    patch_height, patch_width = patch_size(model.config.backbone_config)
+    patch_height, patch_width = patch
     # In pixels of the resized image, then in those of the original.
     left, top = ((whole - part) / 2 for whole, part in zip(resized, seen, strict=True))
     right, bottom = left + seen[0] // patch_width * patch_width, top + seen[1] // patch_height * patch_height
