@@ -8,14 +8,15 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import is_torchvision_available
 
@@ -138,14 +139,29 @@ def open_image(source: ImageSource) -> Image.Image:
         UnreadableImageError: the image is broken or truncated, no regular file, in no format of pixels, too large (see
             `MAX_PIXELS_VARIABLE`), or has 32-bit pixels.
     """
+    with _opened(source) as image:
+        return _upright_rgb(image)
+
+
+@contextmanager
+def _opened(source: ImageSource) -> Iterator[Image.Image]:
+    """Open without decoding; what goes wrong then or in the block has one sentence."""
     try:
         with _open_lazily(source) as image:
-            return _upright_rgb(image)
+            yield image
     except FileNotFoundError:
         raise
     except Exception as error:  # Pillow's decoders raise nearly every type there is on broken files
         name = image_name(source) or "given as bytes or pixels"
         raise UnreadableImageError(f"Cannot read the image {printable(name)}: {_reason(error)}") from error
+
+
+def upright_size(source: ImageSource) -> tuple[int, int]:
+    """Width and height of what `open_image` gives, from the head of the file alone; raises the same."""
+    with _opened(source) as image:
+        width, height = image.size
+        lies_on_its_side = image.getexif().get(ExifTags.Base.Orientation) in range(5, 9)
+        return (height, width) if lies_on_its_side else (width, height)
 
 
 def image_suffixes() -> set[str]:
