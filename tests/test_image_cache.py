@@ -13,13 +13,13 @@ from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessorPil, ViTImageProcessorPil
 
 import prompt_cam_hf.training.cache_files as cache_files
-import prompt_cam_hf.training.image_cache as image_cache
+import prompt_cam_hf.training.data as data
 from prompt_cam_hf.data.images import UnreadableImageError, build_image_processor
 from prompt_cam_hf.training.data import ImageDataset, TrainingAugmentation
 from prompt_cam_hf.training.image_cache import cache_images
 from prompt_cam_hf.training.train import train
 
-SIZES = [(64, 40), (40, 64), (64, 40), (51, 51), (33, 90)]
+SIZES = [(64, 40), (40, 64), (64, 40), (51, 51), (33, 90), (301, 517), (517, 301)]
 
 
 class RescalesFirst(ViTImageProcessorPil):
@@ -49,7 +49,9 @@ def folder(tmp_path) -> Path:
         image = Image.fromarray(random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
         exif = Image.Exif()
         exif[ExifTags.Base.Orientation] = 6 if number % 2 else 1
-        image.convert("L" if number == 3 else "RGB").save(tmp_path / f"{number}.png", exif=exif)
+        # Two large JPEGs, which training decodes at a smaller size.
+        kind = "JPEG" if number > 4 else "PNG"
+        image.convert("L" if number == 3 else "RGB").save(tmp_path / f"{number}.png", kind, exif=exif)
     return tmp_path
 
 
@@ -116,10 +118,10 @@ def test_same_training_as_without(recipe, tmp_path, workers):
 def test_no_image_is_opened_again(folder, tmp_path, monkeypatch):
     first = cache_images(images(folder, build_image_processor(32)), tmp_path / "cache")
 
-    def forbidden(source):
+    def forbidden(*arguments):
         raise AssertionError("the pixels are there already")
 
-    monkeypatch.setattr(image_cache, "open_image", forbidden)
+    monkeypatch.setattr(data, "open_image", forbidden)
     # What is drawn anew is not in the file, so another seed reads the same.
     second = cache_images(images(folder, build_image_processor(32), seed=4), tmp_path / "cache")
     assert second.file.path == first.file.path

@@ -15,10 +15,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.image_processing_utils import BaseImageProcessor
 
 from prompt_cam_hf.data.image_processors import output_size
-from prompt_cam_hf.data.images import open_image
+from prompt_cam_hf.data.images import ImageSource, open_image, upright_size
 
 # The official recipe resizes to 240 for a crop of 224; other sizes keep the proportion.
 RESIZE_MARGIN = 240 / 224
+
+# A JPEG is decoded at a smaller size as long as each side stays this many times what it is resized to. On photos,
+# resized pixels then differ from those of the whole image by 0.5 to 1.7 of 255 on average (PSNR 39 to 46 dB).
+_DRAFT_MARGIN = 2
 
 
 class Preprocessing:
@@ -28,10 +32,12 @@ class Preprocessing:
 
     Args:
         image_processor: That of evaluation.
-        **options: Settings that win over its own, such as `size`.
+        least_side: Of what is decoded of large JPEGs, as `open_image` takes it.
+        **options: Settings that win over the image processor's own, such as `size`.
     """
 
-    def __init__(self, image_processor: BaseImageProcessor, **options: Any):
+    def __init__(self, image_processor: BaseImageProcessor, least_side: int | None = None, **options: Any):
+        self._least_side = least_side
         self.image_processor = image_processor
         self._options = options
         self._to_bytes = {**options, "do_rescale": False, "do_normalize": False}
@@ -60,6 +66,14 @@ class Preprocessing:
     def dtype(self) -> type:
         """Of the first half's result."""
         return np.float32 if self._table is None else np.uint8
+
+    def read(self, source: ImageSource) -> np.ndarray:
+        """Open an image and resize it."""
+        return self.resize(open_image(source, self._least_side))
+
+    def read_size(self, source: ImageSource) -> tuple[int, int]:
+        """Width and height of what is opened, before it is resized."""
+        return upright_size(source, self._least_side)
 
     def resize(self, image: Image.Image) -> np.ndarray:
         """The first half: (3, rows, cols), uint8 (float32 where the processor has no bytes in between)."""
@@ -107,7 +121,8 @@ class TrainingAugmentation:
         sides = (size.get(name) or size["shortest_edge"] for name in ("height", "width"))
         room = min(side / cropped for side, cropped in zip(sides, self.crop_size, strict=True))
         self.resize_size = {name: round(side * max(1, resize_margin / room)) for name, side in size.items()}
-        self.preprocessing = Preprocessing(image_processor, size=self.resize_size, do_center_crop=False)
+        least_side = _DRAFT_MARGIN * max(self.resize_size.values())
+        self.preprocessing = Preprocessing(image_processor, least_side, size=self.resize_size, do_center_crop=False)
 
     def __call__(self, image: Image.Image, epoch: int, index: int) -> torch.Tensor:
         """Give the view (3, rows, cols), float32, of an RGB image in an epoch; epochs and images count from 0."""
@@ -158,11 +173,10 @@ class ImageDataset(EpochDataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.dataset[index]
-        resized = self.preprocessing.resize(open_image(row["image"]))
-        return {"pixel_values": self.view(resized, index), "labels": row["label"]}
+        return {"pixel_values": self.view(self.preprocessing.read(row["image"]), index), "labels": row["label"]}
 
     def view(self, resized: np.ndarray, index: int) -> torch.Tensor:
-        """Give the epoch's view of an image that `preprocessing` has resized."""
+        """Give the epoch's view of an image that `preprocessing` has read."""
         if isinstance(self.transform, TrainingAugmentation):
             return self.transform.view(resized, int(self._epoch), index)
         return torch.from_numpy(self.preprocessing.finish(resized))

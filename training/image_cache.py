@@ -14,7 +14,6 @@ from accelerate import PartialState
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from prompt_cam_hf.data.images import open_image, upright_size
 from prompt_cam_hf.progress import progress
 from prompt_cam_hf.training.cache_files import (
     DEFAULT_CACHE_DIR,
@@ -54,8 +53,7 @@ class _Resized(Dataset):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        image = open_image(self._images.dataset[self._rows[index]]["image"])
-        return self._images.preprocessing.resize(image)
+        return self._images.preprocessing.read(self._images.dataset[self._rows[index]]["image"])
 
 
 def cache_images(
@@ -90,7 +88,7 @@ def cache_images(
 
 def _shapes(dataset: ImageDataset) -> list[tuple[int, ...]]:
     """The shape of each image once it is resized; photos of one camera have the same, so few are tried."""
-    sizes = [upright_size(row["image"]) for row in dataset.dataset.select_columns("image")]
+    sizes = [dataset.preprocessing.read_size(row["image"]) for row in dataset.dataset.select_columns("image")]
     found = {size: dataset.preprocessing.resize(Image.new("RGB", size)).shape for size in set(sizes)}
     return [found[size] for size in sizes]
 
