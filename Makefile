@@ -59,6 +59,7 @@ bench: $(NEWEST)/installed
 	$(NEWEST)/bin/python benchmarks/bench_model.py
 	$(NEWEST)/bin/python benchmarks/bench_ranking.py
 	$(NEWEST)/bin/python benchmarks/bench_faithfulness.py
+	$(NEWEST)/bin/python benchmarks/bench_loader.py
 
 bench-app: demo
 	$(NEWEST)/bin/python benchmarks/bench_app.py prompt_cam_demo/model --examples prompt_cam_demo/birds

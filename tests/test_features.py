@@ -20,7 +20,7 @@ from small_runs import (  # noqa: F401 - fixtures are found by being here
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Dinov2Config, Dinov2Model
 
-import prompt_cam_hf.training.features as features_module
+import prompt_cam_hf.training.cache_files as cache_files
 from prompt_cam_hf import PromptCAMForImageClassification
 from prompt_cam_hf.data.images import build_image_processor
 from prompt_cam_hf.data.splits import load_image_data
@@ -109,7 +109,7 @@ def test_whatever_changes_the_features_makes_a_new_file(model, make_images, back
     cache, seen = tmp_path / "cache", set()
 
     def is_new(*arguments, **options) -> bool:
-        path = Path(cache_features(*arguments, cache_dir=cache, **options).path)
+        path = Path(cache_features(*arguments, cache_dir=cache, **options).file.path)
         new = path.name not in seen
         seen.add(path.name)
         return new
@@ -152,7 +152,7 @@ def test_an_edited_image_makes_a_new_file(model, photos, make_images, tmp_path):
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     second = cache_features(model, make_images(folder), tmp_path / "cache")
-    assert first.path != second.path
+    assert first.file.path != second.file.path
     assert not torch.equal(first[0]["prefix_hidden_states"], second[0]["prefix_hidden_states"])
 
 
@@ -181,10 +181,10 @@ def test_an_interrupted_file_is_not_used(model, make_images, tmp_path, monkeypat
 def test_features_stay_on_disk(model, make_images, tmp_path):
     cached = cache_features(model, make_images(), tmp_path)
     cached[0]
-    assert isinstance(cached._features, np.memmap)
-    assert len(pickle.dumps(cached)) < Path(cached.path).stat().st_size / 10
+    assert isinstance(cached.file._array, np.memmap)
+    assert len(pickle.dumps(cached)) < Path(cached.file.path).stat().st_size / 10
     copy = pickle.loads(pickle.dumps(cached))
-    assert copy._features is None
+    assert copy.file._array is None
     assert torch.equal(copy[3]["prefix_hidden_states"], cached[3]["prefix_hidden_states"])
 
 
@@ -200,7 +200,7 @@ def test_workers_see_the_epoch(model, make_images, tmp_path):
 
 def test_a_full_disk_is_noticed_before(model, make_images, tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 1000})
-    monkeypatch.setattr(features_module.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(cache_files.shutil, "disk_usage", lambda folder: usage)
     with pytest.raises(OSError, match=r"need 0\.0 GB in .*, where 0\.0 GB are free; lower cache_views \(now 1\)"):
         cache_features(model, make_images(), tmp_path)
 

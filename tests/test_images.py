@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
-from PIL import Image
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessorPil, Trainer, TrainerState, TrainingArguments, ViTImageProcessorPil
 from transformers.image_utils import load_image
@@ -26,6 +26,7 @@ from prompt_cam_hf.data.images import (
     find_images,
     open_image,
     unreadable_reason,
+    upright_size,
 )
 from prompt_cam_hf.training.data import ImageDataset, SetEpochCallback, TrainingAugmentation
 
@@ -263,6 +264,30 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone():
     assert torch.equal(first, again)
     others = [draw(image, 3, 3), draw(image, 2, 4), draw(image, 3, 2), TrainingAugmentation(processor)(image, 2, 3)]
     assert not any(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_training_decodes_large_jpegs_at_a_smaller_size(tmp_path, orientation):
+    """As far as each side stays twice what is needed; evaluation decodes them whole."""
+    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8))
+    image = smooth.resize((900, 600), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image.save(tmp_path / "photo.jpg", quality=95, exif=exif)
+    turned = orientation == 6
+    for least, size in ((None, (900, 600)), (301, (900, 600)), (300, (450, 300)), (76, (225, 150)), (75, (113, 75))):
+        opened = open_image(tmp_path / "photo.jpg", least)
+        assert opened.size == (size[::-1] if turned else size)
+        assert upright_size(tmp_path / "photo.jpg", least) == opened.size
+    rows = datasets.Dataset.from_dict({"image": [str(tmp_path / "photo.jpg")], "label": [0]})
+    rows = rows.cast_column("image", datasets.Image())
+    processor = build_image_processor(70)
+    whole = processor(open_image(tmp_path / "photo.jpg"), return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(ImageDataset(rows, processor)[0]["pixel_values"], whole)
+    augmentation = TrainingAugmentation(processor, resize_margin=1)
+    view = ImageDataset(rows, augmentation)[0]["pixel_values"]
+    distances = [(view - other).abs().mean() * 127.5 for other in (whole, whole.flip(-1))]
+    assert 0 < min(distances) < 1.7 < max(distances)  # of 255
 
 
 def test_margin_of_one_only_flips():

@@ -15,10 +15,80 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.image_processing_utils import BaseImageProcessor
 
 from prompt_cam_hf.data.image_processors import output_size
-from prompt_cam_hf.data.images import open_image
+from prompt_cam_hf.data.images import ImageSource, open_image, upright_size
 
 # The official recipe resizes to 240 for a crop of 224; other sizes keep the proportion.
 RESIZE_MARGIN = 240 / 224
+
+# A JPEG is decoded at a smaller size as long as each side stays this many times what it is resized to. On photos,
+# resized pixels then differ from those of the whole image by 0.5 to 1.7 of 255 on average (PSNR 39 to 46 dB).
+_DRAFT_MARGIN = 2
+
+
+class Preprocessing:
+    """An image processor in two halves: to bytes, which is slow and never changes, and on to what a model reads.
+
+    Together they give what the image processor gives, to the bit.
+
+    Args:
+        image_processor: That of evaluation.
+        least_side: Of what is decoded of large JPEGs, as `open_image` takes it.
+        **options: Settings that win over the image processor's own, such as `size`.
+    """
+
+    def __init__(self, image_processor: BaseImageProcessor, least_side: int | None = None, **options: Any):
+        self._least_side = least_side
+        self.image_processor = image_processor
+        self._options = options
+        self._to_bytes = {**options, "do_rescale": False, "do_normalize": False}
+        settings = {**image_processor.to_dict(), **options}
+        # For Pillow itself, which is faster than the image processor around it.
+        self._squash: tuple[tuple[int, int], int] | None = None
+        values = Image.fromarray(np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3))
+        table = self._process(values, {**options, "do_resize": False, "do_center_crop": False})
+        # (3, 256): what becomes of each byte of red, green and blue.
+        self._table: np.ndarray | None = table.reshape(3, 256)
+        # Whether this is all that the processor does depends on its kind and on the library it runs on: try.
+        trial = Image.fromarray(np.random.default_rng(0).integers(0, 256, (91, 73, 3), dtype=np.uint8))
+        resized = self.resize(trial)
+        if resized.dtype != np.uint8 or not np.array_equal(self.finish(resized), self._process(trial, options)):
+            # DINOv3's rescales before it resizes: there are no bytes in between.
+            self._table, self._to_bytes = None, options
+        elif {"height", "width"} == settings["size"].keys() and not settings.get("do_center_crop"):
+            self._squash = (settings["size"]["width"], settings["size"]["height"]), settings["resample"]
+            if not np.array_equal(self.resize(trial), resized):
+                self._squash = None
+
+    def _process(self, image: Image.Image, options: dict[str, Any]) -> np.ndarray:
+        return np.asarray(self.image_processor(image, return_tensors="np", **options)["pixel_values"][0])
+
+    @property
+    def dtype(self) -> type:
+        """Of the first half's result."""
+        return np.float32 if self._table is None else np.uint8
+
+    def read(self, source: ImageSource) -> np.ndarray:
+        """Open an image and resize it."""
+        return self.resize(open_image(source, self._least_side))
+
+    def read_size(self, source: ImageSource) -> tuple[int, int]:
+        """Width and height of what is opened, before it is resized."""
+        return upright_size(source, self._least_side)
+
+    def resize(self, image: Image.Image) -> np.ndarray:
+        """The first half: (3, rows, cols), uint8 (float32 where the processor has no bytes in between)."""
+        if self._squash is None:
+            return self._process(image, self._to_bytes)
+        return np.asarray(image.resize(*self._squash)).transpose(2, 0, 1)
+
+    def finish(self, resized: np.ndarray) -> np.ndarray:
+        """The second half, on all or a part of the first half's rows and columns, in any order: float32."""
+        if self._table is None:
+            return np.array(resized, order="C")
+        pixel_values = np.empty(resized.shape, np.float32)
+        for values, channel, out in zip(self._table, resized, pixel_values, strict=True):
+            np.take(values, channel, out=out, mode="clip")  # the mode that needs no buffer; no byte is out of range
+        return pixel_values
 
 
 class TrainingAugmentation:
@@ -51,18 +121,23 @@ class TrainingAugmentation:
         sides = (size.get(name) or size["shortest_edge"] for name in ("height", "width"))
         room = min(side / cropped for side, cropped in zip(sides, self.crop_size, strict=True))
         self.resize_size = {name: round(side * max(1, resize_margin / room)) for name, side in size.items()}
+        least_side = _DRAFT_MARGIN * max(self.resize_size.values())
+        self.preprocessing = Preprocessing(image_processor, least_side, size=self.resize_size, do_center_crop=False)
 
     def __call__(self, image: Image.Image, epoch: int, index: int) -> torch.Tensor:
         """Give the view (3, rows, cols), float32, of an RGB image in an epoch; epochs and images count from 0."""
+        return self.view(self.preprocessing.resize(image), epoch, index)
+
+    def view(self, resized: np.ndarray, epoch: int, index: int) -> torch.Tensor:
+        """Give the view of an image that `preprocessing` has resized."""
         random = np.random.default_rng((self.seed, epoch, index))
-        inputs = self.image_processor(image, size=self.resize_size, do_center_crop=False, return_tensors="pt")
-        resized = inputs["pixel_values"][0]
         rows, cols = self.crop_size
         top = random.integers(resized.shape[1] - rows + 1)
         left = random.integers(resized.shape[2] - cols + 1)
-        # Rescaling and normalising work pixel by pixel: cropping and flipping after them changes nothing.
         view = resized[:, top : top + rows, left : left + cols]
-        return (view.flip(-1) if random.random() < 0.5 else view).contiguous()
+        flipped = view[..., ::-1] if random.random() < 0.5 else view
+        # Pixel by pixel, so only those that are seen.
+        return torch.from_numpy(self.preprocessing.finish(flipped))
 
 
 class EpochDataset(Dataset):
@@ -89,18 +164,22 @@ class ImageDataset(EpochDataset):
             dataset = dataset.cast_column("image", datasets.Image(decode=False))
         self.dataset = dataset
         self.transform = transform
+        self.preprocessing = (
+            transform.preprocessing if isinstance(transform, TrainingAugmentation) else Preprocessing(transform)
+        )
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.dataset[index]
-        image = open_image(row["image"])
+        return {"pixel_values": self.view(self.preprocessing.read(row["image"]), index), "labels": row["label"]}
+
+    def view(self, resized: np.ndarray, index: int) -> torch.Tensor:
+        """Give the epoch's view of an image that `preprocessing` has read."""
         if isinstance(self.transform, TrainingAugmentation):
-            pixel_values = self.transform(image, epoch=int(self._epoch), index=index)
-        else:
-            pixel_values = self.transform(image, return_tensors="pt")["pixel_values"][0]
-        return {"pixel_values": pixel_values, "labels": row["label"]}
+            return self.transform.view(resized, int(self._epoch), index)
+        return torch.from_numpy(self.preprocessing.finish(resized))
 
 
 class SetEpochCallback(TrainerCallback):

@@ -131,9 +131,12 @@ class Recipe:
         "with cache_features.",
         default=None,
     )
+    cache_images: bool = _key("Open and resize images once, and keep the pixels on disk.", default=False)
     cache_features: bool = _key("Compute once, and keep on disk, what no prompt changes.", default=False)
     cache_views: int = _key("Augmented views of each image to cache, used in turn.", default=10)
-    cache_dir: str | None = _key("Folder of the cached features; empty: with the Hugging Face caches.", default=None)
+    cache_dir: str | None = _key(
+        "Folder of cached images and features; empty: with the Hugging Face caches.", default=None
+    )
     include_backbone: bool = _key("Save the backbone with the model, so that it stands alone.", default=True)
     hub_model_id: str | None = _key("Upload the finished model to this Hub repository.", default=None)
     hub_private_repo: bool = _key("Make that repository private; one that is public already is refused.", default=True)

@@ -43,8 +43,10 @@ from prompt_cam_hf.messages import tell_error
 from prompt_cam_hf.metrics.classification import ClassificationReport, build_compute_metrics
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.modeling.backbone_prompt_cam import embed, grid_size, image_size
+from prompt_cam_hf.training.cache_files import DEFAULT_CACHE_DIR
 from prompt_cam_hf.training.data import ImageDataset, TrainingAugmentation
-from prompt_cam_hf.training.features import DEFAULT_CACHE_DIR, FeatureCollator, FeatureDataset, cache_features
+from prompt_cam_hf.training.features import FeatureCollator, FeatureDataset, cache_features
+from prompt_cam_hf.training.image_cache import cache_images
 from prompt_cam_hf.training.recipe import Recipe, load_recipe, num_workers, parse_recipe, training_arguments
 from prompt_cam_hf.training.report import (
     METRICS,
@@ -407,15 +409,20 @@ def _training_data(
     transform = TrainingAugmentation(image_processor, recipe.seed) if recipe.augmentation else image_processor
     train_images = ImageDataset(data.train, transform)
     eval_images = None if data.validation is None else ImageDataset(data.validation, image_processor)
+    cache_dir = recipe.cache_dir or DEFAULT_CACHE_DIR
+    readers = num_workers(recipe, reads_images=True)
+    if recipe.cache_images:
+        train_images = cache_images(train_images, cache_dir, num_workers=readers)
+        eval_images = None if eval_images is None else cache_images(eval_images, cache_dir, num_workers=readers)
     if not recipe.cache_features:
         return train_images, eval_images
     cached: Callable[..., FeatureDataset] = partial(
         cache_features,
         model,
-        cache_dir=recipe.cache_dir or DEFAULT_CACHE_DIR,
+        cache_dir=cache_dir,
         autocast_dtype=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
         batch_size=recipe.eval_batch_size,
-        num_workers=num_workers(recipe, reads_images=True),
+        num_workers=readers,
     )
     num_views = min(recipe.cache_views, recipe.num_train_epochs) if recipe.augmentation else 1
     train_features = cached(dataset=train_images, num_views=num_views)
