@@ -14,7 +14,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from prompt_cam_hf.explanations.class_names import check_classes
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
-from prompt_cam_hf.modeling.backbone_prompt_cam import attention_weights, backbone_layers, finish_layer, patch_size
+from prompt_cam_hf.modeling.backbone_prompt_cam import attention_weights
 from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState
 
 MapKind = Literal["attention", "evidence"]
@@ -121,7 +121,7 @@ def token_evidence(
         prompts = prompts.gather(1, classes.to(prompts.device)[..., None].expand(-1, -1, prompts.shape[-1]))
     with torch.enable_grad():
         contexts.requires_grad_(True)
-        scores = model.score(backbone_layers(model.backbone)[-1](prompts, contexts, run=finish_layer))
+        scores = model.score(model.finish_last_layer(prompts, contexts))
         # A row's score depends on its own context alone, so one backward pass serves all images and classes.
         (gradient,) = torch.autograd.grad(scores.sum(), contexts)
     with torch.no_grad():
@@ -154,6 +154,8 @@ def map_box(model: PromptCAMForImageClassification, image_processor: BaseImagePr
         size = settings["size"]
         if "shortest_edge" in size:
             scale = size["shortest_edge"] / min(width, height)
+            if "longest_edge" in size:  # DETR's, which is not to be exceeded
+                scale = min(scale, size["longest_edge"] / max(width, height))
             resized = (width * scale, height * scale)
         elif not {"height", "width"} <= set(size):
             raise ValueError(f"The image processor resizes to {size}; maps can be laid back from a height and width.")
@@ -164,10 +166,10 @@ def map_box(model: PromptCAMForImageClassification, image_processor: BaseImagePr
     seen = resized
     if settings.get("do_center_crop"):
         seen = (settings["crop_size"]["width"], settings["crop_size"]["height"])
-    patch_height, patch_width = patch_size(model.config.backbone_config)
+    (rows, cols), (patch_height, patch_width) = model.map_layout(int(seen[1]), int(seen[0]))
     # In pixels of the resized image, then in those of the original.
     left, top = ((whole - part) / 2 for whole, part in zip(resized, seen, strict=True))
-    right, bottom = left + seen[0] // patch_width * patch_width, top + seen[1] // patch_height * patch_height
+    right, bottom = left + cols * patch_width, top + rows * patch_height
     across, down = width / resized[0], height / resized[1]
     return (left * across, top * down, right * across, bottom * down)
 
