@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
@@ -19,6 +19,10 @@ from prompt_cam_hf.data.images import open_image
 
 # The official recipe resizes to 240 for a crop of 224; other sizes keep the proportion.
 RESIZE_MARGIN = 240 / 224
+# Of DETR's augmentation: the shorter side in the end, before a crop, and the sides of a crop.
+_DETR_SIDES = tuple(range(480, 801, 32))
+_DETR_SIDES_BEFORE_CROP = (400, 500, 600)
+_DETR_CROP = (384, 600)
 
 
 class TrainingAugmentation:
@@ -65,6 +69,40 @@ class TrainingAugmentation:
         return (view.flip(-1) if random.random() < 0.5 else view).contiguous()
 
 
+class DetrAugmentation:
+    """The training augmentation of DETR, which INTR takes over: sizes at random, and flips.
+
+    Half of the images are flipped. Half are resized to a shorter side of 400, 500 or 600 pixels and cropped at random
+    to sides of 384 to 600. All end with a shorter side of 480 to 800, and the longer one within the processor's limit.
+
+    Args:
+        image_processor: That of evaluation, from `build_detr_image_processor`.
+        seed: Draws all of this, with epoch and index, as in `TrainingAugmentation`.
+    """
+
+    def __init__(self, image_processor: BaseImageProcessor, seed: int = 0):
+        self.image_processor = image_processor
+        self.seed = seed
+
+    def __call__(self, image: Image.Image, epoch: int, index: int) -> torch.Tensor:
+        """Give the view (3, rows, cols), float32, of an RGB image in an epoch; epochs and images count from 0."""
+        random = np.random.default_rng((self.seed, epoch, index))
+        if random.random() < 0.5:
+            image = ImageOps.mirror(image)
+        if random.random() < 0.5:
+            scale = random.choice(_DETR_SIDES_BEFORE_CROP) / min(image.size)
+            image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+            width, height = (int(random.integers(_DETR_CROP[0], min(side, _DETR_CROP[1]) + 1)) for side in image.size)
+            left, top = (int(random.integers(room + 1)) for room in (image.width - width, image.height - height))
+            image = image.crop((left, top, left + width, top + height))
+        size = {**self.image_processor.to_dict()["size"], "shortest_edge": int(random.choice(_DETR_SIDES))}
+        return self.image_processor(image, size=size, return_tensors="pt")["pixel_values"][0]
+
+
+# What draws another view of an image in each epoch.
+Augmentation = TrainingAugmentation | DetrAugmentation
+
+
 class EpochDataset(Dataset):
     """A data set whose items depend on the epoch, which data loader workers that outlive an epoch hear of too."""
 
@@ -79,11 +117,11 @@ class EpochDataset(Dataset):
 class ImageDataset(EpochDataset):
     """Labelled images as model inputs: a map-style, picklable torch data set.
 
-    It reads the columns `image` and `label`, through an image processor (for evaluation) or a `TrainingAugmentation`.
+    It reads the columns `image` and `label`, through an image processor (for evaluation) or an augmentation.
     Item `i` is `{"pixel_values": float32 of (3, rows, cols), "labels": int}`; errors are those of `open_image`.
     """
 
-    def __init__(self, dataset: datasets.Dataset, transform: BaseImageProcessor | TrainingAugmentation):
+    def __init__(self, dataset: datasets.Dataset, transform: BaseImageProcessor | Augmentation):
         super().__init__()
         if isinstance(dataset.features["image"], datasets.Image):
             dataset = dataset.cast_column("image", datasets.Image(decode=False))
@@ -96,7 +134,7 @@ class ImageDataset(EpochDataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.dataset[index]
         image = open_image(row["image"])
-        if isinstance(self.transform, TrainingAugmentation):
+        if isinstance(self.transform, Augmentation):
             pixel_values = self.transform(image, epoch=int(self._epoch), index=index)
         else:
             pixel_values = self.transform(image, return_tensors="pt")["pixel_values"][0]
@@ -104,7 +142,7 @@ class ImageDataset(EpochDataset):
 
 
 class SetEpochCallback(TrainerCallback):
-    """Tell the training data which epoch begins, so that `TrainingAugmentation` draws new views in each.
+    """Tell the training data which epoch begins, so that its augmentation draws new views in each.
 
     Trainer and accelerate do so in the plainest case only: with several processes, and in an epoch that is resumed in
     its middle, accelerate tells the sampler and not the data, which would go on with the views of another epoch.

@@ -280,7 +280,7 @@ class INTRForImageClassification(LastLayerReader, PromptedModel):
         return self.config.decoder_attention_heads
 
     def map_layout(self, height: int, width: int) -> MapLayout:
-        """How the maps lie on images of so many pixels; on a ResNet they fill the image, as the official code has it."""
+        """How the maps lie on images of so many pixels; on a ResNet they fill the image, as officially."""
         if not self.config.is_on_resnet:
             return super().map_layout(height, width)
         vision = self.config.vision
