@@ -216,7 +216,9 @@ class INTRForImageClassification(LastLayerReader, PromptedModel):
     def _build_backbone(self, config: PreTrainedConfig) -> PreTrainedModel:
         if config.model_type != _RESNET:
             return build_backbone(config)
-        backbone = ResNetBackbone._from_config(config)
+        # It has no attention, so it goes with any implementation of it.
+        backbone = ResNetBackbone._from_config(config, attn_implementation="eager")
+        backbone._supports_sdpa = True
         with torch.no_grad():
             replace_batch_norm(backbone)
         return backbone
