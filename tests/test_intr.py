@@ -79,7 +79,7 @@ def attend(weights, name, heads, query, key, value, blurred=None):
 
 
 def official_run(weights, features, positions, heads, layers=2, blurred=None):
-    """Scores (batch, classes) and the last cross-attention, made uniform where `blurred` (batch, heads, classes) is."""
+    """Scores (batch, classes), and the last cross-attention, uniform where `blurred` (batch, heads, classes) is."""
 
     def norm(name, states):
         return functional.layer_norm(states, states.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"])
