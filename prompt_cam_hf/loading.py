@@ -24,7 +24,8 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from prompt_cam_hf.baselines.intr import INTRConfig, INTRForImageClassification
+from prompt_cam_hf.baselines.intr import INTRForImageClassification
+from prompt_cam_hf.baselines.intr_config import INTRConfig
 from prompt_cam_hf.data.images import MAX_SIDE
 from prompt_cam_hf.messages import one_line
 from prompt_cam_hf.modeling import (

@@ -8,7 +8,8 @@ from transformers import AutoConfig, AutoModelForImageClassification
 
 from .attention import attention_rollout, raw_attention
 from .cams import CAM_METHODS, cam_maps
-from .intr import INTRConfig, INTRForImageClassification
+from .intr import INTRForImageClassification
+from .intr_config import INTRConfig
 from .linear_probe import LinearProbe, build_linear_probe
 from .vpt import VPTConfig, VPTForImageClassification
 

@@ -18,7 +18,7 @@ from prompt_cam_hf.modeling.backbone_prompt_cam import backbone_layers, embed, g
 from prompt_cam_hf.modeling.configuration_prompt_cam import num_prefix_tokens
 
 from .backbone import backbone_of
-from .intr import INTRConfig
+from .intr_config import INTRConfig
 from .vpt import VPTConfig
 
 

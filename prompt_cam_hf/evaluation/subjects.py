@@ -9,7 +9,7 @@ import torch
 from transformers import Pipeline, PreTrainedModel
 
 from prompt_cam_hf.baselines.cams import ATTENTION_MAPS, CAM_METHODS, CamMethod, CamRun
-from prompt_cam_hf.baselines.intr import INTRConfig
+from prompt_cam_hf.baselines.intr_config import INTRConfig
 from prompt_cam_hf.explanations.aggregate import (
     AGGREGATIONS,
     DEFAULT_AGGREGATION,

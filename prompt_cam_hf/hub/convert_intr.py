@@ -11,7 +11,8 @@ from collections.abc import Mapping
 import torch
 
 from prompt_cam_hf.baselines.detr_weights import fill, read_sizes, rename_all
-from prompt_cam_hf.baselines.intr import INTRConfig, INTRForImageClassification
+from prompt_cam_hf.baselines.intr import INTRForImageClassification
+from prompt_cam_hf.baselines.intr_config import INTRConfig
 
 # The official default, which cannot be read from the weights.
 _HEADS = 8
