@@ -21,7 +21,7 @@ def convert(
     ] = None,
     heads: Annotated[
         int | None,
-        typer.Option(min=1, help="Heads of a layer; one for every 64 channels by default, as an INTR's file says."),
+        typer.Option(min=1, help="Heads of a layer; one for every 64 channels by default."),
     ] = None,
 ) -> None:
     """Convert a checkpoint of the official implementation, or of INTR's.
