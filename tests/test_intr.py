@@ -20,6 +20,7 @@ from prompt_cam_hf import atlas, compare, convert_official_checkpoint, evaluate,
 from prompt_cam_hf.baselines import INTRConfig, INTRForImageClassification, attention_rollout, cam_maps
 from prompt_cam_hf.data.images import build_detr_image_processor, build_image_processor
 from prompt_cam_hf.evaluation.measure import Protocol
+from prompt_cam_hf.explanations.aggregate import DEFAULT_AGGREGATION
 from prompt_cam_hf.explanations.explain import Explanation
 from prompt_cam_hf.explanations.maps import map_box
 from prompt_cam_hf.hub.convert_intr import convert_official_intr_state_dict
@@ -313,8 +314,7 @@ def test_heads_are_ranked_as_by_blurring_them_one_after_another():
     assert_computed(shapley.scores.sum(dim=-1), (whole - none).gather(1, asked[:, None])[:, 0])
 
 
-def test_evidence_is_of_the_models_own_score():
-    """Its sign and place: finite differences of the score when attention to one place grows."""
+def test_evidence_maps_can_be_asked_for():
     model, images = tiny_intr(), random_images(1)
     maps = trait_maps(model, images, torch.tensor([2]), kind="evidence")
     assert maps.shape == (1, 1, 4, 4, 4) and maps.abs().sum() > 0
@@ -502,7 +502,7 @@ def test_evaluated_and_collected_beside_a_prompt_cam(folder, tmp_path):
         assert {("intr", name, metric) for metric in ("insertion", "deletion")} <= measured
     assert ("intr", "", "accuracy") in measured
     default = evaluate(folder, images, tmp_path / "alone", protocol=Protocol(metrics=("sanity",)))
-    assert {mean.map for mean in default.means} == {"", "attention_shapley"}
+    assert {mean.map for mean in default.means} == {"", DEFAULT_AGGREGATION}
     assert atlas(str(folder), images, tmp_path / "atlas").page.exists()
 
 
