@@ -5,7 +5,7 @@ import functools
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -48,6 +48,13 @@ def init_prompts(config: PreTrainedConfig, classifier: nn.Linear, *prompts: torc
             init.uniform_(each, -bound, bound)
     init.trunc_normal_(classifier.weight, std=0.02)
     init.zeros_(classifier.bias)
+
+
+class MapLayout(NamedTuple):
+    """Rows and columns of a map, and height and width of a patch in pixels; the first patch is at the top left."""
+
+    grid: tuple[int, int]
+    patch: tuple[float, float]
 
 
 class LayerRecord:
@@ -171,6 +178,16 @@ class PromptedModel(PreTrainedModel):
         rotary = self._rotary(tokens, self._grid_of(pixel_values))
         return self._run_layers(range(self.config.fixed_prefix_layers), tokens, rotary, LayerRecord())
 
+    @property
+    def num_trait_heads(self) -> int:
+        """The heads of the last layer, each of which has a map of its own."""
+        return int(self.config.backbone_config.num_attention_heads)
+
+    def map_layout(self, height: int, width: int) -> MapLayout:
+        """How the maps lie on images of so many pixels."""
+        config = self.config.backbone_config
+        return MapLayout(grid_size(config, height, width), patch_size(config))
+
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The loss that `config.problem_type` names; cross-entropy takes probabilities (mixup) too."""
         several = self.config.problem_type == "multi_label_classification"
@@ -180,9 +197,12 @@ class PromptedModel(PreTrainedModel):
             return nn.functional.cross_entropy(logits, labels)
         return self.loss_function(labels, logits, self.config)
 
+    def _build_backbone(self, config: PreTrainedConfig) -> PreTrainedModel:
+        return build_backbone(config)
+
     def _add_backbone(self, config: PreTrainedConfig) -> None:
         """Make the backbone, frozen if it is to be, and note what its own modules are."""
-        self.backbone = build_backbone(config)
+        self.backbone = self._build_backbone(config)
         self._backbone_modules = {name: family_class(module) for name, module in self.backbone.named_modules()}
         self.backbone.requires_grad_(not self.config.freeze_backbone)
 
@@ -196,7 +216,7 @@ class PromptedModel(PreTrainedModel):
 
     def _grid_of(self, pixel_values: torch.Tensor) -> tuple[int, int]:
         height, width = pixel_values.shape[-2:]
-        return grid_size(self.backbone.config, height, width)
+        return self.map_layout(height, width).grid
 
     def _embed(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool) -> torch.Tensor:
         return embed(self.backbone, pixel_values.to(self.dtype), interpolate_pos_encoding)
@@ -280,4 +300,4 @@ class PromptedModel(PreTrainedModel):
         return self.config.drop_path_rate * index / max(self._num_layers - 1, 1)
 
 
-__all__ = ["LayerRecord", "PromptedModel", "init_prompts"]
+__all__ = ["LayerRecord", "MapLayout", "PromptedModel", "init_prompts"]

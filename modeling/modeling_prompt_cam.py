@@ -19,8 +19,9 @@ from transformers.utils.generic import can_return_tuple
 from .backbone_prompt_cam import (
     KnownQueries,
     RotaryPositions,
-    attention_weights,
+    backbone_layers,
     final_norm,
+    finish_layer,
     run_layer,
     update_queries,
 )
@@ -39,6 +40,7 @@ from .checkpoint_prompt_cam import (
 )
 from .configuration_prompt_cam import PromptCAMConfig, only_value_errors
 from .outputs_prompt_cam import (
+    LastLayerReader,
     LastLayerState,
     PromptCAMOutput,
     find_trait_classes,
@@ -58,7 +60,7 @@ class _Entering(NamedTuple):
     known: KnownQueries | None
 
 
-class PromptCAMForImageClassification(PromptSetsModel):
+class PromptCAMForImageClassification(LastLayerReader, PromptSetsModel):
     """A frozen vision transformer with one prompt a class: scores, and maps of the traits that make the class.
 
     Start from a pre-trained backbone with `from_backbone`, load a trained model with `from_pretrained`.
@@ -339,20 +341,17 @@ class PromptCAMForImageClassification(PromptSetsModel):
             outputs[name] = PromptCAMOutput(logits=logits, trait_maps=maps, trait_classes=classes)
         return outputs
 
-    def last_layer_logits(self, state: LastLayerState) -> torch.Tensor:
-        """The class scores (batch, num_labels)."""
-        return self.score(state.outputs)
+    def finish_last_layer(self, prompts: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
+        """The last layer after its attention, for any class prompts.
 
-    def trait_maps(self, state: LastLayerState, classes: torch.Tensor) -> torch.Tensor:
-        """Attention of the prompts of `classes` (batch, k) to the patches, (batch, k, heads, rows, cols), float32."""
-        weights = attention_weights(self.class_queries(state, classes), state.projections.keys)
-        return patch_attention(weights, state.grid)
+        Args:
+            prompts: (batch, rows, hidden_size), the layer's input at class prompts.
+            contexts: (batch, rows, heads, head size), what each head hands on.
 
-    def class_queries(self, state: LastLayerState, classes: torch.Tensor) -> torch.Tensor:
-        """The last layer's queries of the prompts of `classes` (batch, k), (batch, heads, k, head size)."""
-        batch, heads, _, head_size = state.projections.keys.shape
-        queries = state.projections.queries.expand(batch, -1, -1, -1)
-        return queries.gather(2, classes[:, None, :, None].expand(-1, heads, -1, head_size))
+        Returns:
+            (batch, rows, hidden_size), the layer's output, for `score`.
+        """
+        return cast(torch.Tensor, backbone_layers(self.backbone)[-1](prompts, contexts, run=finish_layer))
 
     def score(self, outputs: torch.Tensor) -> torch.Tensor:
         """Class scores from the last layer's outputs (paper: s[c] = w . z_N^c), (..., hidden_size) to (...)."""

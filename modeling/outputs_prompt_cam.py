@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What a Prompt-CAM returns, and for which classes."""
+"""What a Prompt-CAM returns, for which classes, and what is read off its last layer."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from .backbone_prompt_cam import Projections
+from .backbone_prompt_cam import Projections, attention_weights
 
 
 @dataclass
@@ -35,9 +35,9 @@ class LastLayerState(NamedTuple):
     """What the last layer leaves behind: all that scores, trait maps and the ranking of heads are made from.
 
     Attributes:
-        class_prompts: (batch or 1, num_labels, hidden_size), the layer's input at the class prompts.
+        class_prompts: (batch or 1, num_labels, hidden_size), what the layer adds to at the class prompts: its input.
         projections: Queries of the class prompts; keys and values of class prompts, prefix tokens and patches, in this
-            order.
+            order, the patches last.
         outputs: (batch, num_labels, hidden_size), the layer's output at the class prompts, before the final norm.
         grid: Rows and columns of patches.
     """
@@ -46,6 +46,29 @@ class LastLayerState(NamedTuple):
     projections: Projections
     outputs: torch.Tensor
     grid: tuple[int, int]
+
+
+class LastLayerReader:
+    """What is read off a `LastLayerState` alike in all models that have a query for each class."""
+
+    def score(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Class scores from the last layer's outputs, (..., hidden_size) to (...)."""
+        raise NotImplementedError
+
+    def last_layer_logits(self, state: LastLayerState) -> torch.Tensor:
+        """The class scores (batch, num_labels)."""
+        return self.score(state.outputs)
+
+    def trait_maps(self, state: LastLayerState, classes: torch.Tensor) -> torch.Tensor:
+        """Attention of the prompts of `classes` (batch, k) to the patches, (batch, k, heads, rows, cols), float32."""
+        weights = attention_weights(self.class_queries(state, classes), state.projections.keys)
+        return patch_attention(weights, state.grid)
+
+    def class_queries(self, state: LastLayerState, classes: torch.Tensor) -> torch.Tensor:
+        """The last layer's queries of the prompts of `classes` (batch, k), (batch, heads, k, head size)."""
+        batch, heads, _, head_size = state.projections.keys.shape
+        queries = state.projections.queries.expand(batch, -1, -1, -1)
+        return queries.gather(2, classes[:, None, :, None].expand(-1, heads, -1, head_size))
 
 
 def check_class_numbers(classes: torch.Tensor, num_labels: int, name: str) -> None:
@@ -88,4 +111,11 @@ def patch_attention(weights: torch.Tensor, grid: tuple[int, int]) -> torch.Tenso
     return weights[..., -grid[0] * grid[1] :].unflatten(-1, grid).transpose(1, 2)
 
 
-__all__ = ["LastLayerState", "PromptCAMOutput", "check_class_numbers", "find_trait_classes", "patch_attention"]
+__all__ = [
+    "LastLayerReader",
+    "LastLayerState",
+    "PromptCAMOutput",
+    "check_class_numbers",
+    "find_trait_classes",
+    "patch_attention",
+]

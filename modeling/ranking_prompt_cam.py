@@ -9,18 +9,13 @@ from contextlib import AbstractContextManager
 from typing import Literal, NamedTuple, Protocol
 
 import torch
-from transformers import PreTrainedModel
 
-from .backbone_prompt_cam import attention_weights, backbone_layers, finish_layer
+from .backbone_prompt_cam import attention_weights
 from .outputs_prompt_cam import LastLayerState
 
 
 class ScoringModel(Protocol):
-    """What a ranking, and a pipeline, ask of a Prompt-CAM."""
-
-    @property
-    def backbone(self) -> PreTrainedModel:
-        """The vision transformer."""
+    """What a ranking, and a pipeline, ask of a Prompt-CAM, or of another model with a query for each class."""
 
     def prepared(self) -> AbstractContextManager:
         """Inside this block, what the prompts bring to the layers is computed once."""
@@ -36,6 +31,9 @@ class ScoringModel(Protocol):
 
     def class_queries(self, state: LastLayerState, classes: torch.Tensor) -> torch.Tensor:
         """The last layer's queries of the prompts of `classes` (batch, k), (batch, heads, k, head size)."""
+
+    def finish_last_layer(self, prompts: torch.Tensor, contexts: torch.Tensor) -> torch.Tensor:
+        """The last layer's outputs from its input (batch, rows, hidden_size) and contexts (..., heads, head size)."""
 
     def score(self, outputs: torch.Tensor) -> torch.Tensor:
         """Class scores from the last layer's outputs, (..., hidden_size) to (...)."""
@@ -88,8 +86,7 @@ class BlurredScores:
         batch, k, subsets, _ = blurred.shape
         contexts = torch.where(blurred[..., None], self._blurred[:, :, None], self._sharp[:, :, None])
         prompts = self._prompts[:, :, None].expand(-1, -1, subsets, -1)
-        layer = backbone_layers(self._model.backbone)[-1]
-        outputs = layer(prompts.flatten(1, 2), contexts.flatten(1, 2), run=finish_layer)
+        outputs = self._model.finish_last_layer(prompts.flatten(1, 2), contexts.flatten(1, 2))
         return self._model.score(outputs).view(batch, k, subsets)
 
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""What is a trained Prompt-CAM, for the functions that take one? A folder, a Hub id, a pipeline or a loaded model."""
+"""What is a trained model with trait maps, for the functions that take one? A folder, a Hub id, a pipeline or a model.
+
+That is a Prompt-CAM, or an INTR, which is explained by the same functions.
+"""
 
 import hashlib
 import os
@@ -21,6 +24,8 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from prompt_cam_hf.baselines.intr import INTRForImageClassification
+from prompt_cam_hf.baselines.intr_config import INTRConfig
 from prompt_cam_hf.data.images import MAX_SIDE
 from prompt_cam_hf.messages import one_line
 from prompt_cam_hf.modeling import (
@@ -29,6 +34,12 @@ from prompt_cam_hf.modeling import (
     PromptCAMImageClassificationPipeline,
 )
 from prompt_cam_hf.modeling.checkpoint_prompt_cam import explained_load_errors, find_cause
+
+# The models that have trait maps, by the type in their configuration.
+_TRAIT_MODELS: dict[str, Any] = {
+    PromptCAMConfig.model_type: PromptCAMForImageClassification,
+    INTRConfig.model_type: INTRForImageClassification,
+}
 
 
 class Classifier(NamedTuple):
@@ -46,22 +57,23 @@ def load_pipeline(model: str | os.PathLike, device: str | None = None) -> Prompt
     """Load a model with its image processor (`.model`, `.image_processor`), on the best device by default.
 
     Raises:
-        ValueError: it is no Prompt-CAM, it is damaged or incomplete, or it needs code of its own, which is never run.
+        ValueError: it has no trait maps, it is damaged or incomplete, or it needs code of its own, which is never run.
         OSError: it cannot be found.
     """
     name = os.fspath(model)
     # Loaded here, for transformers' pipeline() would answer any failure with a traceback in a message, and would run
     # the code of an image processor.
-    check_prompt_cam(load_model_type(name), name)
+    model_type = load_model_type(name)
+    check_trait_maps(model_type, name)
     image_processor = load_image_processor(name)
-    loaded = load_complete(PromptCAMForImageClassification, name)
+    loaded = load_complete(_TRAIT_MODELS[model_type], name)
     return PromptCAMImageClassificationPipeline(
         loaded, image_processor=image_processor, device=device, task="image-classification"
     )
 
 
 def load_classifier(model: str | os.PathLike, device: str | None = None) -> Pipeline:
-    """Load a Prompt-CAM as `load_pipeline` does, or an image classifier of another kind.
+    """Load a model with trait maps as `load_pipeline` does, or an image classifier of another kind.
 
     Args:
         model: A Hub id or a folder.
@@ -71,7 +83,7 @@ def load_classifier(model: str | os.PathLike, device: str | None = None) -> Pipe
         ValueError, OSError: as in `load_pipeline`.
     """
     name = os.fspath(model)
-    if load_model_type(name) == PromptCAMConfig.model_type:
+    if has_trait_maps(load_model_type(name)):
         return load_pipeline(name, device)
     image_processor = load_image_processor(name)
     loaded = load_complete(AutoModelForImageClassification, name, trust_remote_code=False)
@@ -185,7 +197,7 @@ def as_classifier(model: ClassifierLike, image_processor: BaseImageProcessor | N
     The image processor is for a loaded model, or in place of a pipeline's own.
 
     Raises:
-        ValueError: it is not a Prompt-CAM, or a loaded model comes without image processor.
+        ValueError: it has no trait maps, or a loaded model comes without image processor.
         OSError: it cannot be found.
     """
     if isinstance(model, str | os.PathLike):
@@ -195,7 +207,7 @@ def as_classifier(model: ClassifierLike, image_processor: BaseImageProcessor | N
         model = model.model
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"{type(model).__name__} is no model; give a folder, a Hub id, a pipeline or a loaded model.")
-    check_prompt_cam(model.config.model_type, model.name_or_path or "The model")
+    check_trait_maps(model.config.model_type, model.name_or_path or "The model")
     if image_processor is None:
         raise ValueError("A loaded model needs its image processor: give image_processor=, a folder, or a pipeline.")
     return Classifier(model, image_processor)
@@ -221,11 +233,27 @@ def weights_digest(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def has_trait_maps(model_type: str) -> bool:
+    """Whether models of a type have trait maps: a Prompt-CAM's, and INTR's."""
+    return model_type in _TRAIT_MODELS
+
+
+def check_trait_maps(model_type: str, name: str | os.PathLike) -> None:
+    """Refuse models that have no trait maps.
+
+    Raises:
+        ValueError: it is the type of such a model.
+    """
+    if not has_trait_maps(model_type):
+        raise ValueError(f"{name} is a model of type {model_type!r}, not a Prompt-CAM, and has no trait maps.")
+
+
 def check_prompt_cam(model_type: str, name: str | os.PathLike) -> None:
-    """Refuse other models, which have no trait maps.
+    """Refuse other models, for what needs prompts and not only trait maps.
 
     Raises:
         ValueError: it is the type of another model.
     """
+    check_trait_maps(model_type, name)
     if model_type != PromptCAMConfig.model_type:
-        raise ValueError(f"{name} is a model of type {model_type!r}, not a Prompt-CAM, and has no trait maps.")
+        raise ValueError(f"{name} is a model of type {model_type!r}; this needs a Prompt-CAM.")

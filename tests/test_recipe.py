@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from transformers import TrainingArguments
+from transformers import ResNetConfig, TrainingArguments
 
+from prompt_cam_hf.baselines import INTRConfig
 from prompt_cam_hf.training import recipe as recipe_module
 from prompt_cam_hf.training.recipe import Recipe, load_recipe, parse_recipe, training_arguments
 
@@ -54,11 +55,12 @@ OURS = {
     "bioclip2_cub",
     "birds",
     "birds_deep",
+    "intr_birds",
 }
 
 
 def test_recipes_are_all_there():
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*OFFICIAL, *OURS}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*OFFICIAL, *OURS, "intr_cub"}
 
 
 @pytest.mark.parametrize("name", OFFICIAL)
@@ -89,6 +91,39 @@ def test_official_recipe_states_what_makes_it(name):
         "drop_path_rate", "prompt_dropout", "optimizer", "momentum", "weight_decay", "train_batch_size", "image_size",
         "image_mean", "image_std",
     }  # fmt: skip
+
+
+def test_recipe_of_intr_has_the_settings_of_its_official_code():
+    recipe = load_recipe("intr_cub", data="photos")
+    assert (recipe.method, recipe.backbone, recipe.resizing) == ("intr", "facebook/detr-resnet-50", "detr")
+    assert (recipe.optimizer, recipe.learning_rate, recipe.backbone_learning_rate) == ("adamw", 5e-5, 1e-5)
+    assert (recipe.weight_decay, recipe.train_batch_size, recipe.num_train_epochs) == (1e-6, 12, 140)
+    assert (recipe.drop_rate_at_epoch, recipe.warmup_epochs, recipe.augmentation) == (80, 0, True)
+    assert training_arguments(recipe).max_grad_norm == 0.1
+    config = INTRConfig(backbone_config=ResNetConfig(), **recipe.intr)
+    assert (config.encoder_layers, config.decoder_layers, config.d_model) == (6, 6, 256)
+    assert (config.encoder_attention_heads, config.decoder_attention_heads) == (8, 8)
+    assert (config.encoder_ffn_dim, config.decoder_ffn_dim, config.activation_function) == (2048, 2048, "relu")
+    assert config.dropout == config.attention_dropout == config.activation_dropout == 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resizing": "detr"}, "resizing is for method intr, and the method is prompt_cam"),
+        ({"backbone_learning_rate": 0.1}, "backbone_learning_rate is for method intr"),
+        (
+            {"method": "intr", "intr": {"encoder_layer": 2}},
+            "unknown key 'intr.encoder_layer'",
+        ),
+        ({"method": "intr", "cache_features": True, "backbone_learning_rate": 0.1}, "a backbone that stays as it is"),
+        ({"method": "intr", "resizing": "detr", "image_size": 64}, "leave image_size, _mean and _std out"),
+        ({"drop_rate_at_epoch": 3}, "warmup_epochs is 20, but with drop_rate_at_epoch the rate is constant"),
+    ],
+)
+def test_settings_of_intr_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        minimal(**settings)
 
 
 @pytest.mark.parametrize("name", ["own_photos", "own_photos_cpu"])

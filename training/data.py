@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
@@ -19,6 +19,10 @@ from prompt_cam_hf.data.images import ImageSource, open_image, upright_size
 
 # The official recipe resizes to 240 for a crop of 224; other sizes keep the proportion.
 RESIZE_MARGIN = 240 / 224
+# Of DETR's augmentation: the shorter side in the end, before a crop, and the sides of a crop.
+_DETR_SIDES = tuple(range(480, 801, 32))
+_DETR_SIDES_BEFORE_CROP = (400, 500, 600)
+_DETR_CROP = (384, 600)
 
 # A JPEG is decoded at a smaller size as long as each side stays this many times what it is resized to. On photos,
 # resized pixels then differ from those of the whole image by 0.5 to 1.7 of 255 on average (PSNR 39 to 46 dB).
@@ -90,6 +94,10 @@ class Preprocessing:
             np.take(values, channel, out=out, mode="clip")  # the mode that needs no buffer; no byte is out of range
         return pixel_values
 
+    def view(self, resized: np.ndarray, epoch: int, index: int) -> torch.Tensor:
+        """Give what evaluation sees, (3, rows, cols), float32: the same in every epoch."""
+        return torch.from_numpy(self.finish(resized))
+
 
 class TrainingAugmentation:
     """The official training recipe: resize a little too large, crop at random, flip half of the images.
@@ -128,8 +136,12 @@ class TrainingAugmentation:
         """Give the view (3, rows, cols), float32, of an RGB image in an epoch; epochs and images count from 0."""
         return self.view(self.preprocessing.resize(image), epoch, index)
 
+    def read(self, source: ImageSource) -> np.ndarray:
+        """Open an image and resize it."""
+        return self.preprocessing.read(source)
+
     def view(self, resized: np.ndarray, epoch: int, index: int) -> torch.Tensor:
-        """Give the view of an image that `preprocessing` has resized."""
+        """Give the view of an image that has been read."""
         random = np.random.default_rng((self.seed, epoch, index))
         rows, cols = self.crop_size
         top = random.integers(resized.shape[1] - rows + 1)
@@ -138,6 +150,44 @@ class TrainingAugmentation:
         flipped = view[..., ::-1] if random.random() < 0.5 else view
         # Pixel by pixel, so only those that are seen.
         return torch.from_numpy(self.preprocessing.finish(flipped))
+
+
+class DetrAugmentation:
+    """The training augmentation of DETR, which INTR takes over: sizes at random, and flips.
+
+    Half of the images are flipped. Half are resized to a shorter side of 400, 500 or 600 pixels and cropped at random
+    to sides of 384 to 600. All end with a shorter side of 480 to 800, and the longer one within the processor's limit.
+
+    Args:
+        image_processor: That of evaluation, from `build_detr_image_processor`.
+        seed: Draws all of this, with epoch and index, as in `TrainingAugmentation`.
+    """
+
+    def __init__(self, image_processor: BaseImageProcessor, seed: int = 0):
+        self.image_processor = image_processor
+        self.seed = seed
+
+    def read(self, source: ImageSource) -> Image.Image:
+        """Open an image."""
+        return open_image(source)
+
+    def view(self, image: Image.Image, epoch: int, index: int) -> torch.Tensor:
+        """Give the view (3, rows, cols), float32, of an RGB image in an epoch; epochs and images count from 0."""
+        random = np.random.default_rng((self.seed, epoch, index))
+        if random.random() < 0.5:
+            image = ImageOps.mirror(image)
+        if random.random() < 0.5:
+            scale = random.choice(_DETR_SIDES_BEFORE_CROP) / min(image.size)
+            image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
+            width, height = (int(random.integers(_DETR_CROP[0], min(side, _DETR_CROP[1]) + 1)) for side in image.size)
+            left, top = (int(random.integers(room + 1)) for room in (image.width - width, image.height - height))
+            image = image.crop((left, top, left + width, top + height))
+        size = {**self.image_processor.to_dict()["size"], "shortest_edge": int(random.choice(_DETR_SIDES))}
+        return self.image_processor(image, size=size, return_tensors="pt")["pixel_values"][0]
+
+
+# What draws another view of an image in each epoch.
+Augmentation = TrainingAugmentation | DetrAugmentation
 
 
 class EpochDataset(Dataset):
@@ -154,36 +204,43 @@ class EpochDataset(Dataset):
 class ImageDataset(EpochDataset):
     """Labelled images as model inputs: a map-style, picklable torch data set.
 
-    It reads the columns `image` and `label`, through an image processor (for evaluation) or a `TrainingAugmentation`.
+    It reads the columns `image` and `label`, through an image processor (for evaluation) or an augmentation.
     Item `i` is `{"pixel_values": float32 of (3, rows, cols), "labels": int}`; errors are those of `open_image`.
     """
 
-    def __init__(self, dataset: datasets.Dataset, transform: BaseImageProcessor | TrainingAugmentation):
+    def __init__(self, dataset: datasets.Dataset, transform: BaseImageProcessor | Augmentation):
         super().__init__()
         if isinstance(dataset.features["image"], datasets.Image):
             dataset = dataset.cast_column("image", datasets.Image(decode=False))
         self.dataset = dataset
         self.transform = transform
-        self.preprocessing = (
-            transform.preprocessing if isinstance(transform, TrainingAugmentation) else Preprocessing(transform)
-        )
+        self._views = transform if isinstance(transform, Augmentation) else Preprocessing(transform)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.dataset[index]
-        return {"pixel_values": self.view(self.preprocessing.read(row["image"]), index), "labels": row["label"]}
+        return {"pixel_values": self.view(self._views.read(row["image"]), index), "labels": row["label"]}
 
-    def view(self, resized: np.ndarray, index: int) -> torch.Tensor:
-        """Give the epoch's view of an image that `preprocessing` has read."""
-        if isinstance(self.transform, TrainingAugmentation):
-            return self.transform.view(resized, int(self._epoch), index)
-        return torch.from_numpy(self.preprocessing.finish(resized))
+    def view(self, resized: Any, index: int) -> torch.Tensor:
+        """Give the epoch's view of an image of that number that has been read."""
+        return self._views.view(resized, int(self._epoch), index)
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What is the same in every epoch.
+
+        Raises:
+            ValueError: nothing is, since sizes are drawn at random.
+        """
+        if isinstance(self._views, DetrAugmentation):
+            raise ValueError("With resizing: detr images have another size in each epoch, which cannot be cached.")
+        return self._views if isinstance(self._views, Preprocessing) else self._views.preprocessing
 
 
 class SetEpochCallback(TrainerCallback):
-    """Tell the training data which epoch begins, so that `TrainingAugmentation` draws new views in each.
+    """Tell the training data which epoch begins, so that its augmentation draws new views in each.
 
     Trainer and accelerate do so in the plainest case only: with several processes, and in an epoch that is resumed in
     its middle, accelerate tells the sampler and not the data, which would go on with the views of another epoch.

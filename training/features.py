@@ -13,10 +13,11 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import torch
 from accelerate import PartialState
+from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedConfig, default_data_collator
 
-from prompt_cam_hf.baselines import LinearProbe, VPTForImageClassification
+from prompt_cam_hf.baselines import INTRConfig, INTRForImageClassification, LinearProbe, VPTForImageClassification
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.progress import progress
 from prompt_cam_hf.training.cache_files import (
@@ -30,7 +31,9 @@ from prompt_cam_hf.training.data import EpochDataset, ImageDataset
 from prompt_cam_hf.training.trainer import on_main_process
 
 # What has an `encode_prefix`, and a config that says what that depends on.
-PrefixModel: TypeAlias = PromptCAMForImageClassification | VPTForImageClassification | LinearProbe
+PrefixModel: TypeAlias = (
+    PromptCAMForImageClassification | VPTForImageClassification | INTRForImageClassification | LinearProbe
+)
 
 
 class FeatureDataset(EpochDataset):
@@ -58,13 +61,31 @@ class FeatureDataset(EpochDataset):
 
 
 class FeatureCollator:
-    """Makes a batch, and adds to features the (rows, columns) of patches that the pixels would have told."""
+    """Makes a batch of images, filled up to one size, or of features, with the grid of patches that pixels would tell.
 
-    def __init__(self, patch_grid: tuple[int, int]):
+    `patch_grid` is that grid, (rows, columns); None where there are no features.
+    """
+
+    def __init__(self, patch_grid: tuple[int, int] | None):
         self.patch_grid = patch_grid
 
     def __call__(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """Stack the tensors of items of a `FeatureDataset` or an `ImageDataset`."""
+        """Stack the tensors of items of a `FeatureDataset` or an `ImageDataset`.
+
+        Images of several sizes are filled up at the right and bottom, and a pixel_mask says with 1 what is theirs.
+        """
+        sizes = [item["pixel_values"].shape[-2:] for item in items if "pixel_values" in item]
+        if len(set(sizes)) > 1:
+            height, width = (max(sides) for sides in zip(*sizes, strict=True))
+            room = [(0, width - cols, 0, height - rows) for rows, cols in sizes]
+            items = [
+                {
+                    **item,
+                    "pixel_values": pad(item["pixel_values"], more),
+                    "pixel_mask": pad(torch.ones(size, dtype=torch.long), more),
+                }
+                for item, size, more in zip(items, sizes, room, strict=True)
+            ]
         batch = default_data_collator(items)
         if "prefix_hidden_states" in batch:
             batch["patch_grid"] = self.patch_grid
@@ -104,6 +125,8 @@ def cache_features(
         raise ValueError(
             "cache_features: there is nothing to cache, because prompts enter the first layer. Set first_prompt_layer "
             "to a later layer, or num_agnostic_prompts to 0 with class prompts at a later layer."
+            if model.config.model_type != INTRConfig.model_type
+            else "cache_features: there is nothing to cache on a ResNet, for images keep their sizes."
         )
     key = on_main_process(lambda: _fingerprint(model, dataset, num_views, autocast_dtype))
 

@@ -38,6 +38,12 @@ _LARGEST = {
     "train_batch_size": 100_000,
 }
 
+# What may stand under the key `intr`.
+_INTR_SIZES = {
+    *("d_model", "encoder_layers", "decoder_layers", "encoder_attention_heads", "decoder_attention_heads"),
+    *("encoder_ffn_dim", "decoder_ffn_dim", "activation_function", "dropout", "attention_dropout"),
+    "activation_dropout",
+}
 # What may stand under the key `trainer`, as far as the recipe's own keys do not decide it.
 _TRAINER = {argument.name for argument in dataclasses.fields(TrainingArguments)}
 
@@ -59,9 +65,10 @@ class Recipe:
     """
 
     # Model
-    method: Literal["prompt_cam", "linear_probe", "vpt"] = _key(
+    method: Literal["prompt_cam", "linear_probe", "vpt", "intr"] = _key(
         "prompt_cam, or a baseline: vpt has the same prompts and reads CLS (Deep or Shallow, see class_prompt_layer), "
-        "linear_probe has none and leaves the settings of prompts aside.",
+        "linear_probe has none and leaves the settings of prompts aside, and so does intr, an encoder and decoder on "
+        "the backbone's patches or on a DETR's ResNet.",
         default="prompt_cam",
     )
     backbone: str = _key("Vision transformer to build on: a Hub id or a folder, in any format of docs/backbones.md.")
@@ -75,6 +82,11 @@ class Recipe:
     first_prompt_layer: int = _key("First layer that class-agnostic prompts enter, counted from 0.", default=0)
     prompt_dropout: float = _key("Dropout on the prompts, one mask a batch.", default=0.1)
     drop_path_rate: float = _key("Stochastic depth of the last layer, rising evenly from 0.", default=0.1)
+
+    intr: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "Sizes and dropout of method intr, as fields of INTRConfig; empty: the published ones."},
+    )
 
     # Data
     data: str = _key("Images: a folder with train/ (validation/, test/), a CSV or Parquet file, or a Hub id.")
@@ -99,11 +111,19 @@ class Recipe:
     image_std: list[float] | None = field(
         default=None, metadata={"help": "Standard deviation of red, green and blue that is divided by."}
     )
+    resizing: Literal["squash", "detr"] = _key(
+        "detr, for method intr on a DETR's ResNet: images keep their shape, the shorter side becomes 800 pixels, in "
+        "training 480 to 800 at random, the longer one at most 1333.",
+        default="squash",
+    )
     augmentation: bool = _key("Random crops and left-right flips in training.", default=True)
 
     # Optimisation
     optimizer: Literal["sgd", "adamw"] = _key("sgd or adamw.", default="sgd")
     learning_rate: float = _key("Highest learning rate, reached after the warm-up.", default=0.005)
+    backbone_learning_rate: float = _key(
+        "Rate of the backbone of method intr, in place of learning_rate; 0: the backbone stays as it is.", default=0.0
+    )
     momentum: float = _key("Momentum of sgd; adamw does not use it.", default=0.9)
     weight_decay: float = _key("Weight decay on prompts, head and its bias alike.", default=0.001)
     train_batch_size: int = _key("Images a step, over all processes together.", default=16)
@@ -111,6 +131,10 @@ class Recipe:
     warmup_epochs: int = _key("Epochs in which the rate rises.", default=20)
     warmup_learning_rate: float = _key("Rate at the start of the warm-up.", default=0.0)
     min_learning_rate: float = _key("Rate at the end of the cosine.", default=1e-6)
+    drop_rate_at_epoch: int | None = _key(
+        "Epoch after which the rate is a tenth, constant before and after; in place of warm-up and cosine.",
+        default=None,
+    )
     seed: int = _key("Seed of prompts, order, augmentation and the validation part.", default=42)
 
     # Running
@@ -160,10 +184,10 @@ class Recipe:
         for name, value in vars(self).items():
             if not all(math.isfinite(number) for number in np.ravel(value) if isinstance(number, float)):
                 raise ValueError(f"{name} must be finite, got {value}.")
-        counts = ("train_batch_size", "num_train_epochs", "eval_every_epochs", "eval_batch_size")
+        counts = ("train_batch_size", "num_train_epochs", "eval_every_epochs", "eval_batch_size", "drop_rate_at_epoch")
         for name in (*counts, "image_size", "cache_views"):
             _require(getattr(self, name) is None or getattr(self, name) >= 1, self, name, "at least 1")
-        for name in ("warmup_epochs", "weight_decay", "dataloader_num_workers", "seed"):
+        for name in ("warmup_epochs", "weight_decay", "dataloader_num_workers", "seed", "backbone_learning_rate"):
             _require((getattr(self, name) or 0) >= 0, self, name, "0 or more")
         for name, most in _LARGEST.items():
             _require((getattr(self, name) or 0) <= most, self, name, f"at most {most:,}")
@@ -188,6 +212,7 @@ class Recipe:
                 f"class_prompt_layer must be -1 (Deep) or 0 (Shallow) with method vpt, got {self.class_prompt_layer}; "
                 "where its prompts enter is first_prompt_layer."
             )
+        self._check_intr()
         if self.method == "linear_probe" and self.gradient_checkpointing:
             raise ValueError("gradient_checkpointing saves nothing with method linear_probe: no layer has a gradient.")
         if self.method != "prompt_cam" and not self.include_backbone:
@@ -215,6 +240,26 @@ class Recipe:
                 self.trainer[argument.name] = _convert(f"trainer.{argument.name}", value, argument.type)
         if self.trainer.get("gradient_accumulation_steps", 1) < 1:
             raise ValueError("trainer.gradient_accumulation_steps must be at least 1.")
+
+    def _check_intr(self) -> None:
+        if self.drop_rate_at_epoch is not None and self.warmup_epochs:
+            raise ValueError(
+                f"warmup_epochs is {self.warmup_epochs}, but with drop_rate_at_epoch the rate is constant from the "
+                "start; set warmup_epochs to 0."
+            )
+        if self.method != "intr":
+            defaults = {key.name: _default(key) for key in dataclasses.fields(Recipe) if not _is_required(key)}
+            for name in ("intr", "backbone_learning_rate", "resizing"):
+                if getattr(self, name) != defaults[name]:
+                    raise ValueError(f"{name} is for method intr, and the method is {self.method}.")
+            return
+        for name in self.intr:
+            if name not in _INTR_SIZES:
+                raise ValueError(_unknown(f"intr.{name}", [f"intr.{key}" for key in _INTR_SIZES]))
+        if self.cache_features and self.backbone_learning_rate:
+            raise ValueError("cache_features is for a backbone that stays as it is; set backbone_learning_rate to 0.")
+        if self.resizing == "detr" and any((self.image_size, self.image_mean, self.image_std)):
+            raise ValueError("resizing: detr prepares images as DETR does; leave image_size, _mean and _std out.")
 
     def to_yaml(self) -> str:
         """Write the recipe as YAML that gives the same run again; how the run was resumed is left out."""

@@ -31,9 +31,14 @@ from transformers import PreTrainedModel, TrainingArguments
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import IntervalStrategy
 
-from prompt_cam_hf.baselines import LinearProbe, VPTForImageClassification, build_linear_probe
+from prompt_cam_hf.baselines import (
+    INTRForImageClassification,
+    LinearProbe,
+    VPTForImageClassification,
+    build_linear_probe,
+)
 from prompt_cam_hf.data.image_processors import backbone_image_processor, output_size
-from prompt_cam_hf.data.images import build_image_processor
+from prompt_cam_hf.data.images import build_detr_image_processor, build_image_processor
 from prompt_cam_hf.data.splits import ImageData, load_image_data
 from prompt_cam_hf.files import LOCK_FILE, only_writer, write_atomically
 from prompt_cam_hf.hub.patience import limit_waiting
@@ -44,8 +49,8 @@ from prompt_cam_hf.metrics.classification import ClassificationReport, build_com
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
 from prompt_cam_hf.modeling.backbone_prompt_cam import embed, grid_size, image_size
 from prompt_cam_hf.training.cache_files import DEFAULT_CACHE_DIR
-from prompt_cam_hf.training.data import ImageDataset, TrainingAugmentation
-from prompt_cam_hf.training.features import FeatureCollator, FeatureDataset, cache_features
+from prompt_cam_hf.training.data import DetrAugmentation, ImageDataset, TrainingAugmentation
+from prompt_cam_hf.training.features import FeatureCollator, FeatureDataset, PrefixModel, cache_features
 from prompt_cam_hf.training.image_cache import cache_images
 from prompt_cam_hf.training.recipe import Recipe, load_recipe, num_workers, parse_recipe, training_arguments
 from prompt_cam_hf.training.report import (
@@ -259,7 +264,10 @@ def prepare_run(recipe: Recipe, data: ImageData | None = None) -> Run:
     set_seed(recipe.seed)
     model = _build_model(recipe, data.id2label).to(arguments.device)
     image_processor = _build_image_processor(recipe)
-    patch_grid = _find_patch_grid(model.backbone, recipe, image_processor)
+    on_resnet = getattr(model.config, "is_on_resnet", False)
+    if recipe.resizing == "detr" and not on_resnet:
+        raise ValueError(f"resizing: detr is for a DETR's ResNet, and {recipe.backbone} is a vision transformer.")
+    patch_grid = None if on_resnet else _find_patch_grid(model.backbone, recipe, image_processor)
     train_dataset, eval_dataset = _training_data(recipe, data, image_processor, model, arguments)
     arguments.warmup_steps = recipe.warmup_epochs * -(-len(data.train) // recipe.train_batch_size)
     if eval_dataset is None:
@@ -268,6 +276,8 @@ def prepare_run(recipe: Recipe, data: ImageData | None = None) -> Run:
         model,
         arguments,
         eval_every_epochs=recipe.eval_every_epochs,
+        backbone_learning_rate=recipe.backbone_learning_rate,
+        drop_rate_at_epoch=recipe.drop_rate_at_epoch,
         data_collator=FeatureCollator(patch_grid),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -276,13 +286,16 @@ def prepare_run(recipe: Recipe, data: ImageData | None = None) -> Run:
     return Run(recipe, data, image_processor, trainer, checkpoint)
 
 
-def _build_model(
-    recipe: Recipe, id2label: dict[int, str]
-) -> PromptCAMForImageClassification | VPTForImageClassification | LinearProbe:
+def _build_model(recipe: Recipe, id2label: dict[int, str]) -> PrefixModel:
     """The method's model with new, untrained parameters on the pre-trained backbone."""
     common: dict[str, Any] = {"id2label": id2label, "revision": recipe.backbone_revision}
     if recipe.method == "linear_probe":
         return LinearProbe(build_linear_probe(recipe.backbone, **common))
+    if recipe.method == "intr":
+        frozen = not recipe.backbone_learning_rate
+        return INTRForImageClassification.from_backbone(
+            recipe.backbone, freeze_backbone=frozen, **common, **recipe.intr
+        )
     common |= {name: getattr(recipe, name) for name in ("first_prompt_layer", "prompt_dropout", "drop_path_rate")}
     if recipe.method == "vpt":
         num_prompts = len(id2label) if recipe.num_agnostic_prompts is None else recipe.num_agnostic_prompts
@@ -372,6 +385,8 @@ def _build_image_processor(recipe: Recipe) -> BaseImageProcessor:
     """The backbone's own image processor, unless the recipe says what is done instead."""
     given = {name: getattr(recipe, name) for name in ("image_size", "image_mean", "image_std")}
     given = {name: value for name, value in given.items() if value is not None}
+    if recipe.resizing == "detr":
+        return build_detr_image_processor()
     if given:
         return build_image_processor(**given)
     try:
@@ -402,11 +417,12 @@ def _training_data(
     recipe: Recipe,
     data: ImageData,
     image_processor: BaseImageProcessor,
-    model: PromptCAMForImageClassification | VPTForImageClassification | LinearProbe,
+    model: PrefixModel,
     arguments: TrainingArguments,
 ) -> tuple[Dataset, Dataset | None]:
     """Training and validation images, or what the fixed first layers make of them."""
-    transform = TrainingAugmentation(image_processor, recipe.seed) if recipe.augmentation else image_processor
+    augmentation = DetrAugmentation if recipe.resizing == "detr" else TrainingAugmentation
+    transform = augmentation(image_processor, recipe.seed) if recipe.augmentation else image_processor
     train_images = ImageDataset(data.train, transform)
     eval_images = None if data.validation is None else ImageDataset(data.validation, image_processor)
     cache_dir = recipe.cache_dir or DEFAULT_CACHE_DIR

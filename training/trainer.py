@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
     PreTrainedModel,
@@ -78,13 +79,25 @@ class EpochSampler(Sampler[int]):
 class PromptCAMTrainer(Trainer):
     """Trainer whose checkpoints hold what is trained, and whose order of images is reproducible.
 
-    It evaluates every `eval_every_epochs` epochs, and always after the last one.
+    It evaluates every `eval_every_epochs` epochs, and always after the last one. The backbone is trained at
+    `backbone_learning_rate`, where that is above 0. From epoch `drop_rate_at_epoch` on, rates are a tenth, and else
+    constant; None: as the arguments say.
     """
 
     model: PreTrainedModel
 
-    def __init__(self, model: PreTrainedModel, args: TrainingArguments, *, eval_every_epochs: int = 1, **kwargs: Any):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        *,
+        eval_every_epochs: int = 1,
+        backbone_learning_rate: float = 0.0,
+        drop_rate_at_epoch: int | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(model, args, **kwargs)
+        self._backbone_learning_rate, self._drop_rate_at_epoch = backbone_learning_rate, drop_rate_at_epoch
         self.remove_callback(DEFAULT_PROGRESS_CALLBACK)
         self._report = _Report()
         for callback in (SetEpochCallback(), _EvaluateSomeEpochs(eval_every_epochs), _KeepCheckpoints(), self._report):
@@ -117,6 +130,25 @@ class PromptCAMTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Name the parameters that decay: all that are trained, the head's bias too, as in the official recipe."""
         return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Make the optimiser, as `Trainer` does, with a rate of its own for a backbone that is trained."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self._backbone_learning_rate:
+            backbone = {id(parameter) for parameter in cast(PreTrainedModel, self.model.backbone).parameters()}
+            group = optimizer.param_groups[0]
+            own = [parameter for parameter in group["params"] if id(parameter) in backbone]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in backbone]
+            optimizer.add_param_group({**group, "params": own, "lr": self._backbone_learning_rate})
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make the schedule of rates, as `Trainer` does, or one that falls once."""
+        if self._drop_rate_at_epoch is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        drop = self._drop_rate_at_epoch * num_training_steps // int(self.args.num_train_epochs)
+        self.lr_scheduler = LambdaLR(cast(Any, optimizer or self.optimizer), lambda step: 0.1 if step >= drop else 1.0)
+        return self.lr_scheduler
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

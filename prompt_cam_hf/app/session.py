@@ -28,7 +28,7 @@ from prompt_cam_hf.explanations.ranking import RankingMethod, check_ranking
 from prompt_cam_hf.explanations.removal import Region, Removal, RemovalMethod, remove_trait
 from prompt_cam_hf.explanations.results import Result
 from prompt_cam_hf.explanations.taxonomy_path import TaxonomyPath, explain_path, find_taxonomy
-from prompt_cam_hf.loading import Classifier, load_pipeline
+from prompt_cam_hf.loading import Classifier, check_prompt_cam, load_model_type, load_pipeline
 
 # Every visitor's image stays in memory while the page is open.
 MAX_PIXELS = 50_000_000
@@ -112,6 +112,7 @@ class AskedModel:
         self.name = os.fspath(model)
         for computing in ("ask", "compare", "remove"):
             setattr(self, computing, on_gpu(getattr(self, computing)))
+        check_prompt_cam(load_model_type(self.name), self.name)
         pipeline = load_pipeline(model, device)
         self._whole = Classifier(pipeline.model, pipeline.image_processor)
         self.prompts_in_use: str = pipeline.model.prompts_in_use

@@ -18,6 +18,7 @@ from prompt_cam_hf.modeling.backbone_prompt_cam import backbone_layers, embed, g
 from prompt_cam_hf.modeling.configuration_prompt_cam import num_prefix_tokens
 
 from .backbone import backbone_of
+from .intr_config import INTRConfig
 from .vpt import VPTConfig
 
 
@@ -86,6 +87,10 @@ def _layer_attentions(
         options = {"output_attentions": True, "interpolate_pos_encoding": interpolate_pos_encoding}
         yield from model(pixel_values, **options).attentions
         return
+    if model.config.model_type == INTRConfig.model_type:
+        raise ValueError(
+            "An INTR reads no token of its backbone, so attention there explains nothing; its own maps are trait_maps."
+        )
     backbone = backbone_of(model)
     config = backbone.config
     hidden = embed(backbone, pixel_values.to(backbone.dtype), interpolate_pos_encoding)

@@ -34,6 +34,8 @@ from .backbone import backbone_of
 
 CamMethod = Literal["grad_cam", "hires_cam", "layer_cam", "eigen_cam", "rollout", "raw_attention"]
 CAM_METHODS: tuple[str, ...] = get_args(CamMethod)
+# Made of the attention of the token that a score is read from; an INTR reads none of its backbone's.
+ATTENTION_MAPS = ("rollout", "raw_attention")
 _GRADIENT_METHODS = ("grad_cam", "hires_cam", "layer_cam")
 
 
@@ -239,4 +241,4 @@ def _mean_raw_attention(
     return raw_attention(model, pixel_values, interpolate_pos_encoding).mean(dim=2)
 
 
-__all__ = ["CAM_METHODS", "CamRun", "cam_maps"]
+__all__ = ["ATTENTION_MAPS", "CAM_METHODS", "CamRun", "cam_maps"]

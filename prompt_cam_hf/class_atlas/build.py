@@ -23,7 +23,6 @@ from prompt_cam_hf.data.trained_on import count_trained_on, warn_of_training_ima
 from prompt_cam_hf.explanations.ranking import check_ranking
 from prompt_cam_hf.files import only_writer, write_atomically
 from prompt_cam_hf.loading import Classifier, ClassifierLike, as_classifier, model_name, weights_digest
-from prompt_cam_hf.modeling.backbone_prompt_cam import grid_size
 from prompt_cam_hf.parts import Parts
 from prompt_cam_hf.progress import progress
 
@@ -102,8 +101,7 @@ def atlas(
         >>> result.page  # open it in a browser
     """
     classifier = as_classifier(model, image_processor)
-    config = classifier.model.config
-    heads = config.backbone_config.num_attention_heads
+    config, heads = classifier.model.config, classifier.model.num_trait_heads
     if not 1 <= top_heads <= heads:
         raise ValueError(
             f"top_heads is {top_heads}; the model's last layer has {heads} heads, so 1 to {heads} can be."
@@ -175,9 +173,9 @@ def _collect_parts(
     After each part, the sums of the trait maps so far are saved together with the number of finished parts. Only that
     number says which parts are finished: a part that was written after it is made again, and comes out the same.
     """
-    config = classifier.model.config
-    grid = grid_size(config.backbone_config, *input_size(classifier.image_processor))
-    sums, done = MapSums.zeros(config.num_labels, config.backbone_config.num_attention_heads, grid), 0
+    model = classifier.model
+    grid = model.map_layout(*input_size(classifier.image_processor)).grid
+    sums, done = MapSums.zeros(model.config.num_labels, model.num_trait_heads, grid), 0
     if parts.state.exists():
         try:
             with np.load(parts.state) as saved:
@@ -200,7 +198,9 @@ def _collect_parts(
 def _settings(classifier: Classifier, images: LabelledImages, options: Options) -> dict[str, Any]:
     """What a run must agree on to go on with the parts of another; see `Parts.open`."""
     config = classifier.model.config
-    layers = (config.class_prompt_layer, config.first_prompt_layer, config.num_agnostic_prompts)
+    # Of a Prompt-CAM; another model is told by its weights.
+    names = ("class_prompt_layer", "first_prompt_layer", "num_agnostic_prompts")
+    layers = [getattr(config, name) for name in names if hasattr(config, name)]
     return {
         "model weights": weights_digest(classifier.model),
         "model settings": [config.id2label, *layers],

@@ -37,7 +37,7 @@ def compare(
 
     outputs = common.output_paths([image], out, "comparison", figure.figure_format, overwrite)
     classifier = load_pipeline(model, device)
-    check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
+    check_head_count(heads, classifier.model.num_trait_heads)
     comparison = compare_classes(classifier, image, classes or None, true=true, kind=kind, method=method)
     common.save_result(comparison, outputs[image], heads, figure)
     common.show(comparison)

@@ -20,10 +20,11 @@ def convert(
         typer.Option(help="Class names: a text file with one a line, or the folder of class folders trained on."),
     ] = None,
     heads: Annotated[
-        int | None, typer.Option(min=1, help="Heads of a layer; one for every 64 channels by default.")
+        int | None,
+        typer.Option(min=1, help="Heads of a layer; one for every 64 channels by default."),
     ] = None,
 ) -> None:
-    """Convert a checkpoint of the official implementation.
+    """Convert a checkpoint of the official implementation, or of INTR's.
 
     The file is read without running any code in it. What is written loads with from_pretrained and pipeline.
     """

@@ -44,7 +44,7 @@ def explain(
     outputs = common.output_paths(find_images(images), out, "traits", figure.figure_format, overwrite)
     classifier = as_classifier(load_pipeline(model, device))
     numbers = find_classes(classifier.model.config.id2label, classes) if classes else None
-    check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
+    check_head_count(heads, classifier.model.num_trait_heads)
     readable = common.open_readable(outputs)
     while batch := dict(islice(readable, batch_size)):
         explanations = explain_each(

@@ -49,7 +49,7 @@ def remove(
     region: Region = "top head" if head is None else head
     outputs = common.output_paths([image], out, "removal", figure.figure_format, overwrite)
     classifier = load_pipeline(model, device)
-    check_head_count(heads, classifier.model.config.backbone_config.num_attention_heads)
+    check_head_count(heads, classifier.model.num_trait_heads)
     removal = remove_trait(classifier, image, box or region, class_name, method=method, kind=kind)
     common.save_result(removal, outputs[image], heads, figure)
     common.show(removal)

@@ -286,3 +286,20 @@ def build_image_processor(
         image_mean=list(image_mean),
         image_std=list(image_std),
     )
+
+
+def build_detr_image_processor(shortest_edge: int = 800, longest_edge: int = 1333) -> BaseImageProcessor:
+    """Build DETR's image processor, which keeps an image's shape; INTR uses it with these sizes.
+
+    It runs on torchvision where that can be imported and on PIL elsewhere.
+
+    Args:
+        shortest_edge: To which an image's shorter side is resized, in pixels.
+        longest_edge: Where the longer side would be more, it becomes this, and the shorter side less.
+    """
+    processor_class: type[BaseImageProcessor]
+    if is_torchvision_available():
+        from transformers import DetrImageProcessor as processor_class
+    else:
+        from transformers import DetrImageProcessorPil as processor_class
+    return processor_class(size={"shortest_edge": shortest_edge, "longest_edge": longest_edge})

@@ -29,7 +29,7 @@ from prompt_cam_hf.evaluation.report import CURVES, EVALUATION, MEASUREMENTS, PA
 from prompt_cam_hf.evaluation.subjects import Subject, check_same_classes, load_subject
 from prompt_cam_hf.evaluation.summary import Evaluation, summarize
 from prompt_cam_hf.files import only_writer
-from prompt_cam_hf.loading import weights_digest
+from prompt_cam_hf.loading import has_trait_maps, weights_digest
 from prompt_cam_hf.parts import Parts
 from prompt_cam_hf.progress import Progress, in_words, progress
 
@@ -232,8 +232,8 @@ def _measure_part(
         for _, index, image in opened
     ]
     for subject in subjects:
-        is_prompt_cam = subject.model.config.model_type == "prompt_cam"
-        prepared = cast(Any, subject.model).prepared() if is_prompt_cam else nullcontext()
+        explains_itself = has_trait_maps(subject.model.config.model_type)
+        prepared = cast(Any, subject.model).prepared() if explains_itself else nullcontext()
         for start in range(0, len(opened), protocol.batch_size):
             chunk = slice(start, start + protocol.batch_size)
             batch = _as_seen(subject, images, opened[chunk], truths[chunk], limit)

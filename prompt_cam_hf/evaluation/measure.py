@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from prompt_cam_hf.baselines.backbone import backbone_of
+from prompt_cam_hf.baselines.backbone import map_layout
 from prompt_cam_hf.data.image_processors import input_size
 from prompt_cam_hf.evaluation.subjects import Reading, Subject
 from prompt_cam_hf.metrics import localization
@@ -17,7 +17,6 @@ from prompt_cam_hf.metrics.faithfulness import PRESETS, FaithfulnessCurve, chang
 from prompt_cam_hf.metrics.road import PERCENTILES, road
 from prompt_cam_hf.metrics.sanity import add_noise, randomise, rank_correlation
 from prompt_cam_hf.metrics.specificity import other_classes, specificity_of_maps
-from prompt_cam_hf.modeling.backbone_prompt_cam import grid_size
 
 METRIC_GROUPS = ("faithfulness", "localisation", "specificity", "sanity", "road")
 # Sanity copies and shuffles the model, and reads each image four times again; a few images are enough.
@@ -155,7 +154,7 @@ def count_passes(subject: Subject, protocol: Protocol, places: range) -> int:
     passes, num_maps = len(places), len(subject.maps)
     if num_maps and "faithfulness" in protocol.metrics:
         size = input_size(subject.image_processor)
-        points = changed_pixels(protocol.preset, size, grid_size(backbone_of(subject.model).config, *size))
+        points = changed_pixels(protocol.preset, size, map_layout(subject.model, *size).grid)
         # The whole image, the blurred and the empty one are the same for all maps.
         passes += limit * (3 + 2 * (len(points) - 2) * num_maps)
     if num_maps and "road" in protocol.metrics:

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from transformers import Pipeline, PreTrainedModel
 
-from prompt_cam_hf.baselines.cams import CAM_METHODS, CamMethod, CamRun
+from prompt_cam_hf.baselines.cams import ATTENTION_MAPS, CAM_METHODS, CamMethod, CamRun
+from prompt_cam_hf.baselines.intr_config import INTRConfig
 from prompt_cam_hf.explanations.aggregate import (
     AGGREGATIONS,
     DEFAULT_AGGREGATION,
@@ -16,7 +17,7 @@ from prompt_cam_hf.explanations.aggregate import (
     aggregate_maps_from_state,
 )
 from prompt_cam_hf.explanations.ranking import check_ranking
-from prompt_cam_hf.loading import load_classifier, model_name
+from prompt_cam_hf.loading import has_trait_maps, load_classifier, model_name
 from prompt_cam_hf.metrics.scoring import Explainer
 
 _FINER = "finer_"
@@ -25,7 +26,7 @@ _SIMILAR_CLASSES = 3
 # Finer-CAM contrasts scores, so it needs a map that is computed from scores.
 _POST_HOC = (*CAM_METHODS, *(f"{_FINER}{name}" for name in ("grad_cam", "hires_cam", "layer_cam")))
 MAPS = (*AGGREGATIONS, *_POST_HOC)
-# Of a Prompt-CAM, the first that it allows; of other models, those of the paper's Table 2 and stronger, later ones.
+# Of a Prompt-CAM or INTR, the first that it allows; of others, those of the paper's Table 2 and stronger, later ones.
 _DEFAULT_MAPS = (DEFAULT_AGGREGATION, "attention_top3")
 _DEFAULT_BASELINE_MAPS = ("grad_cam", "hires_cam", "layer_cam", "eigen_cam", "rollout", "finer_hires_cam")
 
@@ -47,9 +48,9 @@ class Subject(NamedTuple):
 def load_subject(
     model: str | os.PathLike | Pipeline, maps: Sequence[str] | None = None, device: str | None = None
 ) -> Subject:
-    """Load a Prompt-CAM, a linear probe or a VPT (from a folder, the Hub, or a pipeline), and choose its maps.
+    """Load a Prompt-CAM, INTR, linear probe or VPT (from a folder, the Hub, or a pipeline), and choose its maps.
 
-    For None as `maps`: the aggregated map of a Prompt-CAM, the usual post-hoc maps of other models.
+    For None as `maps`: the aggregated map of a Prompt-CAM or INTR, the usual post-hoc maps of other models.
 
     Raises:
         ValueError: a map is unknown, the model does not allow it, or it is damaged or needs code of its own.
@@ -57,11 +58,11 @@ def load_subject(
     """
     if not isinstance(model, Pipeline):
         model = load_classifier(model, device)
-    is_prompt_cam = model.model.config.model_type == "prompt_cam"
+    explains_itself = has_trait_maps(model.model.config.model_type)
     name = model_name(model.model.name_or_path or "") or type(model.model).__name__
     if maps is None:
-        maps = _DEFAULT_MAPS if is_prompt_cam else _DEFAULT_BASELINE_MAPS
-        maps = [one for one in maps if _fits(one, model.model)][: 1 if is_prompt_cam else None]
+        maps = _DEFAULT_MAPS if explains_itself else _DEFAULT_BASELINE_MAPS
+        maps = [one for one in maps if _fits(one, model.model)][: 1 if explains_itself else None]
     for one in maps:
         if one not in MAPS:
             raise ValueError(f"There is no map {one!r}; choose among {', '.join(MAPS)}.")
@@ -74,8 +75,10 @@ def load_subject(
 
 def _fits(name: str, model: PreTrainedModel) -> bool:
     if name in AGGREGATIONS:
-        return model.config.model_type == "prompt_cam" and ("shapley" not in name or _has_few_heads(model))
+        return has_trait_maps(model.config.model_type) and ("shapley" not in name or _has_few_heads(model))
     config: Any = model.config
+    if config.model_type == INTRConfig.model_type and (config.is_on_resnet or name in ATTENTION_MAPS):
+        return False
     return not name.startswith(_FINER) or config.num_labels > _SIMILAR_CLASSES
 
 

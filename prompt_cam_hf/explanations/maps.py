@@ -5,6 +5,7 @@
 strongly, and in which direction, each patch changes the class's score.
 """
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import numpy as np
@@ -14,7 +15,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from prompt_cam_hf.explanations.class_names import check_classes
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
-from prompt_cam_hf.modeling.backbone_prompt_cam import attention_weights, backbone_layers, finish_layer, patch_size
+from prompt_cam_hf.modeling.backbone_prompt_cam import attention_weights
+from prompt_cam_hf.modeling.base_prompt_cam import MapLayout
 from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState
 
 MapKind = Literal["attention", "evidence"]
@@ -121,7 +123,7 @@ def token_evidence(
         prompts = prompts.gather(1, classes.to(prompts.device)[..., None].expand(-1, -1, prompts.shape[-1]))
     with torch.enable_grad():
         contexts.requires_grad_(True)
-        scores = model.score(backbone_layers(model.backbone)[-1](prompts, contexts, run=finish_layer))
+        scores = model.score(model.finish_last_layer(prompts, contexts))
         # A row's score depends on its own context alone, so one backward pass serves all images and classes.
         (gradient,) = torch.autograd.grad(scores.sum(), contexts)
     with torch.no_grad():
@@ -148,17 +150,21 @@ def map_box(model: PromptCAMForImageClassification, image_processor: BaseImagePr
     Raises:
         ValueError: the image processor resizes in a way that is not known.
     """
-    return patches_box(patch_size(model.config.backbone_config), image_processor, image)
+    return layout_box(model.map_layout, image_processor, image)
 
 
-def patches_box(patch: tuple[int, int], image_processor: BaseImageProcessor, image: Image.Image) -> Box:
-    """Do as `map_box`, for any model that cuts images into patches of so many pixels (height, width)."""
+def layout_box(
+    layout: Callable[[int, int], MapLayout], image_processor: BaseImageProcessor, image: Image.Image
+) -> Box:
+    """Do as `map_box`, for any model whose maps lie on images of a height and width as `layout` says."""
     settings = image_processor.to_dict()
     width, height = float(image.width), float(image.height)
     if settings.get("do_resize"):
         size = settings["size"]
         if "shortest_edge" in size:
             scale = size["shortest_edge"] / min(width, height)
+            if "longest_edge" in size:  # DETR's, which is not to be exceeded
+                scale = min(scale, size["longest_edge"] / max(width, height))
             resized = (width * scale, height * scale)
         elif not {"height", "width"} <= set(size):
             raise ValueError(f"The image processor resizes to {size}; maps can be laid back from a height and width.")
@@ -169,10 +175,10 @@ def patches_box(patch: tuple[int, int], image_processor: BaseImageProcessor, ima
     seen = resized
     if settings.get("do_center_crop"):
         seen = (settings["crop_size"]["width"], settings["crop_size"]["height"])
-    patch_height, patch_width = patch
+    (rows, cols), (patch_height, patch_width) = layout(int(seen[1]), int(seen[0]))
     # In pixels of the resized image, then in those of the original.
     left, top = ((whole - part) / 2 for whole, part in zip(resized, seen, strict=True))
-    right, bottom = left + seen[0] // patch_width * patch_width, top + seen[1] // patch_height * patch_height
+    right, bottom = left + cols * patch_width, top + rows * patch_height
     across, down = width / resized[0], height / resized[1]
     return (left * across, top * down, right * across, bottom * down)
 

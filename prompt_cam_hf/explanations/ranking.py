@@ -156,7 +156,7 @@ def check_ranking(model: PromptCAMForImageClassification, method: str, blur: str
     """Refuse, with a ValueError and before anything is computed, what `rank_heads` would refuse."""
     if method not in get_args(RankingMethod):
         raise ValueError(f'method={method!r} is not known; use "greedy", "exact" or "shapley".')
-    heads = model.config.backbone_config.num_attention_heads
+    heads = model.num_trait_heads
     if method != "greedy" and heads > _MAX_HEADS_TO_ENUMERATE:
         raise ValueError(
             f"method={method!r} tries all sets of heads, and 2^{heads} are too many; up to {_MAX_HEADS_TO_ENUMERATE} "

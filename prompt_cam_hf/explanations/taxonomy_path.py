@@ -23,7 +23,7 @@ from prompt_cam_hf.explanations.maps import MapKind, check_kind, map_box
 from prompt_cam_hf.explanations.ranking import RankingMethod
 from prompt_cam_hf.explanations.results import Result
 from prompt_cam_hf.explanations.sheet import Sheet
-from prompt_cam_hf.loading import ClassifierLike, as_classifier
+from prompt_cam_hf.loading import ClassifierLike, as_classifier, check_prompt_cam
 from prompt_cam_hf.modeling.checkpoint_prompt_cam import explained_load_errors
 
 # Beside the model, in a folder or a Hub repository.
@@ -130,6 +130,7 @@ def explain_path(
     """
     classifier = as_classifier(model, image_processor)
     network = classifier.model
+    check_prompt_cam(network.config.model_type, network.name_or_path or "The model")
     if not isinstance(taxonomy, Taxonomy):
         taxonomy = read_taxonomy(taxonomy or find_taxonomy(network.name_or_path))
     check_kind(kind)

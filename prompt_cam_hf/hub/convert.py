@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: MIT
 """`convert_official_checkpoint`: turns a checkpoint of the official implementation into a model of this package.
 
+Those of INTR, the baseline, are recognised too; see `convert_intr`.
+
 Names and shapes are those of the repository Imageomics/Prompt_CAM: timm's vision transformer, `vpt.prompt_embeddings`
 of shape (layers, classes, hidden size), and `head`, one linear unit for all classes.
 """
 
+import argparse
 import math
 import os
 import re
@@ -16,8 +19,10 @@ import torch
 from huggingface_hub import HfApi, hf_hub_download
 from transformers import BaseImageProcessor, Dinov2Config, PreTrainedConfig, ViTConfig
 
-from prompt_cam_hf.data.images import build_image_processor
+from prompt_cam_hf.baselines.intr import INTRForImageClassification
+from prompt_cam_hf.data.images import build_detr_image_processor, build_image_processor
 from prompt_cam_hf.data.splits import display_names
+from prompt_cam_hf.hub.convert_intr import convert_official_intr_state_dict
 from prompt_cam_hf.modeling import PromptCAMConfig, PromptCAMForImageClassification
 from prompt_cam_hf.modeling.checkpoint_prompt_cam import explained_load_errors
 from prompt_cam_hf.modeling.formats_prompt_cam import TIMM_NAMES, translate_weights
@@ -78,17 +83,17 @@ def convert_official_checkpoint(
     image_size: int | None = None,
     num_attention_heads: int | None = None,
     id2label: dict[int, str] | None = None,
-) -> tuple[PromptCAMForImageClassification, BaseImageProcessor]:
-    """Read an official checkpoint file, without running any code in it.
+) -> tuple[PromptCAMForImageClassification | INTRForImageClassification, BaseImageProcessor]:
+    """Read an official checkpoint file of Prompt-CAM or of INTR, without running any code in it.
 
     Args:
-        path: The pickled file, with the key `model_state_dict`.
-        image_size: As in `convert_official_state_dict`.
-        num_attention_heads: As in `convert_official_state_dict`.
+        path: The pickled file, with the key `model_state_dict` (Prompt-CAM) or `model` (INTR).
+        image_size: As in `convert_official_state_dict`; an INTR takes images of any size.
+        num_attention_heads: As in `convert_official_state_dict`; of an INTR, the file says it, or it is 8.
         id2label: As in `convert_official_state_dict`.
 
     Returns:
-        The model, and an image processor that does the official preprocessing.
+        The model (a Prompt-CAM or an INTR), and an image processor that does the official preprocessing.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -101,13 +106,24 @@ def convert_official_checkpoint(
         >>> image_processor.save_pretrained("converted")
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        # INTR's files also hold the options of the run, which are data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # what torch raises depends on where in the bytes it stumbles
         raise ValueError(f"{path} is not a checkpoint of plain tensors, so it was not loaded.") from error
+    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("model"), Mapping):
+        if image_size is not None:
+            raise ValueError(f"image_size={image_size} is for a Prompt-CAM; {path} is an INTR and takes any size.")
+        told = getattr(checkpoint.get("args"), "nheads", None)
+        heads = num_attention_heads or (told if isinstance(told, int) else None)
+        intr = convert_official_intr_state_dict(checkpoint["model"], num_attention_heads=heads, id2label=id2label)
+        return intr, build_detr_image_processor()
     if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
-        raise ValueError(f"{path} is not an official checkpoint: it has no key 'model_state_dict'.")
+        raise ValueError(
+            f"{path} is not an official checkpoint: it has no key 'model_state_dict' (Prompt-CAM) or 'model' (INTR)."
+        )
     model = convert_official_state_dict(
         checkpoint["model_state_dict"],
         image_size=image_size,

@@ -6,8 +6,9 @@ import hashlib
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -16,17 +17,16 @@ import torch
 from PIL import Image
 from transformers import Pipeline
 
-from prompt_cam_hf.baselines.backbone import backbone_of
+from prompt_cam_hf.baselines.backbone import map_layout
 from prompt_cam_hf.data.images import open_image
 from prompt_cam_hf.data.labelled_images import Split, read_labelled_images
 from prompt_cam_hf.evaluation.subjects import Subject, check_same_classes, explainer, load_subject
 from prompt_cam_hf.explanations.class_names import find_class
 from prompt_cam_hf.explanations.explain import explain_each
-from prompt_cam_hf.explanations.maps import patches_box
+from prompt_cam_hf.explanations.maps import layout_box
 from prompt_cam_hf.files import write_atomically
 from prompt_cam_hf.html import Drawn, DrawnMap, embed_map, embed_thumbnail, render_page, share_of
 from prompt_cam_hf.loading import Classifier, weights_digest
-from prompt_cam_hf.modeling.backbone_prompt_cam import patch_size
 
 FORM, KEY = "study.html", "key.csv"
 KEY_COLUMNS = ("study", "picture", "trait", "model", "image", "class")
@@ -126,8 +126,8 @@ def _draw(subject: Subject, image: Image.Image, label: int, heads: int, code: st
         DrawnMap(embed_map(values), f"map {number}", "most", f"map {number} of picture {code}")
         for number, values in enumerate(_maps(subject, image, label, heads), 1)
     ]
-    patch = patch_size(cast(Any, backbone_of(subject.model).config))
-    box = share_of(patches_box(patch, subject.image_processor, image), image.size)
+    layout = partial(map_layout, subject.model)
+    box = share_of(layout_box(layout, subject.image_processor, image), image.size)
     return Drawn(f"Picture {code}", embed_thumbnail(image, _IMAGE_SIDE, _IMAGE_BYTES), maps, "image and maps", box)
 
 
