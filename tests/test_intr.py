@@ -6,6 +6,7 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import ID2LABEL, assert_computed, assert_stored, random_images, tiny_backbone_config, tiny_model
@@ -504,6 +505,26 @@ def test_evaluated_and_collected_beside_a_prompt_cam(folder, tmp_path):
     default = evaluate(folder, images, tmp_path / "alone", protocol=Protocol(metrics=("sanity",)))
     assert {mean.map for mean in default.means} == {"", DEFAULT_AGGREGATION}
     assert atlas(str(folder), images, tmp_path / "atlas").page.exists()
+
+
+def test_images_of_several_shapes_are_evaluated_as_if_alone(tmp_path):
+    tiny_intr("resnet").save_pretrained(tmp_path / "intr")
+    build_detr_image_processor(40, 64).save_pretrained(tmp_path / "intr")
+    rng, shapes = np.random.default_rng(0), ((50, 90), (50, 90), (90, 50))
+    for number, shape in enumerate(shapes):
+        (tmp_path / "images" / f"class {number}").mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 255, (*shape, 3), dtype=np.uint8)).save(
+            tmp_path / "images" / f"class {number}" / "0.png"
+        )
+    rows = []
+    for batch_size in (1, 3):
+        protocol = Protocol(metrics=("faithfulness", "specificity"), preset="fast", batch_size=batch_size)
+        out = tmp_path / f"report_{batch_size}"
+        evaluate(tmp_path / "intr", tmp_path / "images", out, protocol=protocol)
+        found = pd.read_parquet(out / "measurements.parquet")
+        rows.append(found.sort_values(["index", "map", "metric"])["value"].to_numpy())
+    assert len(rows[0]) > 9
+    np.testing.assert_allclose(*rows, atol=1e-4)
 
 
 def test_what_cannot_be_is_refused_in_a_sentence(folder, tmp_path):

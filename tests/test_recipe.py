@@ -118,6 +118,7 @@ def test_recipe_of_intr_has_the_settings_of_its_official_code():
         ),
         ({"method": "intr", "cache_features": True, "backbone_learning_rate": 0.1}, "a backbone that stays as it is"),
         ({"method": "intr", "resizing": "detr", "image_size": 64}, "leave image_size, _mean and _std out"),
+        ({"method": "intr", "resizing": "detr", "cache_images": True}, "cache_images needs images of one size"),
         ({"drop_rate_at_epoch": 3}, "warmup_epochs is 20, but with drop_rate_at_epoch the rate is constant"),
     ],
 )

@@ -260,6 +260,8 @@ class Recipe:
             raise ValueError("cache_features is for a backbone that stays as it is; set backbone_learning_rate to 0.")
         if self.resizing == "detr" and any((self.image_size, self.image_mean, self.image_std)):
             raise ValueError("resizing: detr prepares images as DETR does; leave image_size, _mean and _std out.")
+        if self.resizing == "detr" and self.cache_images:
+            raise ValueError("cache_images needs images of one size, and resizing: detr draws another in each epoch.")
 
     def to_yaml(self) -> str:
         """Write the recipe as YAML that gives the same run again; how the run was resumed is left out."""

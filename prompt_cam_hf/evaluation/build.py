@@ -5,10 +5,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import timedelta
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -234,15 +235,24 @@ def _measure_part(
     for subject in subjects:
         explains_itself = has_trait_maps(subject.model.config.model_type)
         prepared = cast(Any, subject.model).prepared() if explains_itself else nullcontext()
-        for start in range(0, len(opened), protocol.batch_size):
-            chunk = slice(start, start + protocol.batch_size)
+        for chunk in _chunks(subject, [image for *_, image in opened], protocol.batch_size):
             batch = _as_seen(subject, images, opened[chunk], truths[chunk], limit)
             with prepared:
                 found = list(measure(subject, batch, protocol, count))
             for at, map_name, (metric, value, curve) in found:
                 measured = {"model": subject.name, "map": map_name, "metric": metric, "value": value, "curve": curve}
-                rows.append(_about(images, opened[start + at][1], names) | measured)
+                rows.append(_about(images, opened[chunk][at][1], names) | measured)
     return rows
+
+
+def _chunks(subject: Subject, images: Sequence[Image.Image], batch_size: int) -> Iterator[slice]:
+    """Neighbours that share a batch; where the image processor keeps an image's shape, those of one size."""
+    size = subject.image_processor.to_dict().get("size") or {}
+    keeps_shape = "longest_edge" in size
+    for _, group in groupby(range(len(images)), key=lambda place: images[place].size if keeps_shape else None):
+        places = list(group)
+        for start in range(places[0], places[-1] + 1, batch_size):
+            yield slice(start, min(start + batch_size, places[-1] + 1))
 
 
 def _about(images: LabelledImages, index: int, names: Mapping[int, str]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from prompt_cam_hf.explanations.explain import explain_each
 from prompt_cam_hf.explanations.maps import layout_box
 from prompt_cam_hf.files import write_atomically
 from prompt_cam_hf.html import Drawn, DrawnMap, embed_map, embed_thumbnail, render_page, share_of
-from prompt_cam_hf.loading import Classifier, weights_digest
+from prompt_cam_hf.loading import Classifier, has_trait_maps, weights_digest
 
 FORM, KEY = "study.html", "key.csv"
 KEY_COLUMNS = ("study", "picture", "trait", "model", "image", "class")
@@ -67,8 +67,8 @@ def make_study(
             left out.
         out: A folder, which is made. `study.html` is for the raters; `key.csv` says whose maps are whose, and is not.
         images: How many images, drawn at random; each gives a picture a model.
-        heads: Of a Prompt-CAM, how many of the most important heads are drawn; 0 for its one aggregated map. Other
-            models always have one map, by which raters may tell them from several heads.
+        heads: Of a Prompt-CAM or INTR, how many of the most important heads are drawn; 0 for its one aggregated map.
+            Other models always have one map, by which raters may tell them from several heads.
         split: As in `evaluate`.
         seed: Draws images, order and codes.
         overwrite: Replace an earlier form.
@@ -132,7 +132,7 @@ def _draw(subject: Subject, image: Image.Image, label: int, heads: int, code: st
 
 
 def _maps(subject: Subject, image: Image.Image, label: int, heads: int) -> Iterator[np.ndarray]:
-    if heads and subject.config.model_type == "prompt_cam":
+    if heads and has_trait_maps(subject.config.model_type):
         classifier = Classifier(subject.model, subject.image_processor)
         (explanation,) = explain_each(classifier, [image], label)
         traits = explanation.classes[0]
