@@ -91,7 +91,7 @@ def reproduce(
     Example:
         >>> from prompt_cam_hf import reproduce
         >>> print(reproduce("table2", out="reproduction"))
-        >>> reproduce("table1", "cub", "reproduction_cub").figures
+        >>> reproduce("heads", out="reproduction").figures  # on the model that is there
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"There is no experiment {name!r}; choose one of {', '.join(EXPERIMENTS)}.")

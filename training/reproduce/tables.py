@@ -191,12 +191,13 @@ def _recipes(shop: Workshop, names: Sequence[str]) -> dict[str, tuple[str, Recip
         chosen = chosen or {"packaged tiny ViT": str(BACKBONE), RANDOM_BACKBONE: str(_random_backbone(shop))}
         return {label: ("", dataclasses.replace(shop.recipe, backbone=name)) for label, name in chosen.items()}
     data = shop.recipe_name.partition("_")[2]
-    keys = {**shop.settings, "data": shop.recipe.data, "output_dir": shop.out}
-    keys.pop("backbone", None)
+    places = {"data": shop.recipe.data, "output_dir": shop.out}
+    keys = {name: value for name, value in shop.settings.items() if name != "backbone"}
     found = {}
     for path in sorted(RECIPES.glob(f"*_{data}.yaml")) if data in FACTS else ():
-        published = load_recipe(path, **keys)
-        found[published.backbone] = (path.stem, published)
+        if load_recipe(path, **places).method == "prompt_cam":
+            published = load_recipe(path, **keys, **places)
+            found[published.backbone] = (path.stem, published)
     found[shop.recipe.backbone] = (shop.recipe_name, shop.recipe)
     own = {name: ("", dataclasses.replace(shop.recipe, backbone=name)) for name in names}
     return {model_name(name): (own | found)[name] for name in names or found}
