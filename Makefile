@@ -3,7 +3,7 @@ PYTHON ?= python3
 NEWEST := .venv
 OLDEST := .venv-oldest
 
-.PHONY: demo app test test-newest test-oldest test-processors test-faults lint format docs docs-serve docs-blocks bench bench-app clean
+.PHONY: demo app environments test test-newest test-oldest test-long test-processors test-faults lint format docs docs-serve docs-blocks bench bench-app clean
 
 # Trains on drawn birds, offline, and shows what the trait maps are worth: docs/demo.md.
 demo: $(NEWEST)/installed
@@ -13,10 +13,17 @@ demo: $(NEWEST)/installed
 app: demo
 	$(NEWEST)/bin/prompt-cam app prompt_cam_demo/model --examples prompt_cam_demo/birds
 
+# Both environments: `make -j2 environments` makes them side by side.
+environments: $(NEWEST)/installed $(OLDEST)/installed
+
 test: test-newest test-oldest
 
 test-newest: $(NEWEST)/installed
-	$(NEWEST)/bin/python -m pytest -n 2 -m "not (faults and slow)"
+	$(NEWEST)/bin/python -m pytest -n 2 -m "not (faults and slow) and not long"
+
+# What takes more than half a minute each: before a release, and after a change of what it is about.
+test-long: $(NEWEST)/installed
+	$(NEWEST)/bin/python -m pytest -n 2 -m long
 
 # The oldest supported transformers runs the fast part.
 test-oldest: $(OLDEST)/installed

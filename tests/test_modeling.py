@@ -369,6 +369,7 @@ def test_compiles_without_a_graph_break(family_name):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_compiles_with_inductor(tmp_path, monkeypatch):
     # In the cache that all processes share, another one may be writing the same file.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

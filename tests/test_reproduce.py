@@ -234,6 +234,7 @@ def test_mistakes_get_one_sentence(photos, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_experiment_on_drawn_birds(tmp_path, monkeypatch):
     monkeypatch.setattr(workshop, "birds_dataset", partial(birds_dataset, cache_dir=tmp_path / "drawn", num_proc=1))
     common = ["--birds-per-class", "6", "1", "2", "--images", "1"]

@@ -45,6 +45,7 @@ def python(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_written_space_answers(python, tmp_path, open_page):
     tiny_model(id2label={0: "Blue Jay", 1: "Wren"}).save_pretrained(tmp_path / "model")
     build_image_processor(32).save_pretrained(tmp_path / "model")
