@@ -49,8 +49,29 @@ def check_blur(blur: str) -> None:
         raise ValueError(f'blur={blur!r} is not known; use "tokens" or "patches".')
 
 
-class BlurredScores:
-    """The score of classes, with any of the last layer's heads blurred.
+class HeadContexts(NamedTuple):
+    """What the last layer's heads hand on to the prompts of classes, before the output projection.
+
+    Attributes:
+        prompts: (batch, k, hidden_size), the layer's input at the prompts, for `finish_last_layer`.
+        weights: (batch, heads, k, tokens), float32, the heads' own attention.
+        sharp: (batch, k, heads, head size), what each head hands on with its own attention.
+        blurred: (batch, 1, heads, head size), the same with a uniform one.
+    """
+
+    prompts: torch.Tensor
+    weights: torch.Tensor
+    sharp: torch.Tensor
+    blurred: torch.Tensor
+
+
+def head_contexts(
+    model: ScoringModel,
+    state: LastLayerState,
+    classes: torch.Tensor,
+    blur: Literal["tokens", "patches"] = "tokens",
+) -> HeadContexts:
+    """What each head hands on to the prompts of classes with its own attention, and when it is blurred.
 
     Args:
         model: The model.
@@ -62,6 +83,22 @@ class BlurredScores:
     Raises:
         ValueError: `blur` is neither.
     """
+    check_blur(blur)
+    weights = attention_weights(model.class_queries(state, classes), state.projections.keys)
+    values = state.projections.values
+    spread_over = values if blur == "tokens" else values[:, :, -state.grid[0] * state.grid[1] :]
+    prompts = state.class_prompts.expand(values.shape[0], -1, -1)
+    rows = classes.to(prompts.device)[..., None].expand(-1, -1, prompts.shape[-1])
+    return HeadContexts(
+        prompts=prompts.gather(1, rows),
+        weights=weights,
+        sharp=(weights.to(values.dtype) @ values).transpose(1, 2),
+        blurred=spread_over.mean(dim=2).unsqueeze(1),
+    )
+
+
+class BlurredScores:
+    """The score of classes, with any of the last layer's heads blurred; arguments as in `head_contexts`."""
 
     def __init__(
         self,
@@ -70,22 +107,16 @@ class BlurredScores:
         classes: torch.Tensor,
         blur: Literal["tokens", "patches"] = "tokens",
     ):
-        check_blur(blur)
         self._model = model
-        weights = attention_weights(model.class_queries(state, classes), state.projections.keys)
-        values = state.projections.values
-        # (batch, k, heads, head size): what each head hands on with its own attention; and with a uniform one.
-        self._sharp = (weights.to(values.dtype) @ values).transpose(1, 2)
-        spread_over = values if blur == "tokens" else values[:, :, -state.grid[0] * state.grid[1] :]
-        self._blurred = spread_over.mean(dim=2).unsqueeze(1)
-        prompts = state.class_prompts.expand(values.shape[0], -1, -1)
-        self._prompts = prompts.gather(1, classes[..., None].expand(-1, -1, prompts.shape[-1]))
+        self._contexts = head_contexts(model, state, classes, blur)
 
     def __call__(self, blurred: torch.Tensor) -> torch.Tensor:
         """Scores (batch, k, subsets) with the heads blurred where `blurred` (batch, k, subsets, heads) is True."""
         batch, k, subsets, _ = blurred.shape
-        contexts = torch.where(blurred[..., None], self._blurred[:, :, None], self._sharp[:, :, None])
-        prompts = self._prompts[:, :, None].expand(-1, -1, subsets, -1)
+        prompts, _, *both = self._contexts
+        sharp_contexts, blurred_contexts = (contexts[:, :, None] for contexts in both)
+        contexts = torch.where(blurred[..., None], blurred_contexts, sharp_contexts)
+        prompts = prompts[:, :, None].expand(-1, -1, subsets, -1)
         outputs = self._model.finish_last_layer(prompts.flatten(1, 2), contexts.flatten(1, 2))
         return self._model.score(outputs).view(batch, k, subsets)
 
@@ -115,7 +146,7 @@ def rank_heads_greedily(
         model: The model.
         state: From `model.last_layer_state`.
         classes: (batch, k), the classes asked about.
-        blur: As in `BlurredScores`.
+        blur: As in `head_contexts`.
     """
     blurred_scores = BlurredScores(model, state, classes, blur)
     heads = state.projections.keys.shape[1]
@@ -133,4 +164,12 @@ def rank_heads_greedily(
     return GreedyRanking(order.flip(-1), torch.empty_like(scores).scatter(-1, order, scores))
 
 
-__all__ = ["BlurredScores", "GreedyRanking", "ScoringModel", "check_blur", "rank_heads_greedily"]
+__all__ = [
+    "BlurredScores",
+    "GreedyRanking",
+    "HeadContexts",
+    "ScoringModel",
+    "check_blur",
+    "head_contexts",
+    "rank_heads_greedily",
+]

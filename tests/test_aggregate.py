@@ -15,9 +15,10 @@ CLASSES = torch.tensor([[3, 0], [1, 4]])
 
 def the_long_way(model, image, label, how):
     """One image, one class, head by head."""
-    kind, way = how.split("_")
+    kind, way = how.split("_", 1)
     classes = torch.tensor([label])
     maps = trait_maps(model, image[None], classes, kind)[0, 0].detach()
+    evidence = trait_maps(model, image[None], classes, "evidence")[0, 0]
     ranking = rank_heads(model, image[None], classes)
     order, sufficient = ranking.order[0].tolist(), int(ranking.sufficient[0])
     values = rank_heads(model, image[None], classes, "shapley").scores[0].tolist()
@@ -28,8 +29,11 @@ def the_long_way(model, image, label, how):
             total += one
         elif way == "positive":
             total += torch.where(one > 0, one, 0.0)
-        elif way == "shapley":
-            total += one * values[head] if values[head] > 0 else 0
+        elif way == "evidence":
+            total += one * torch.where(evidence[head] > 0, evidence[head], 0.0)
+        elif way.startswith("shapley"):
+            positive = torch.where(evidence[head] > 0, evidence[head], 0.0) if way == "shapley_evidence" else 1
+            total += one * values[head] * positive if values[head] > 0 else 0
         elif place < {"first": 1, "top3": 3, "sufficient": sufficient}[way]:
             total += one
     return total

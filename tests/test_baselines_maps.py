@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Post-hoc maps against the definitions, computed the long way: whole graph, prompts as tokens, textbook attention."""
 
+import copy
+
 import pytest
 import torch
 from conftest import COMPUTED, NUM_CLASSES, assert_computed, random_images
@@ -8,6 +10,7 @@ from straightforward import _layers, _textbook_attention, run_straightforwardly
 from test_baselines_models import make, run_vpt
 from torch import nn
 from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prompt_cam_hf.baselines import CAM_METHODS, VPTConfig, cam_maps, raw_attention
 from prompt_cam_hf.modeling.configuration_prompt_cam import num_prefix_tokens
@@ -165,6 +168,100 @@ def test_attention_is_that_of_the_textbook(kind, family):
             torch.testing.assert_close(raw[image, column], row.mean(dim=0).view(4, 4), atol=1e-6, rtol=1e-4)
 
 
+def run_recorded(model: PreTrainedModel, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Scores, and each layer's attention (batch, heads, tokens, tokens), all of the same graph; prompts are tokens."""
+    weights = []
+
+    def recorded(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
+        weights.append(torch.softmax(query @ key.transpose(2, 3) * query.shape[-1] ** -0.5, dim=-1))
+        return (weights[-1] @ value).transpose(1, 2).contiguous(), weights[-1]
+
+    ALL_ATTENTION_FUNCTIONS.register("recorded", recorded)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "recorded"
+    images = images.clone().requires_grad_()  # the backbone is frozen
+    if model.config.model_type == "prompt_cam":
+        # The textbook attention beside the last layer's own runs the layer once more.
+        logits = run_straightforwardly(model, images).logits
+        del weights[-2]
+    elif model.config.model_type == VPTConfig.model_type:
+        logits = run_vpt(model, images)
+    else:
+        logits = model(images).logits
+    return logits, weights
+
+
+def long_chefer(model: PreTrainedModel, images: torch.Tensor, kind: str, image: int, target: int) -> torch.Tensor:
+    """Backwards from the scored token: its row of the product of 1 + E[relu(G * A)], over all tokens."""
+    logits, attentions = run_recorded(model, images[image : image + 1])
+    gradients = torch.autograd.grad(logits[0, target], attentions)
+    backbone = model.backbone if hasattr(model, "backbone") else getattr(model, "vision_model", model.base_model)
+    prefix, tokens = num_prefix_tokens(backbone.config), attentions[-1].shape[-1]
+    row = torch.zeros(tokens)
+    if kind.startswith("prompt_cam"):
+        row[target] = 1
+    elif prefix:
+        row[tokens - 16 - prefix] = 1
+    else:
+        row[tokens - 16 :] = 1 / 16
+    at_first = row[-16:].clone()
+    for attention, gradient, fresh in zip(attentions[::-1], gradients[::-1], FRESH[kind][::-1], strict=True):
+        relevant = (attention * gradient)[0].clamp(min=0).mean(dim=0).detach()
+        row = torch.cat((torch.zeros(len(relevant) - len(row)), row))  # prompts whose outputs were dropped
+        row = (row + row @ relevant)[fresh:]
+    return row[-16:] - at_first
+
+
+def long_legrad(model: PreTrainedModel, images: torch.Tensor, kind: str, image: int, target: int) -> torch.Tensor:
+    """Of each layer that has scored tokens, the gradient in a network that ends there."""
+    total = torch.zeros(16)
+    for last in range({"prompt_cam deep": 2, "prompt_cam between": 1}.get(kind, 0), 3):
+        shorter = copy.deepcopy(model)
+        del _layers(shorter)[last + 1 :]
+        if kind == "vpt shallow" and last < 1:  # the network ends before prompts enter
+            shorter.config.num_prompts = 0
+        logits, attentions = run_recorded(shorter, images[image : image + 1])
+        (gradient,) = torch.autograd.grad(logits[0, target], attentions[-1])
+        total += gradient[0].clamp(min=0).mean(dim=(0, 1))[-16:]
+    return total
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("family", ["vit", "dinov2_with_registers", "siglip_vision_model", "clip_vision_model"])
+def test_gradients_of_attention_are_the_published_ones(kind, family):
+    images = random_images()
+    model = make(kind, family)
+    found = {method: cam_maps(model, images, method, CLASSES) for method in ("chefer_cam", "legrad")}
+    for method, the_long_way in (("chefer_cam", long_chefer), ("legrad", long_legrad)):
+        for image, column in ((0, 1), (1, 0)):
+            expected = the_long_way(copy.deepcopy(model), images, kind, image, int(CLASSES[image, column]))
+            scale = expected.abs().max().item()
+            assert scale > 0
+            torch.testing.assert_close(found[method][image, column].flatten(), expected, atol=1e-4 * scale, rtol=1e-3)
+
+
+def test_gradients_of_attention_equal_those_of_transformers():
+    """Its own eager attention, with gradients retained."""
+    images, target = random_images(1), 2
+    model = make("probe", "vit")
+    found = {method: cam_maps(model, images, method, torch.tensor([target])) for method in ("chefer_cam", "legrad")}
+    model.set_attn_implementation("eager")
+    output = model(images.clone().requires_grad_(), output_attentions=True, output_hidden_states=True)
+    for attention in output.attentions:
+        attention.retain_grad()
+    output.logits[0, target].backward(retain_graph=True)
+    relevance = torch.eye(17)
+    for attention in output.attentions:
+        relevance = relevance + (attention * attention.grad)[0].relu().mean(dim=0) @ relevance
+    torch.testing.assert_close(found["chefer_cam"].flatten(), relevance[0, 1:], atol=1e-6, rtol=1e-4)
+    total = torch.zeros(17)
+    for attention, hidden in zip(output.attentions, output.hidden_states[1:], strict=True):
+        score = model.classifier(model.base_model.layernorm(hidden)[:, 0])[0, target]
+        total += torch.autograd.grad(score, attention, retain_graph=True)[0][0].relu().mean(dim=(0, 1))
+    torch.testing.assert_close(found["legrad"].flatten(), total[1:], atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_attention_equals_what_transformers_puts_out(implementation):
     """Its own eager attention, whichever implementation the model is set to; which stays as it was."""
@@ -273,7 +370,7 @@ def assert_same_state(first: dict, second: dict) -> None:
 
 
 @pytest.mark.parametrize("kind", ["probe", "vpt deep", "prompt_cam deep"])
-@pytest.mark.parametrize("method", ["grad_cam", "eigen_cam", "rollout"])
+@pytest.mark.parametrize("method", ["grad_cam", "eigen_cam", "rollout", "chefer_cam"])
 def test_nothing_of_the_model_changes(kind, method):
     """With gradients from before, unusual flags, half of the modules in training mode; on success and on failure."""
     images = random_images()

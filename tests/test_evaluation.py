@@ -180,6 +180,7 @@ def measure_the_long_way(model, name, pixel_values, label, mask, first_stage):
     maps = explain(model, pixel_values, true).detach().numpy()
     yield "pointing game", localization.pointing_game(maps, mask[None])
     yield "relevance mass", localization.relevance_mass_accuracy(maps, mask[None])
+    yield "mass at matched sharpness", localization.mass_at_matched_sharpness(maps, mask[None])
     yield "relevance rank", localization.relevance_rank_accuracy(maps, mask[None])
     yield "region IoU", localization.region_iou(maps, mask[None])
     yield "chance of pointing", localization.chance_level(localization.patch_mask(mask[None], (4, 4)))

@@ -4,9 +4,12 @@
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import brentq
+from scipy.stats import entropy
 
 from prompt_cam_hf.metrics.localization import (
     chance_level,
+    mass_at_matched_sharpness,
     patch_mask,
     pointing_game,
     region_iou,
@@ -21,6 +24,7 @@ MAP = np.array([[0.0, 0.1, 0.2, 0.0], [0.3, 0.0, 0.05, 0.25], [0.0, 0.1, 0.0, 0.
 METRICS = [
     pointing_game,
     relevance_mass_accuracy,
+    mass_at_matched_sharpness,
     relevance_rank_accuracy,
     lambda maps, mask: top_k_intersection(maps, mask, 2),
     region_iou,
@@ -70,6 +74,28 @@ def test_against_plain_loops():
         )
 
 
+def test_matched_sharpness_does_not_see_powers_of_a_map():
+    """Against a search for the power by SciPy; the same for squares and roots, and 1 for the mask itself."""
+    rng = np.random.default_rng(0)
+    maps, masks = rng.random((30, 5, 7)) ** rng.uniform(0.5, 8, (30, 1, 1)), rng.random((30, 5, 7)) < 0.2
+    masks[:, 0, 0] = True
+    found = mass_at_matched_sharpness(maps, masks)
+    for one_map, mask, mass in zip(maps, masks, found, strict=True):
+
+        def shares(power, one_map=one_map):
+            return one_map**power / (one_map**power).sum()
+
+        power = brentq(lambda power: np.exp(entropy(shares(power).ravel())) - mask.sum(), 1e-3, 1e3)  # noqa: B023
+        assert mass == pytest.approx(shares(power)[mask].sum(), abs=1e-6)
+    for power in (0.5, 2, 5):
+        np.testing.assert_allclose(mass_at_matched_sharpness(maps**power, masks), found, atol=1e-6)
+    np.testing.assert_allclose(mass_at_matched_sharpness(masks.astype(float), masks), 1)
+    # Two patches, of which one is on the mask of four: even on both.
+    assert mass_at_matched_sharpness(
+        np.where(np.arange(12).reshape(3, 4) < 3, [0, 0.9, 0.2, 0], 0), MASK
+    ) == pytest.approx(0.5)
+
+
 def test_chance_is_what_random_maps_and_an_even_map_reach():
     rng = np.random.default_rng(0)
     mask, within = MASK, np.array([[0, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1]], dtype=bool)
@@ -79,7 +105,8 @@ def test_chance_is_what_random_maps_and_an_even_map_reach():
         assert pointing_game(maps, mask).mean() == pytest.approx(level, abs=0.02)
         assert relevance_rank_accuracy(maps, mask).mean() == pytest.approx(level, abs=0.02)
         assert top_k_intersection(maps, mask, 3).mean() == pytest.approx(level, abs=0.02)
-        assert relevance_mass_accuracy(inside.astype(float), mask) == pytest.approx(level)
+        for mass in (relevance_mass_accuracy, mass_at_matched_sharpness):
+            assert mass(inside.astype(float), mask) == pytest.approx(level)
     assert chance_level(mask) == pytest.approx(4 / 12)
     assert chance_level(mask, within) == pytest.approx(4 / 8)
     left = np.array([[1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0]], dtype=bool)
@@ -111,6 +138,7 @@ def test_nothing_to_find_is_not_a_miss(metric):
 
 def test_maps_without_anything_positive():
     assert np.isnan(relevance_mass_accuracy(np.zeros((3, 4)), MASK))
+    assert np.isnan(mass_at_matched_sharpness(np.zeros((3, 4)), MASK))
     assert region_iou(np.zeros((3, 4)), MASK) == 0
     signed = np.where(MASK, 0.5, -1.0)
     assert relevance_mass_accuracy(signed, MASK) == 1

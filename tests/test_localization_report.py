@@ -40,15 +40,15 @@ def test_means_over_images_of_any_size(metric):
                 for values, mask in zip(maps[:3], masks[:3], strict=True)
             ]
         assert mean == pytest.approx(np.mean(one_by_one)), name
-    assert len(report) == 6 and len(set(report.values())) > 3
+    assert len(report) == 7 and len(set(report.values())) > 3
 
 
 def test_masks_of_patches_are_taken_as_they_are(metric):
     maps = np.array([[[0.0, 0.25], [0.0, 3.75]]])
     report = metric.compute(predictions=maps, references=np.array([[[False, False], [False, True]]]), k=1)
     assert report == {
-        "pointing_game": 1, "relevance_mass_accuracy": 0.9375, "relevance_rank_accuracy": 1, "top_k_intersection": 1,
-        "region_iou": 1, "chance": 0.25, "num_images": 1,
+        "pointing_game": 1, "relevance_mass_accuracy": 0.9375, "mass_at_matched_sharpness": pytest.approx(1),
+        "relevance_rank_accuracy": 1, "top_k_intersection": 1, "region_iou": 1, "chance": 0.25, "num_images": 1,
     }  # fmt: skip
 
 

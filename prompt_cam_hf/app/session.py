@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from prompt_cam_hf.app.zero_gpu import on_gpu
 from prompt_cam_hf.data.images import ImageSource, UnreadableImageError, open_image
 from prompt_cam_hf.data.taxonomy_tree import Taxonomy, read_taxonomy
-from prompt_cam_hf.explanations.aggregate import Aggregation, aggregate_maps
+from prompt_cam_hf.explanations.aggregate import DEFAULT_AGGREGATION, Aggregation, aggregate_maps
 from prompt_cam_hf.explanations.class_names import find_class
 from prompt_cam_hf.explanations.compare import Comparison, compare
 from prompt_cam_hf.explanations.explain import ClassScore, ClassTraits, Explanation, explain
@@ -201,10 +201,8 @@ class AskedModel:
         return Visit(name, question, replace(explanation, source=name), combined, path, head=_first_head(explanation))
 
     def _combine(self, classifier: Classifier, explanation: Explanation) -> np.ndarray:
-        """The maps of all heads as one: attention by Shapley values where these can be had, evidence summed."""
-        how: Aggregation = "evidence_sum" if explanation.kind == "evidence" else "attention_sufficient"
-        if explanation.kind == "attention" and "shapley" in self.methods:
-            how = "attention_shapley"
+        """The maps of all heads as one: attention as is best by measurement, evidence summed."""
+        how: Aggregation = "evidence_sum" if explanation.kind == "evidence" else DEFAULT_AGGREGATION
         pixel_values = classifier.image_processor(explanation.image, return_tensors="pt")["pixel_values"]
         classes = torch.tensor([[traits.number for traits in explanation.classes]])
         device = classifier.model.device

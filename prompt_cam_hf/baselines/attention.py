@@ -8,13 +8,20 @@ Fused attention returns no weights, so the layers run from their own pieces, whi
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prompt_cam_hf.modeling.backbone_prompt_cam import backbone_layers, embed, grid_size, rotary_positions, run_layer
+from prompt_cam_hf.modeling.backbone_prompt_cam import (
+    LayerOutput,
+    backbone_layers,
+    embed,
+    grid_size,
+    rotary_positions,
+    run_layer,
+)
 from prompt_cam_hf.modeling.configuration_prompt_cam import num_prefix_tokens
 
 from .backbone import backbone_of
@@ -40,7 +47,7 @@ def raw_attention(
     (weights,) = deque(_layer_attentions(model, pixel_values, interpolate_pos_encoding), maxlen=1)
     grid = grid_size(backbone_of(model).config, *pixel_values.shape[-2:])
     patches = weights[..., -grid[0] * grid[1] :].unflatten(-1, grid)
-    return _scored_rows(model, patches.transpose(1, 2), grid)
+    return scored_rows(model, patches.transpose(1, 2), grid)
 
 
 @torch.no_grad()
@@ -62,21 +69,43 @@ def attention_rollout(
         (batch, 1, rows, cols), of a Prompt-CAM (batch, num_labels, rows, cols); float32. A map sums to at most 1;
         the rest came from prefix tokens and prompts.
     """
-    config = backbone_of(model).config
-    grid = grid_size(config, *pixel_values.shape[-2:])
-    # (batch, tokens, patches), what each token is made of: a patch of itself, a prefix token of no patch.
-    made_of = torch.eye(grid[0] * grid[1], device=pixel_values.device).expand(len(pixel_values), -1, -1)
-    made_of = nn.functional.pad(made_of, (0, 0, num_prefix_tokens(config), 0))
-    for index, weights in enumerate(_layer_attentions(model, pixel_values, interpolate_pos_encoding)):
-        attention = weights.mean(dim=1)
+    grid = grid_size(backbone_of(model).config, *pixel_values.shape[-2:])
+    attentions = (weights.mean(dim=1) for weights in _layer_attentions(model, pixel_values, interpolate_pos_encoding))
+    made_of = follow_layers(model, attentions, grid, lambda residual, carried: 0.5 * residual + 0.5 * carried)
+    return scored_rows(model, made_of, grid).unflatten(-1, grid)
+
+
+def follow_layers(
+    model: PreTrainedModel,
+    attentions: Iterable[torch.Tensor],
+    grid: tuple[int, int],
+    add: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """What each of the last layer's queries is made of, in patches, by a rule for one layer.
+
+    Args:
+        model: A linear probe, a VPT or a Prompt-CAM.
+        attentions: Of each layer, (batch, queries, tokens), without an axis of heads; prompts stand first.
+        grid: Rows and columns of patches.
+        add: The rule: takes what the queries were made of before the layer, and that of all tokens carried to them by
+            attention, and returns what they are made of after it; all (batch, queries, patches).
+
+    Returns:
+        (batch, queries, patches), of the last layer's queries. At first a patch is made of itself, a prefix token or
+        prompt of no patch.
+    """
+    made_of = torch.eye(grid[0] * grid[1])[None]
+    made_of = nn.functional.pad(made_of, (0, 0, num_prefix_tokens(backbone_of(model).config), 0))
+    last = backbone_of(model).config.num_hidden_layers - 1
+    for index, attention in enumerate(attentions):
         num_queries, num_tokens = attention.shape[1:]
         # Prompts stand in front.
         made_of = nn.functional.pad(made_of.to(attention.device), (0, 0, num_tokens - made_of.shape[1], 0))
         # The queries of a Prompt-CAM's last layer are its class prompts; of any other layer, the last tokens.
-        is_of_prompts = model.config.model_type == "prompt_cam" and index == config.num_hidden_layers - 1
+        is_of_prompts = model.config.model_type == "prompt_cam" and index == last
         residual = made_of[:, :num_queries] if is_of_prompts else made_of[:, -num_queries:]
-        made_of = 0.5 * attention @ made_of + 0.5 * residual
-    return _scored_rows(model, made_of, grid).unflatten(-1, grid)
+        made_of = add(residual, attention @ made_of)
+    return made_of
 
 
 def _layer_attentions(
@@ -87,21 +116,34 @@ def _layer_attentions(
         options = {"output_attentions": True, "interpolate_pos_encoding": interpolate_pos_encoding}
         yield from model(pixel_values, **options).attentions
         return
+    for output in run_own_layers(model, pixel_values, interpolate_pos_encoding):
+        assert output.attentions is not None  # they were asked for
+        yield output.attentions
+
+
+def run_own_layers(
+    model: PreTrainedModel, pixel_values: torch.Tensor, interpolate_pos_encoding: bool
+) -> Iterator[LayerOutput]:
+    """Run the layers of a model of transformers one after another, from their own pieces, with their attention.
+
+    Raises:
+        ValueError: the model is an INTR.
+    """
     if model.config.model_type == INTRConfig.model_type:
         raise ValueError(
             "An INTR reads no token of its backbone, so attention there explains nothing; its own maps are trait_maps."
         )
     backbone = backbone_of(model)
-    config = backbone.config
     hidden = embed(backbone, pixel_values.to(backbone.dtype), interpolate_pos_encoding)
-    grid = grid_size(config, *pixel_values.shape[-2:])
-    rotary = rotary_positions(backbone, hidden, grid, num_prefix_tokens(config))
+    grid = grid_size(backbone.config, *pixel_values.shape[-2:])
+    rotary = rotary_positions(backbone, hidden, grid, num_prefix_tokens(backbone.config))
     for layer in backbone_layers(backbone):
-        hidden, weights, _ = run_layer(layer, hidden, config, query_rotary=rotary, output_attentions=True)
-        yield weights
+        output = run_layer(layer, hidden, backbone.config, query_rotary=rotary, output_attentions=True)
+        hidden = output.hidden_states
+        yield output
 
 
-def _scored_rows(model: PreTrainedModel, rows: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+def scored_rows(model: PreTrainedModel, rows: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Of the last layer's queries, (batch, queries, ...), the one that is scored, (batch, 1 or num_labels, ...)."""
     if model.config.model_type == "prompt_cam":
         return rows

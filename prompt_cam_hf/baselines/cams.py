@@ -12,6 +12,7 @@ patches, k over channels.
   singular vector. Singular vectors have no sign: here the patch that lies farthest out is positive. No class, no
   gradient.
 - rollout, raw_attention: see `attention_rollout` and `raw_attention`; the latter averaged over heads.
+- legrad, chefer_cam: of gradients with respect to attention, see `prompt_cam_hf.baselines.attention_gradients`.
 
 Finer-CAM (Zhang et al., CVPR 2025, arXiv 2501.11309) is any of the first three, with another score: the class's less
 alpha times the mean of the `similar_classes` whose scores on the image lie closest to it.
@@ -27,16 +28,19 @@ from transformers import PreTrainedModel
 
 from prompt_cam_hf.explanations.class_names import check_classes
 from prompt_cam_hf.modeling.backbone_prompt_cam import backbone_layers, first_norm, grid_size
-from prompt_cam_hf.modeling.configuration_prompt_cam import SUPPORTED_BACKBONES
 
 from .attention import attention_rollout, raw_attention
-from .backbone import backbone_of
+from .attention_gradients import chefer_cam, legrad
+from .backbone import backbone_of, forward_options
 
-CamMethod = Literal["grad_cam", "hires_cam", "layer_cam", "eigen_cam", "rollout", "raw_attention"]
+CamMethod = Literal[
+    "grad_cam", "hires_cam", "layer_cam", "eigen_cam", "rollout", "raw_attention", "legrad", "chefer_cam"
+]
 CAM_METHODS: tuple[str, ...] = get_args(CamMethod)
 # Made of the attention of the token that a score is read from; an INTR reads none of its backbone's.
-ATTENTION_MAPS = ("rollout", "raw_attention")
+ATTENTION_MAPS = ("rollout", "raw_attention", "legrad", "chefer_cam")
 _GRADIENT_METHODS = ("grad_cam", "hires_cam", "layer_cam")
+_GRADIENTS_OF_ATTENTION = {"legrad": legrad, "chefer_cam": chefer_cam}
 
 
 # Gradients need tensors that were not made in inference mode, whatever the caller's mode is.
@@ -54,8 +58,9 @@ def cam_maps(
 ) -> torch.Tensor:
     """Maps of classes on images, on the patch grid.
 
-    The network runs once (for the attention maps twice), without a graph up to the last layer; each class of an image
-    takes one backward pass through the last layer, for all images together. Nothing of the model changes: gradients,
+    The network runs once (for the attention maps twice or more), without a graph up to the last layer; each class of
+    an image takes one backward pass through the last layer, for all images together. "legrad" and "chefer_cam" need
+    the whole graph and go back through all layers. Nothing of the model changes: gradients,
     `requires_grad`, hooks and modes stay as they are. Modules in training mode run in evaluation mode meanwhile.
 
     Args:
@@ -125,6 +130,9 @@ class CamRun:
         if method in _GRADIENT_METHODS:
             gradients = _gradients(_scores(self.logits, classes, similar_classes, alpha), self._activation)
             maps = torch.stack([_weigh(method, self._activation, gradient) for gradient in gradients], dim=1)
+        elif method in _GRADIENTS_OF_ATTENTION:
+            with _evaluation_mode(model):
+                maps = _GRADIENTS_OF_ATTENTION[method](*self._arguments, classes).flatten(2)
         elif method == "eigen_cam":
             maps = _project_on_first_component(self._activation)[:, None]
         else:
@@ -166,13 +174,10 @@ def _run(
     rows, cols = grid_size(backbone.config, *pixel_values.shape[-2:])
     # A layer norms its queries first, then its memory: in a Prompt-CAM class prompts, then the tokens.
     cut = _GraphCut(rows * cols, skip=1 if model.config.model_type == "prompt_cam" else 0)
-    options = {"interpolate_pos_encoding": True} if interpolate_pos_encoding else {}
-    if SUPPORTED_BACKBONES[backbone.config.model_type].takes_any_size and not hasattr(model, "backbone"):
-        options = {}  # transformers' own classes of these families do not know the argument
     hook = first_norm(backbone_layers(backbone)[-1]).register_forward_hook(cut)
     try:
         with torch.no_grad():  # until the cut
-            logits = model(pixel_values, **options).logits
+            logits = model(pixel_values, **forward_options(model, interpolate_pos_encoding)).logits
     finally:
         hook.remove()
     return cut.patches, logits

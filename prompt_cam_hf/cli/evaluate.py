@@ -49,9 +49,9 @@ def evaluate(
         typer.Option(
             "--map",
             help="A map of the model; repeat it for several. attention_sum, attention_first, attention_top3, "
-            "attention_sufficient, attention_shapley, evidence_sum, evidence_first, evidence_top3, evidence_positive, "
-            "grad_cam, hires_cam, layer_cam, eigen_cam, rollout, raw_attention, finer_grad_cam, finer_hires_cam, "
-            "finer_layer_cam.",
+            "attention_sufficient, attention_shapley, attention_evidence, attention_shapley_evidence, evidence_sum, "
+            "evidence_positive, grad_cam, hires_cam, layer_cam, eigen_cam, rollout, raw_attention, legrad, "
+            "chefer_cam, finer_grad_cam, finer_hires_cam, finer_layer_cam.",
         ),
     ] = None,
     baseline_maps: Annotated[

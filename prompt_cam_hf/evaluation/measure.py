@@ -37,7 +37,14 @@ ROW_SCHEMA = pa.schema(
 )
 
 FAITHFULNESS = ("insertion", "deletion")
-LOCALISATION = ("pointing game", "relevance mass", "relevance rank", "region IoU", "chance of pointing")
+LOCALISATION = (
+    "pointing game",
+    "relevance mass",
+    "mass at matched sharpness",
+    "relevance rank",
+    "region IoU",
+    "chance of pointing",
+)
 LOST_MASS = "mass lost to runner-up"
 SPECIFICITY = ("distance to runner-up", "distance to random class", LOST_MASS)
 
@@ -282,6 +289,7 @@ def _localise(maps: torch.Tensor, masks: np.ndarray) -> list[Measured]:
     found = (
         localization.pointing_game(values, patches),
         localization.relevance_mass_accuracy(values, patches),
+        localization.mass_at_matched_sharpness(values, patches),
         localization.relevance_rank_accuracy(values, patches),
         localization.region_iou(values, patches),
         localization.chance_level(patches),

@@ -26,8 +26,7 @@ _SIMILAR_CLASSES = 3
 # Finer-CAM contrasts scores, so it needs a map that is computed from scores.
 _POST_HOC = (*CAM_METHODS, *(f"{_FINER}{name}" for name in ("grad_cam", "hires_cam", "layer_cam")))
 MAPS = (*AGGREGATIONS, *_POST_HOC)
-# Of a Prompt-CAM or INTR, the first that it allows; of others, those of the paper's Table 2 and stronger, later ones.
-_DEFAULT_MAPS = (DEFAULT_AGGREGATION, "attention_top3")
+# Those of the paper's Table 2 and stronger, later ones.
 _DEFAULT_BASELINE_MAPS = ("grad_cam", "hires_cam", "layer_cam", "eigen_cam", "rollout", "finer_hires_cam")
 
 
@@ -61,8 +60,8 @@ def load_subject(
     explains_itself = has_trait_maps(model.model.config.model_type)
     name = model_name(model.model.name_or_path or "") or type(model.model).__name__
     if maps is None:
-        maps = _DEFAULT_MAPS if explains_itself else _DEFAULT_BASELINE_MAPS
-        maps = [one for one in maps if _fits(one, model.model)][: 1 if explains_itself else None]
+        maps = (DEFAULT_AGGREGATION,) if explains_itself else _DEFAULT_BASELINE_MAPS
+        maps = [one for one in maps if _fits(one, model.model)]
     for one in maps:
         if one not in MAPS:
             raise ValueError(f"There is no map {one!r}; choose among {', '.join(MAPS)}.")

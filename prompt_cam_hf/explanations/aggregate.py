@@ -21,19 +21,18 @@ Aggregation = Literal[
     "attention_top3",
     "attention_sufficient",
     "attention_shapley",
+    "attention_evidence",
+    "attention_shapley_evidence",
     "evidence_sum",
-    "evidence_first",
-    "evidence_top3",
     "evidence_positive",
 ]
 AGGREGATIONS: tuple[str, ...] = get_args(Aggregation)
-# On drawn birds none hits the trait more often, and of the equally good ones this has the largest share on the trait
-# and changes most with the class; docs/evaluation.md has the numbers.
-DEFAULT_AGGREGATION: Aggregation = "attention_shapley"
+# The best on drawn validation birds; docs/evaluation.md has the search and the numbers.
+DEFAULT_AGGREGATION: Aggregation = "attention_evidence"
 _NUM_TOP_HEADS = 3
 
 
-# Evidence is a gradient, which needs tensors that were not made in inference mode, whatever the caller's mode is.
+# Evidence needs gradients, so tensors that were not made in inference mode, whatever the caller's mode is.
 @torch.inference_mode(False)
 def aggregate_maps(
     model: PromptCAMForImageClassification,
@@ -51,6 +50,8 @@ def aggregate_maps(
     - "sufficient": the sum over the heads that keep the class on top by themselves, by the greedy ranking.
     - "shapley": the sum over all heads, each weighted by its Shapley value; negative values count as 0. All sets of
       heads are tried, so the model may have up to 16 heads.
+    - "evidence": the sum over all heads of attention times what is above 0 of the evidence at the same patch.
+    - "shapley_evidence": the same, each head weighted by its Shapley value as well.
     - "positive": the sum over all heads of what is above 0 in them.
 
     Args:
@@ -89,12 +90,15 @@ def aggregate_maps_from_state(
     `logits` are (batch, num_labels) of that state, `classes` (batch, k); the maps are (batch, k, rows, cols).
     """
     kind: MapKind
-    kind, way = how.split("_")  # type: ignore[assignment]
+    kind, *ways = how.split("_")  # type: ignore[assignment]
     maps = maps_from_state(model, state, classes, kind)
-    if way == "positive":
-        maps = maps.relu()
-    elif way != "sum":
-        maps = maps * _head_weights(model, state, logits, classes, way)[..., None, None]
+    for way in ways:
+        if way == "positive":
+            maps = maps.relu()
+        elif way == "evidence":
+            maps = maps * maps_from_state(model, state, classes, "evidence").relu()
+        elif way != "sum":
+            maps = maps * _head_weights(model, state, logits, classes, way)[..., None, None]
     return maps.sum(dim=2)
 
 

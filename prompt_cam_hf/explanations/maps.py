@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Trait maps: where the prompt of a class attends, and how much each patch contributes to the class's score.
 
-"attention" is the paper's map (Prompt-CAM, Chowdhury et al., CVPR 2025, section 3). "evidence" also tells how
-strongly, and in which direction, each patch changes the class's score.
+"attention" is the paper's map (Prompt-CAM, Chowdhury et al., CVPR 2025, section 3). "evidence" shares out what the
+class's score owes to it that heads attend to some places more than to others: integrated gradients (Sundararajan et
+al., *Axiomatic Attribution for Deep Networks*, ICML 2017) along the way from the paper's own blur.
 """
 
 from collections.abc import Callable
@@ -15,14 +16,17 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from prompt_cam_hf.explanations.class_names import check_classes
 from prompt_cam_hf.modeling import PromptCAMForImageClassification
-from prompt_cam_hf.modeling.backbone_prompt_cam import attention_weights
 from prompt_cam_hf.modeling.base_prompt_cam import MapLayout
 from prompt_cam_hf.modeling.outputs_prompt_cam import LastLayerState
+from prompt_cam_hf.modeling.ranking_prompt_cam import ScoringModel, head_contexts
 
 MapKind = Literal["attention", "evidence"]
 
 # A box in pixels of an image, as Pillow's `crop` takes it: left, top, right, bottom; here with fractions.
 Box = tuple[float, float, float, float]
+
+# Points on the way from blurred to sharp. Eight miss the sum by less than a thousandth of the score.
+EVIDENCE_STEPS = 8
 
 
 # Gradients need tensors that were not made in inference mode, whatever the caller's mode is.
@@ -33,6 +37,7 @@ def trait_maps(
     classes: torch.Tensor | None = None,
     kind: MapKind = "attention",
     interpolate_pos_encoding: bool = False,
+    steps: int = EVIDENCE_STEPS,
 ) -> torch.Tensor:
     """Compute the maps of classes on images, one for each head of the last layer.
 
@@ -42,12 +47,13 @@ def trait_maps(
         classes: (batch,) or (batch, k), the classes asked about. None: the predicted class.
         kind: "attention" or "evidence"; see `maps_from_state`.
         interpolate_pos_encoding: As in the model's `forward`.
+        steps: Points at which evidence looks on the way from blurred to sharp heads; see `maps_from_state`.
 
     Returns:
         (batch, k, heads, rows, cols), float32; k is 1 where `classes` has no such axis.
 
     Raises:
-        ValueError: `kind` is unknown, or `classes` does not fit.
+        ValueError: `kind` is unknown, `classes` does not fit, or `steps` is below 1.
 
     Example:
         >>> from PIL import Image
@@ -64,72 +70,81 @@ def trait_maps(
         if classes is None:
             classes = model.last_layer_logits(state).argmax(dim=-1)
     asked = check_classes(classes, len(pixel_values), model.config.num_labels)
-    return maps_from_state(model, state, asked.to(state.projections.keys.device), kind)
+    return maps_from_state(model, state, asked.to(state.projections.keys.device), kind, steps)
 
 
 def maps_from_state(
-    model: PromptCAMForImageClassification, state: LastLayerState, classes: torch.Tensor, kind: MapKind = "attention"
+    model: PromptCAMForImageClassification,
+    state: LastLayerState,
+    classes: torch.Tensor,
+    kind: MapKind = "attention",
+    steps: int = EVIDENCE_STEPS,
 ) -> torch.Tensor:
     """Compute maps from a state of the network that is there already, (batch, k, heads, rows, cols), float32.
 
     "attention": the softmax weights a[h, t] of the class's prompt in head h on patch t. The weights on all tokens add
     up to 1; those on patches alone add up to less, since prompts and prefix tokens get attention too.
 
-    "evidence": how much the attention to a token raises (above 0) or lowers (below 0) the class's score s, in logits.
-    In the last layer, the class's prompt sees the tokens t only through the attention's output
+    "evidence": how much it raises (above 0) or lowers (below 0) the class's score s, in logits, that head h attends to
+    token t not by the same weight u = 1 / number of tokens as to all others, but by a[h, t]. In the last layer, the
+    class's prompt sees the tokens only through the contexts of the heads
 
-        o = b + sum over h, t of a[h, t] W_h v[h, t]
+        c[h] = sum over t of a[h, t] v[h, t]
 
-    with the values v (their bias included), W_h the head's slice of the output projection and b its bias. All that
-    follows (layer scale, residual connection, second norm, MLP, final norm, classifier) is a function s(o). With
-    the gradient g = ds/do at the actual o, the evidence of token t in head h is
+    with the values v (their bias included). All that follows (output projection, residual connection, second norm,
+    MLP, final norm, classifier) is a function s(c) of the contexts of all heads. A blurred head's context is the mean
+    of the values. On the straight way c(x), 0 <= x <= 1, on which all heads get from blurred (the blur "tokens" of the
+    heads' ranking) to sharp at the same pace, let g[h] be the mean of ds/dc[h]. The evidence of token t in head h is
 
-        e[h, t] = a[h, t] (W_h v[h, t]) . g
+        e[h, t] = (a[h, t] - u) v[h, t] . g[h]
 
-    Multiplying a[h, t] by 1 + r, for a small r, changes s by r e[h, t]. To first order, e[h, t] is therefore what the
-    score would lose if this attention were removed and not replaced. Multiplying all of o by 1 + r changes s by r
-    times the sum of e over all heads and tokens, plus b . g. As W_h is linear, a[h, t] v[h, t] times the gradient with
-    respect to the head's context (before the projection) is the same number; autograd computes that gradient.
+    Over all heads and tokens it adds up to s(c(1)) - s(c(0)): the score, less the score with all heads blurred (the
+    completeness of integrated gradients). A token that gets less than u of the attention takes part in the blurred
+    context, so leaving it out counts too. The mean is taken by Gauss-Legendre quadrature.
 
     Args:
         model: The model, in evaluation mode.
         state: From `model.last_layer_state`, without gradient.
         classes: (batch, k), the classes asked about.
         kind: See above.
+        steps: Points of the quadrature, 1 or more. Each costs the last layer's row of each class, forth and back.
 
     Raises:
-        ValueError: `kind` is unknown.
+        ValueError: `kind` is unknown, or `steps` is below 1.
     """
     check_kind(kind)
     if kind == "attention":
         with torch.no_grad():
             return model.trait_maps(state, classes)
     rows, cols = state.grid
-    return token_evidence(model, state, classes)[..., -rows * cols :].unflatten(-1, (rows, cols))
+    return token_evidence(model, state, classes, steps)[..., -rows * cols :].unflatten(-1, (rows, cols))
 
 
 def token_evidence(
-    model: PromptCAMForImageClassification, state: LastLayerState, classes: torch.Tensor
+    model: ScoringModel, state: LastLayerState, classes: torch.Tensor, steps: int = EVIDENCE_STEPS
 ) -> torch.Tensor:
     """The evidence e of `maps_from_state` for every token, (batch, k, heads, tokens), float32.
 
     Tokens stand in the order class prompts, prefix tokens, patches.
     """
+    if steps < 1:
+        raise ValueError(f"steps={steps}; evidence looks at 1 point or more between blurred and sharp heads.")
     with torch.no_grad():
-        weights = attention_weights(model.class_queries(state, classes), state.projections.keys)
-        values = state.projections.values
-        contexts = (weights.to(values.dtype) @ values).transpose(1, 2)
-        prompts = state.class_prompts.expand(len(classes), -1, -1)
-        prompts = prompts.gather(1, classes.to(prompts.device)[..., None].expand(-1, -1, prompts.shape[-1]))
-    with torch.enable_grad():
-        contexts.requires_grad_(True)
-        scores = model.score(model.finish_last_layer(prompts, contexts))
-        # A row's score depends on its own context alone, so one backward pass serves all images and classes.
-        (gradient,) = torch.autograd.grad(scores.sum(), contexts)
+        prompts, weights, sharp, blurred = head_contexts(model, state, classes)
+    gradient = torch.zeros_like(sharp, dtype=torch.float32)
+    # Points and shares are those of the interval from -1 to 1.
+    points, shares = (each.tolist() for each in np.polynomial.legendre.leggauss(steps))
+    for point, share in zip(points, shares, strict=True):
+        contexts = torch.lerp(blurred, sharp, (1 + point) / 2)
+        with torch.enable_grad():
+            contexts.requires_grad_(True)
+            scores = model.score(model.finish_last_layer(prompts, contexts))
+            # A row's score depends on its own contexts alone, so one backward pass serves all images and classes.
+            gradient += share / 2 * torch.autograd.grad(scores.sum(), contexts)[0].float()
     with torch.no_grad():
         # (batch, heads, k, tokens): each value on the gradient at its head's context.
-        worth = gradient.transpose(1, 2).float() @ values.float().transpose(-1, -2)
-        return (weights * worth).transpose(1, 2)
+        worth = gradient.transpose(1, 2) @ state.projections.values.float().transpose(-1, -2)
+        return ((weights - 1 / weights.shape[-1]) * worth).transpose(1, 2)
 
 
 def check_kind(kind: str) -> None:

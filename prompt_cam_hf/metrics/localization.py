@@ -56,6 +56,28 @@ def relevance_mass_accuracy(maps: ArrayLike, mask: ArrayLike, share: float = PAT
     return _known(_ratio((positive * on_mask).sum(axis=-1), positive.sum(axis=-1)), on_mask)
 
 
+def mass_at_matched_sharpness(maps: ArrayLike, mask: ArrayLike, share: float = PATCH_SHARE) -> np.ndarray:
+    """`relevance_mass_accuracy` of the map raised to the power that makes it as sharp as the mask, 0 to 1.
+
+    Squaring a map raises its mass on the right place and changes no rank, so the masses of maps of different sharpness
+    do not compare. Here, all maps get the same sharpness first: with the part p_i of the map's positive sum in patch
+    i, a map has exp(-sum of p_i log p_i) effective patches (the perplexity of p; n for a map that is even on n
+    patches), and the power is the one with which it has as many as there are patches on the mask. The answer is the
+    same for a map and any power of it, and 1 for the mask itself. It is ours.
+
+    A map that is positive on fewer patches than are on the mask is taken as even on these. NaN for one without
+    anything positive.
+    """
+    values, on_mask = _patches(maps, mask, share)
+    positive = np.maximum(values, 0).astype(np.float64)
+    strongest = positive.max(axis=-1, keepdims=True)
+    logs = np.log(
+        positive / np.where(strongest > 0, strongest, 1), where=positive > 0, out=np.full(values.shape, -np.inf)
+    )
+    parts = _sharpen(logs, on_mask.sum(axis=-1, keepdims=True))
+    return _known(_ratio((parts * on_mask).sum(axis=-1), parts.sum(axis=-1)), on_mask)
+
+
 def relevance_rank_accuracy(maps: ArrayLike, mask: ArrayLike, share: float = PATCH_SHARE) -> np.ndarray:
     """Where K patches are on the mask: the part of the K strongest patches that is on it, 0 to 1.
 
@@ -158,6 +180,20 @@ def _patches(maps: ArrayLike, mask: ArrayLike, share: float) -> tuple[np.ndarray
 
 def _strongest_first(values: np.ndarray) -> np.ndarray:
     return np.argsort(-values, axis=-1, kind="stable")
+
+
+def _sharpen(logs: np.ndarray, effective: np.ndarray) -> np.ndarray:
+    """Powers of maps that have so many `effective` patches; `logs` (..., patches) are 0 at the strongest one."""
+    # The logarithm of the power is halved in; the number of effective patches falls with it.
+    low, high = np.full(effective.shape, -20.0), np.full(effective.shape, 20.0)
+    for _ in range(60):
+        middle = (low + high) / 2
+        powers = np.exp(np.exp(middle) * logs)
+        parts = powers / np.maximum(powers.sum(axis=-1, keepdims=True), 1)
+        surprise = -np.log(parts, where=parts > 0, out=np.zeros_like(parts))
+        too_even = np.exp((parts * surprise).sum(axis=-1, keepdims=True)) > effective
+        low, high = np.where(too_even, middle, low), np.where(too_even, high, middle)
+    return np.exp(np.exp(middle) * logs)
 
 
 def _take(array: np.ndarray, indices: np.ndarray) -> np.ndarray:

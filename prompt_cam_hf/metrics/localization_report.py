@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Mean localisation of maps over a data set, by five metrics, as one `evaluate` metric.
+"""Mean localisation of maps over a data set, by six metrics, as one `evaluate` metric.
 
 Works without a network, as a class or as a script, as `prompt_cam_hf.metrics.classification` does.
 """
@@ -15,10 +15,11 @@ from prompt_cam_hf.metrics.metric_info import metric_info
 _METRICS = (
     localization.pointing_game,
     localization.relevance_mass_accuracy,
+    localization.mass_at_matched_sharpness,
     localization.relevance_rank_accuracy,
     localization.region_iou,
 )
-_DESCRIPTION = "Localisation of maps against masks: five metrics, and what chance would reach."
+_DESCRIPTION = "Localisation of maps against masks: six metrics, and what chance would reach."
 
 _INPUTS_DESCRIPTION = """
 Args:
@@ -28,8 +29,8 @@ Args:
     share: from this share of its pixels a patch is on the mask.
 
 Returns:
-    pointing_game, relevance_mass_accuracy, relevance_rank_accuracy, top_k_intersection, region_iou: means over the
-        images, 0 to 1; see prompt_cam_hf.metrics.localization.
+    pointing_game, relevance_mass_accuracy, mass_at_matched_sharpness, relevance_rank_accuracy, top_k_intersection,
+        region_iou: means over the images, 0 to 1; see prompt_cam_hf.metrics.localization.
     chance: the share of patches on the masks, which uninformative maps reach in every metric but region_iou.
     num_images: n minus the images whose mask is empty, which are left out.
 """
