@@ -338,7 +338,7 @@ def test_defaults(folders, photos, tmp_path):
     assert maps["vpt"] == ["", "grad_cam", "hires_cam", "layer_cam", "eigen_cam", "rollout", "finer_hires_cam"]
     assert not (tmp_path / "out" / "curves.svg").exists()
     many_heads = tiny_model(backbone_fields={"hidden_size": 68, "num_attention_heads": 17})
-    assert load_subject(save(many_heads, tmp_path / "many")).maps == ("attention_top3",)
+    assert load_subject(save(many_heads, tmp_path / "many")).maps == (DEFAULT_AGGREGATION,)
     twice = quick(folders, photos, tmp_path / "twice", baselines=[folders["prompt_cam"]], baseline_maps=MAPS[:1] * 2)
     assert {mean.model for mean in twice.means} == {"prompt_cam (1)", "prompt_cam (2)"}
     assert len(twice.means) == 2 * 4
