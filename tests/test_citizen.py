@@ -203,7 +203,8 @@ def test_lora_in_a_frozen_backbone_trains_alone_is_saved_loaded_and_merged(famil
 def test_the_example_of_lora_runs(tmp_path, monkeypatch):
     pytest.importorskip("peft")
     page = Path(__file__).parents[1] / "docs" / "transformers.md"
-    (example,) = (block for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL) if "peft" in block)
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    (example,) = (block for block in blocks if "peft" in block)
     monkeypatch.chdir(tmp_path)
     model = tiny_model()
     model.save_pretrained("my_model")

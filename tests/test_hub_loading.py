@@ -372,7 +372,7 @@ def test_code_of_a_backbone_never_runs(published, tmp_path, package):
 # --- The documentation ---
 
 # Each block in a process of its own, as a reader runs it: importing prompt_cam_hf changes what transformers loads.
-# `prompt-cam convert` is left to test_cli_convert.py, for its lines are choices and not steps; the model is trained already.
+# `prompt-cam convert` is left to test_cli_convert.py, for its lines are choices and not steps; the model is trained.
 _DOCS = r"""
 import os, re, shlex, sys
 from pathlib import Path
@@ -388,7 +388,8 @@ for page in sys.argv[2:]:
         else:
             from typer.testing import CliRunner
             from prompt_cam_hf.cli import app
-            for command in re.findall(r"^prompt-cam (?!convert|train)(.*)", block.replace("\\\n", " "), flags=re.MULTILINE):
+            lines = block.replace("\\\n", " ")
+            for command in re.findall(r"^prompt-cam (?!convert|train)(.*)", lines, flags=re.MULTILINE):
                 answer = CliRunner().invoke(app, shlex.split(command, comments=True))
                 assert answer.exit_code == 0, command + answer.output
                 print(command)

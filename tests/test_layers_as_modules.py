@@ -88,7 +88,9 @@ def test_hooks_change_what_a_layer_gets_and_gives():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "model", ["deep", *(pytest.param(name, marks=pytest.mark.long) for name in VARIANTS if name != "deep")], indirect=True
+    "model",
+    [pytest.param(name, marks=() if name == "deep" else pytest.mark.long) for name in VARIANTS],
+    indirect=True,
 )
 def test_asked_classes_are_compiled_and_exported_without_a_graph_break(model, tmp_path, monkeypatch):
     torch._dynamo.reset()
