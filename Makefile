@@ -3,7 +3,7 @@ PYTHON ?= python3
 NEWEST := .venv
 OLDEST := .venv-oldest
 
-.PHONY: demo app environments test test-newest test-oldest test-long test-processors test-faults lint format docs docs-serve docs-blocks bench bench-app clean
+.PHONY: demo app environments test test-newest test-oldest test-long test-processors test-faults lint format docs docs-serve docs-blocks bench bench-app dist test-wheel clean
 
 # Trains on drawn birds, offline, and shows what the trait maps are worth: docs/demo.md.
 demo: $(NEWEST)/installed
@@ -70,6 +70,22 @@ bench: $(NEWEST)/installed
 
 bench-app: demo
 	$(NEWEST)/bin/python benchmarks/bench_app.py prompt_cam_demo/model --examples prompt_cam_demo/birds
+
+# What is uploaded to PyPI, checked as PyPI checks it.
+dist:
+	rm -rf dist build/release
+	$(PYTHON) -m venv build/release
+	build/release/bin/python -m pip install --quiet -c constraints.txt build twine
+	build/release/bin/python -m build
+	build/release/bin/python -m twine check --strict dist/*
+
+# The wheel as a new user has it: in an empty environment, far from this folder.
+test-wheel: dist
+	rm -rf build/wheel_test
+	$(PYTHON) -m venv build/wheel_test/env
+	build/wheel_test/env/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	mkdir build/wheel_test/elsewhere
+	cd build/wheel_test/elsewhere && sh ../../../tests/try_wheel.sh ../env/bin
 
 clean:
 	rm -rf $(NEWEST) $(OLDEST) build dist *.egg-info

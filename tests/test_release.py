@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: MIT
+"""What a release and the public continuous integration rest on: versions agree, and what workflows run is there."""
+
+import configparser
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from prompt_cam_hf import __version__
+
+ROOT = Path(__file__).parents[1]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+TARGETS = set(re.findall(r"^([\w-]+)(?: [\w-]+)*:", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def setup():
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+def jobs():
+    return [
+        pytest.param(job, id=f"{path.stem}-{name}")
+        for path in WORKFLOWS
+        for name, job in yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].items()
+    ]
+
+
+def test_versions_and_dates_agree():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    unreleased, newest, *_ = re.findall(r"^## \[(.+?)\](?: - (\d{4}-\d\d-\d\d))?$", changelog, re.MULTILINE)
+    assert unreleased == ("Unreleased", "") and newest[0] == __version__
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], citation["date-released"]) == newest
+
+
+@pytest.mark.parametrize("job", jobs())
+def test_what_workflows_run_is_there(job):
+    lines = " ".join(step.get("run", "") for step in job["steps"])
+    for choice in job.get("strategy", {}).get("matrix", {}).get("transformers", [""]):
+        asked = set(re.findall(r"make ([\w-]+)", lines.replace("${{ matrix.transformers }}", choice)))
+        assert asked <= TARGETS, asked - TARGETS
+    for path in re.findall(r"\btests/[\w/.]+", lines):
+        assert (ROOT / path).exists(), path
+    assert job["timeout-minutes"] and job["steps"]
+    # A token that may write stays in the job that publishes, which runs nothing of the repository.
+    if "permissions" in job:
+        assert not lines.strip()
+
+
+def test_every_python_that_is_promised_is_tested():
+    (matrix,) = (job.values[0]["strategy"]["matrix"] for job in jobs() if job.id == "ci-test")
+    classified = re.findall(r"Python :: (3\.\d+)", setup()["metadata"]["classifiers"])
+    assert matrix["python"] == classified
+    assert setup()["options"]["python_requires"] == f">={classified[0]}"
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
+def test_all_that_is_in_the_repository_is_in_the_sdist():
+    """What lies at the top is named in MANIFEST.in, or setuptools takes it by itself."""
+    manifest = (ROOT / "MANIFEST.in").read_text(encoding="utf-8").split()
+    packages = {"prompt_cam_hf", "modeling", "training", "model_cards"}
+    by_itself = {"README.md", "LICENSE", "setup.cfg", "pyproject.toml", "MANIFEST.in"}
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tops = {path.partition("/")[0] for path in listed.splitlines()}
+    assert tops - packages - by_itself - {name.partition("/")[0] for name in manifest} == {".gitignore"}
