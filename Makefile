@@ -3,7 +3,7 @@ PYTHON ?= python3
 NEWEST := .venv
 OLDEST := .venv-oldest
 
-.PHONY: demo app environments test test-newest test-oldest test-long test-processors test-faults lint format docs docs-serve docs-blocks bench bench-app dist test-wheel clean
+.PHONY: demo app environments test test-newest test-oldest test-long test-processors test-faults lint format docs docs-serve docs-blocks notebooks bench bench-app dist test-wheel clean
 
 # Trains on drawn birds, offline, and shows what the trait maps are worth: docs/demo.md.
 demo: $(NEWEST)/installed
@@ -61,6 +61,10 @@ docs-serve: $(NEWEST)/installed
 # Which code blocks of the documentation run, which are checked only, and why.
 docs-blocks: $(NEWEST)/installed
 	$(NEWEST)/bin/python tests/docs_blocks.py
+
+# Runs the notebooks again, in place: docs/notebooks/README.md.
+notebooks: $(NEWEST)/installed
+	$(NEWEST)/bin/python docs/notebooks/execute.py
 
 bench: $(NEWEST)/installed
 	$(NEWEST)/bin/python benchmarks/bench_model.py
