@@ -4,11 +4,13 @@
 import dataclasses
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ID2LABEL, tiny_model
+from docs_blocks import check_line
 from hub_server import metadata, metadata_errors
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
@@ -77,7 +79,7 @@ def test_a_card_says_what_was_recorded(folder):
         dataset_name="Garden birds",
         dataset_url="https://huggingface.co/datasets/me/garden",
         dataset_license="CC BY 4.0",
-        gallery=[GalleryImage("trait_maps/1.png", "Robin, score 98%")],
+        gallery=[GalleryImage("trait_maps/1.png", "Robin, score 98%", "trait_maps/1.jpg")],
         gallery_license="CC0",
     )
     assert rows(card, "Accuracy") == [
@@ -213,7 +215,7 @@ def test_an_evaluation_elsewhere(folder, tmp_path):
 
 def test_photos_need_a_licence():
     with pytest.raises(ValueError, match="the photos' licence must be given"):
-        CardFacts(repo_id="me/x", gallery=[GalleryImage("trait_maps/1.png", "Robin")])
+        CardFacts(repo_id="me/x", gallery=[GalleryImage("trait_maps/1.png", "Robin", "trait_maps/1.jpg")])
 
 
 def test_recipe_keys_are_those_of_recipes():
@@ -224,7 +226,7 @@ def test_recipe_keys_are_those_of_recipes():
 def test_official_cards(name):
     """The committed cards are what `python -m prompt_cam_hf.hub.official` writes."""
     text = (CARDS / f"{name}.md").read_text(encoding="utf-8")
-    card = official_card(name, f"OWNER/promptcam-{name.replace('_', '-')}")
+    card = official_card(name)
     assert text == str(card)
     assert metadata_errors(text) == []
     assert ModelCard.load(CARDS / f"{name}.md").data.to_dict() == metadata(text)
@@ -235,6 +237,11 @@ def test_official_cards(name):
     assert all(result["source"]["url"].startswith("https://arxiv.org") for result in results)
     assert "As the authors of Prompt-CAM report it" in " ".join(text.split())
     assert ("| insertion | 0.61 |" in text) == (name == "dino_cub")
+    # No repository is named that is not there: the model is made by a command, in the folder that the snippet reads.
+    *commands, snippet = re.findall(r"```(?:bash|python)\n(.*?)```", text, re.DOTALL)
+    assert "OWNER" not in text and f'model="promptcam-{name.replace("_", "-")}"' in snippet
+    for line in commands[0].splitlines():
+        check_line(shlex.split(line, comments=True))
 
 
 def test_official_numbers_are_those_of_the_paper():

@@ -332,14 +332,20 @@ def test_a_card_of_ones_own_is_published_as_it_is(hub, model_folder):
 
 def test_gallery(hub, model_folder, tmp_path):
     photo = tmp_path / "secret-name.jpg"
-    Image.effect_noise((60, 40), 90).convert("RGB").save(photo)
+    taken = Image.Exif()
+    taken[270] = "secret place"
+    Image.effect_noise((60, 40), 90).convert("RGB").save(photo, exif=taken, comment=b"secret place")
     with pytest.raises(ValueError, match="the photos' licence must be given"):
         publish(model_folder, REPO, license="mit", gallery=[photo])
     publish(model_folder, REPO, license="mit", gallery=[photo, photo], gallery_license="cc0-1.0")
     card = hub.files(REPO)["README.md"].decode()
     assert "Licence of the photos: cc0-1.0." in card and "secret-name" not in card
     assert card.count("](trait_maps/") == 2 and metadata_errors(card) == []
-    assert hub.commits(REPO)[0].changed == FILES | {"trait_maps/1.png", "trait_maps/2.png"}
+    files = {f"trait_maps/{number}.{kind}" for number in (1, 2) for kind in ("png", "jpg")}
+    assert hub.commits(REPO)[0].changed == FILES | files
+    assert b"secret place" in photo.read_bytes() and b"secret place" not in hub.files(REPO)["trait_maps/1.jpg"]
+    (first, _) = metadata(card)["widget"]
+    assert first["src"].endswith(f"/{REPO}/resolve/main/trait_maps/1.jpg") and "score" in first["example_title"]
     # In a folder of a class, the one class that it is read as, and not the other four.
     captions = []
     for name in ID2LABEL.values():
@@ -352,7 +358,7 @@ def test_gallery(hub, model_folder, tmp_path):
         assert caption.startswith(f"{read}, score " if name == read else f"{read}, in truth {name}, score ")
     # Photos that are no longer shown are no longer there.
     publish(model_folder, REPO, license="mit", gallery=[photo], gallery_license="cc0-1.0")
-    assert [name for name in hub.files(REPO) if name.startswith("trait_maps/")] == ["trait_maps/1.png"]
+    assert [name for name in hub.files(REPO) if name.startswith("trait_maps/")] == ["trait_maps/1.jpg", "trait_maps/1.png"]
 
 
 # --- The other two ways ---

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: MIT
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["prompt_cam_hf"]
+# ///
 """Training: from a recipe to a trained Prompt-CAM, or to a baseline on the same backbone.
 
     prompt-cam train PHOTOS --out FOLDER [--recipe RECIPE] [--key value ...]
     accelerate launch training/train.py RECIPE [--key value ...]
     accelerate launch -m prompt_cam_hf.training.train RECIPE [--key value ...]
+    uv run training/train.py RECIPE [--key value ...]
 
 The best epoch is chosen on the validation part; the test split is looked at once, at the end.
 """

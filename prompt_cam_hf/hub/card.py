@@ -17,7 +17,7 @@ from typing import Any
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_url
 from transformers.image_processing_utils import BaseImageProcessor
 
 from prompt_cam_hf.hub.upload import is_hub_id
@@ -42,10 +42,11 @@ _HUB_DATASET = re.compile(r"https://huggingface\.co/datasets/([\w.-]+/[\w.-]+)/?
 
 @dataclass(frozen=True)
 class GalleryImage:
-    """A figure of trait maps: its path in the repository, and what it shows."""
+    """A figure of trait maps: its path in the repository, what it shows, and the path of the photo that it shows."""
 
     file: str
     caption: str
+    photo: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +68,12 @@ class CardFacts:
         accuracy: By split (validation, test, chance): top1, top5 and macro_accuracy, 0 to 1; the notes are sentences
             below the table: how the epoch was chosen, who measured.
         evaluation: By metric: its value, and optionally low, high, num_images and protocol; notes as above.
-        gallery: Figures of trait maps; `gallery_license` is the licence of the photos in them.
+        gallery: Figures of trait maps, whose photos become examples of the Hub's widget; `gallery_license` is the
+            licence of the photos.
         recipe: The settings of the training, below the sentences of `recipe_notes`.
         versions: The versions of libraries, by name.
         source_name: Who reports the numbers at `source_url`, if not the publisher.
+        made_by: The command that makes the model in a folder called `name`, where no repository holds it.
         metadata: Further fields of `huggingface_hub.ModelCardData`; they replace those made from the facts.
 
     Raises:
@@ -101,6 +104,7 @@ class CardFacts:
     versions: Mapping[str, str] = field(default_factory=dict)
     source_name: str | None = None
     source_url: str | None = None
+    made_by: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -129,6 +133,11 @@ class CardFacts:
             "library_name": "transformers",
             "pipeline_tag": "image-classification",
             "tags": TAGS,
+            "widget": [
+                {"src": hf_hub_url(self.repo_id, image.photo), "example_title": image.caption}
+                for image in self.gallery
+            ]
+            or None,
             "metrics": ["accuracy"] if results else None,
             "eval_results": results or None,
             "model_name": self.name if results else None,

@@ -81,8 +81,8 @@ def official_facts(name: str) -> dict[str, Any]:
     return facts
 
 
-def official_card(name: str, repo_id: str, license: str = LICENSE) -> ModelCard:
-    """Write the card of a converted official checkpoint (a key of `TOP1`), as far as it needs no weights."""
+def official_card(name: str, license: str = LICENSE) -> ModelCard:
+    """Write the card of an official checkpoint (a key of `TOP1`) that is to be converted, for it needs no weights."""
     facts = official_facts(name)
     backbone, _, dataset = name.partition("_")
     classes, patch = FACTS[dataset].num_classes, {"dino": 16, "dinov2": 14}[backbone]
@@ -94,13 +94,18 @@ def official_card(name: str, repo_id: str, license: str = LICENSE) -> ModelCard:
         "Classes": str(classes),
         **facts["model_facts"],
     }
-    return render_card(CardFacts(repo_id=repo_id, license=license, **facts))
+    folder = f"promptcam-{name.replace('_', '-')}"
+    made_by = (
+        f"prompt-cam convert {HUB_REPOSITORY} --out {folder}  # lists the files\n"
+        f"prompt-cam convert {HUB_REPOSITORY} --file FILE.pt --classes FOLDER_OF_CLASSES --out {folder}"
+    )
+    return render_card(CardFacts(repo_id=folder, license=license, made_by=made_by, **facts))
 
 
 def main(folder: str) -> None:
     """Write all eight cards into a folder."""
     for name in TOP1:
-        official_card(name, f"OWNER/promptcam-{name.replace('_', '-')}").save(Path(folder) / f"{name}.md")
+        official_card(name).save(Path(folder) / f"{name}.md")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from prompt_cam_hf.modeling import (
 MAX_GALLERY_IMAGES = 8
 _GALLERY_HEADS = 4
 _DOTS_PER_INCH = 120
+_WIDGET_SIZE = (640, 640)  # at most, in pixels
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def make_gallery(
     folder: Path,
 ) -> list[GalleryImage]:
     """Draw photos beside the trait maps of their predicted classes, for a card, into the folder trait_maps in
-    `folder`. Where a photo lies in a folder that is called like another class, that is named as the true one.
+    `folder`, and put each photo beside its figure, for the Hub's widget. Where a photo lies in a folder that is called like another class, that is named as the true one.
 
     Raises:
         ValueError: there are more than `MAX_GALLERY_IMAGES` photos, or one cannot be read.
@@ -219,7 +220,11 @@ def make_gallery(
         file = f"{upload.GALLERY_FOLDER}/{number}.png"
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(folder / file, dpi=_DOTS_PER_INCH)
-        images.append(GalleryImage(file, f"{title}, score {answer['score']:.0%}"))
+        small = f"{upload.GALLERY_FOLDER}/{number}.jpg"
+        image.thumbnail(_WIDGET_SIZE)
+        image.info.clear()  # where and when it was taken stays at home
+        image.save(folder / small)
+        images.append(GalleryImage(file, f"{title}, score {answer['score']:.0%}", small))
     return images
 
 
