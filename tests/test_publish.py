@@ -358,7 +358,10 @@ def test_gallery(hub, model_folder, tmp_path):
         assert caption.startswith(f"{read}, score " if name == read else f"{read}, in truth {name}, score ")
     # Photos that are no longer shown are no longer there.
     publish(model_folder, REPO, license="mit", gallery=[photo], gallery_license="cc0-1.0")
-    assert [name for name in hub.files(REPO) if name.startswith("trait_maps/")] == ["trait_maps/1.jpg", "trait_maps/1.png"]
+    assert [name for name in hub.files(REPO) if name.startswith("trait_maps/")] == [
+        "trait_maps/1.jpg",
+        "trait_maps/1.png",
+    ]
 
 
 # --- The other two ways ---

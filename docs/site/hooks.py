@@ -14,6 +14,7 @@ import typer
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.nav import Navigation
 from mkdocs.structure.pages import Page
 
 import prompt_cam_hf
@@ -86,6 +87,29 @@ def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
     """Bring along the one script that the theme would fetch from another host, for pages opened as files."""
     here = posixpath.dirname(page.file.dest_uri) or "."
     return output.replace("https://unpkg.com/iframe-worker/shim", posixpath.relpath("site/iframe_worker.js", here))
+
+
+def on_nav(nav: Navigation, config: MkDocsConfig, files: Files) -> Navigation:
+    """Write llms.txt, the list of pages for language models (llmstxt.org), each with its first sentence."""
+    lines = ["# prompt_cam_hf", "", f"> {config.site_description}"]
+    for section in nav:
+        pages = [page for page in section.children or () if page.is_page] if section.is_section else []
+        lines += ["", f"## {section.title}", ""] if pages else []
+        for page in pages:
+            told = _first_sentence(page.file.content_string)
+            lines.append(f"- [{page.title}]({page.file.dest_uri}): {told}")
+    files.append(File.generated(config, "llms.txt", content="\n".join(lines) + "\n"))
+    return nav
+
+
+def _first_sentence(markdown: str) -> str:
+    """Of the first paragraph, without what marks it up."""
+    text = re.sub(r"^```.*?^```$", "", markdown, flags=re.DOTALL | re.MULTILINE)
+    text = re.sub(r"^(?:[#|!<]|:::).*$", "", text, flags=re.MULTILINE).strip()
+    text = re.sub(
+        r"\[([^\]]*)\]\([^)]*\)|[*`]+", lambda found: found[1] or "", " ".join(text.split("\n\n")[0].split())
+    )
+    return re.sub(":$", ".", re.split(r"(?<=[.?!]) ", text)[0])
 
 
 def on_post_template(output_content: str, template_name: str, config: MkDocsConfig) -> str:

@@ -77,6 +77,14 @@ def test_the_scheme_is_chosen_by_hand(site, open_page):
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
 
 
+def test_the_list_for_language_models_has_every_page(site):
+    listed = re.findall(
+        r"^- \[.+?\]\((.+?)\): \w.+[.?!]$", (site / "llms.txt").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    pages = {path.relative_to(site).as_posix() for path in site.rglob("*.html")}
+    assert set(listed) == pages - {"index.html", "404.html"} and len(listed) == len(set(listed))
+
+
 def test_references_are_made_from_the_code(site):
     python = (site / "reference" / "python.html").read_text()
     for text in (
