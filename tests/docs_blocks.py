@@ -144,7 +144,7 @@ def check_line(words: list[str]) -> None:
     arguments = [word for word in arguments if word != "..."]
     if program == "prompt-cam":
         check_command(arguments)
-    elif program == "accelerate":
+    elif program in ("accelerate", "uv") or (program, *arguments[:1]) == ("hf", "jobs"):
         script = next(i for i, word in enumerate(arguments) if word.endswith(".py") or word == "-m")
         check_program(arguments[script:])
     elif program.startswith("python") or program.endswith("/python"):

@@ -52,6 +52,18 @@ def test_what_workflows_run_is_there(job):
         assert not lines.strip()
 
 
+def test_the_script_of_training_names_what_it_needs():
+    """PEP 723: the block that uv reads, by the expression of that text."""
+    tomllib = pytest.importorskip("tomllib")
+    script = (ROOT / "training" / "train.py").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^# /// script$\n((?:^#(?:| .*)$\n)+?)^# ///$", script, re.MULTILINE)
+    needed = tomllib.loads("".join(line.removeprefix("#").removeprefix(" ") for line in block.splitlines(True)))
+    assert needed == {
+        "requires-python": setup()["options"]["python_requires"],
+        "dependencies": [setup()["metadata"]["name"]],
+    }
+
+
 def test_every_python_that_is_promised_is_tested():
     (matrix,) = (job.values[0]["strategy"]["matrix"] for job in jobs() if job.id == "ci-test")
     classified = re.findall(r"Python :: (3\.\d+)", setup()["metadata"]["classifiers"])

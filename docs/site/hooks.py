@@ -106,10 +106,9 @@ def _first_sentence(markdown: str) -> str:
     """Of the first paragraph, without what marks it up."""
     text = re.sub(r"^```.*?^```$", "", markdown, flags=re.DOTALL | re.MULTILINE)
     text = re.sub(r"^(?:[#|!<]|:::).*$", "", text, flags=re.MULTILINE).strip()
-    text = re.sub(
-        r"\[([^\]]*)\]\([^)]*\)|[*`]+", lambda found: found[1] or "", " ".join(text.split("\n\n")[0].split())
-    )
-    return re.sub(":$", ".", re.split(r"(?<=[.?!]) ", text)[0])
+    paragraph = " ".join(text.split("\n\n")[0].split())
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)|[*`]+", lambda found: found[1] or "", paragraph)
+    return re.sub(":$", ".", re.split(r"(?<=[.?!]) ", plain)[0])
 
 
 def on_post_template(output_content: str, template_name: str, config: MkDocsConfig) -> str:

@@ -197,8 +197,10 @@ def make_gallery(
     photos: Sequence[str | os.PathLike],
     folder: Path,
 ) -> list[GalleryImage]:
-    """Draw photos beside the trait maps of their predicted classes, for a card, into the folder trait_maps in
-    `folder`, and put each photo beside its figure, for the Hub's widget. Where a photo lies in a folder that is called like another class, that is named as the true one.
+    """Draw photos beside the trait maps of their predicted classes, for a card, into the folder trait_maps in `folder`.
+
+    Each photo is put beside its figure, for the Hub's widget. Where a photo lies in a folder that is called like
+    another class, that is named as the true one.
 
     Raises:
         ValueError: there are more than `MAX_GALLERY_IMAGES` photos, or one cannot be read.
