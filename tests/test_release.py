@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from prompt_cam_hf import __version__
 
@@ -47,9 +49,14 @@ def test_what_workflows_run_is_there(job):
     for path in re.findall(r"\btests/[\w/.]+", lines):
         assert (ROOT / path).exists(), path
     assert job["timeout-minutes"] and job["steps"]
-    # A token that may write stays in the job that publishes, which runs nothing of the repository.
+    used = {step["uses"].partition("@")[0]: step for step in job["steps"] if "uses" in step}
+    for step in used.values():  # by commit: a tag can be moved to other code
+        assert re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", step["uses"]), step["uses"]
+    # A token that may write stays in jobs that run nothing of the repository.
     if "permissions" in job:
-        assert not lines.strip()
+        assert "actions/checkout" not in used
+    elif "actions/checkout" in used:
+        assert used["actions/checkout"]["with"]["persist-credentials"] is False
 
 
 def test_the_script_of_training_names_what_it_needs():
@@ -69,6 +76,39 @@ def test_every_python_that_is_promised_is_tested():
     classified = re.findall(r"Python :: (3\.\d+)", setup()["metadata"]["classifiers"])
     assert matrix["python"] == classified
     assert setup()["options"]["python_requires"] == f">={classified[0]}"
+    for job in jobs():
+        for step in job.values[0]["steps"]:
+            version = step.get("with", {}).get("python-version", "${{ matrix.python }}")
+            assert version in [*classified, "${{ matrix.python }}"], (job.id, version)
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "constraints-oldest.txt"])
+def test_each_python_has_one_version_of_everything_required(name):
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    lowest = {
+        canonicalize_name(wanted.name): wanted.specifier
+        for wanted in map(Requirement, setup()["options"]["install_requires"].split("\n")[1:])
+    }
+    for version in re.findall(r"Python :: (3\.\d+)", setup()["metadata"]["classifiers"]):
+        environment = {"python_version": version}
+        here = [pin for pin in pins if pin.marker is None or pin.marker.evaluate(environment)]
+        pinned = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in here}
+        assert len(pinned) == len(here), version
+        for package, specifier in lowest.items():
+            assert specifier.contains(pinned[package]), (version, package)
+        if "oldest" in name:  # what setup.cfg allows is what is tried
+            assert f"{lowest['transformers']}.0" == f">={pinned['transformers']}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("[!c]*.yml")), ids=lambda path: path.stem
+)
+def test_issue_forms(path):
+    form = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert form["name"] and form["description"] and form["labels"]
+    ids = [field["id"] for field in form["body"]]
+    assert len(set(ids)) == len(ids) and any(field.get("validations", {}).get("required") for field in form["body"])
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")

@@ -197,7 +197,7 @@ def make_gallery(
     photos: Sequence[str | os.PathLike],
     folder: Path,
 ) -> list[GalleryImage]:
-    """Draw photos beside the trait maps of their predicted classes, for a card, into the folder trait_maps in `folder`.
+    """Draw photos beside the trait maps of their predicted classes, for a card, into `folder`/trait_maps.
 
     Each photo is put beside its figure, for the Hub's widget. Where a photo lies in a folder that is called like
     another class, that is named as the true one.
