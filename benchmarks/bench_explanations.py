@@ -32,7 +32,7 @@ from prompt_cam_hf.evaluation.subjects import MAPS
 from prompt_cam_hf.explanations.aggregate import AGGREGATIONS
 from prompt_cam_hf.training.demo import RECIPES
 from prompt_cam_hf.training.recipe import load_recipe
-from prompt_cam_hf.training.train import train
+from prompt_cam_hf.training.train import RESULTS_FILE, train
 
 # By the name of a method: its recipe, and what differs from it. VPT has as many prompts as there are classes.
 METHODS: dict[str, tuple[str, dict]] = {
@@ -48,6 +48,8 @@ _POST_HOC = tuple(name for name in MAPS if name not in AGGREGATIONS)
 
 def train_method(name: str, folder: Path, seed: int) -> Path:
     """The folder of a method's model, which is trained if it is not there yet."""
+    if (folder / name / RESULTS_FILE).exists():  # written last
+        return folder / name
     birds = {split: birds_dataset(split, count) for split, count in _PER_CLASS.items()}
     images = {split: data.select_columns(["image", "label"]) for split, data in birds.items()}
     data = ImageData(**images, id2label={label: bird.name for label, bird in enumerate(BIRD_CLASSES)})
