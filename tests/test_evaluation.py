@@ -335,7 +335,8 @@ def test_defaults(folders, photos, tmp_path):
         if mean.map not in maps[mean.model]:
             maps[mean.model].append(mean.map)
     assert maps["prompt_cam"] == ["", DEFAULT_AGGREGATION]
-    assert maps["vpt"] == ["", "grad_cam", "hires_cam", "layer_cam", "eigen_cam", "rollout", "finer_hires_cam"]
+    usual = ["grad_cam", "hires_cam", "layer_cam", "eigen_cam", "rollout", "chefer_cam", "finer_hires_cam"]
+    assert maps["vpt"] == ["", *usual]
     assert not (tmp_path / "out" / "curves.svg").exists()
     many_heads = tiny_model(backbone_fields={"hidden_size": 68, "num_attention_heads": 17})
     assert load_subject(save(many_heads, tmp_path / "many")).maps == (DEFAULT_AGGREGATION,)

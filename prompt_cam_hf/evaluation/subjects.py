@@ -27,7 +27,15 @@ _SIMILAR_CLASSES = 3
 _POST_HOC = (*CAM_METHODS, *(f"{_FINER}{name}" for name in ("grad_cam", "hires_cam", "layer_cam")))
 MAPS = (*AGGREGATIONS, *_POST_HOC)
 # Those of the paper's Table 2 and stronger, later ones.
-_DEFAULT_BASELINE_MAPS = ("grad_cam", "hires_cam", "layer_cam", "eigen_cam", "rollout", "finer_hires_cam")
+_DEFAULT_BASELINE_MAPS = (
+    "grad_cam",
+    "hires_cam",
+    "layer_cam",
+    "eigen_cam",
+    "rollout",
+    "chefer_cam",
+    "finer_hires_cam",
+)
 
 
 class Subject(NamedTuple):
