@@ -25,9 +25,12 @@ test-newest: $(NEWEST)/installed
 test-long: $(NEWEST)/installed
 	$(NEWEST)/bin/python -m pytest -n 2 -m long
 
-# The oldest supported transformers runs the fast part.
+# The oldest supported transformers runs the fast part, without what says nothing about transformers: pages and their
+# server, documents, figures, drawings, commands around what is tested anyway.
+NOT_ABOUT_TRANSFORMERS := browser faults $(patsubst %,test_%.py,app birds birds_figures class_atlas cli_train demo \
+	docs_blocks examples figures notebooks parts prepare release reproduce space study training_report)
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest -n 2 -m "not slow"
+	$(OLDEST)/bin/python -m pytest -n 2 -m "not slow" $(NOT_ABOUT_TRANSFORMERS:%=--ignore=tests/%)
 
 # What computes a model's numbers, once more as other processors do: weights at odd places, other kernels.
 COMPUTING := checkpoint prompt_sets modeling pipeline parity maps ranking baselines_models baselines_maps sanity
