@@ -137,6 +137,7 @@ def run(call: Callable[..., Any], *arguments: Any, seconds: float = SECONDS, **o
 def _enter(settings: tuple, call: Callable[..., Any], arguments: Sequence[Any]) -> None:
     folder, cwd, environment, limits = settings
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored, where a shell runs the tests in the background
     os.chdir(cwd)
     os.environ.update(environment)
     for number, name, flags in ((0, "in", os.O_RDONLY), (1, "out", os.O_WRONLY), (2, "err", os.O_WRONLY)):
