@@ -46,13 +46,17 @@ _PER_CLASS = {"train": 60, "validation": 20, "test": 20}
 _POST_HOC = tuple(name for name in MAPS if name not in AGGREGATIONS)
 
 
+def draw_birds() -> ImageData:
+    """The birds of every split, which are those of `prompt-cam demo`."""
+    birds = {split: birds_dataset(split, count) for split, count in _PER_CLASS.items()}
+    images = {split: data.select_columns(["image", "label"]) for split, data in birds.items()}
+    return ImageData(**images, id2label={label: bird.name for label, bird in enumerate(BIRD_CLASSES)})
+
+
 def train_method(name: str, folder: Path, seed: int) -> Path:
     """The folder of a method's model, which is trained if it is not there yet."""
     if (folder / name / RESULTS_FILE).exists():  # written last
         return folder / name
-    birds = {split: birds_dataset(split, count) for split, count in _PER_CLASS.items()}
-    images = {split: data.select_columns(["image", "label"]) for split, data in birds.items()}
-    data = ImageData(**images, id2label={label: bird.name for label, bird in enumerate(BIRD_CLASSES)})
     recipe_name, settings = METHODS[name]
     recipe = load_recipe(
         RECIPES / f"{recipe_name}.yaml",
@@ -62,7 +66,7 @@ def train_method(name: str, folder: Path, seed: int) -> Path:
         resume_from_checkpoint=True,
         **settings,
     )
-    train(recipe, data)
+    train(recipe, draw_birds())
     return folder / name
 
 
