@@ -1,7 +1,7 @@
 # The command line and the page in the browser, on processors:
 #
 #     docker build -t prompt-cam .
-#     docker run --rm -v "$PWD:/data" prompt-cam explain my_model bird.jpg --out traits
+#     docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/data" prompt-cam explain my_model bird.jpg --out traits
 #     docker run --rm -p 7860:7860 -v "$PWD:/data" prompt-cam app my_model --host 0.0.0.0
 FROM python:3.11-slim AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
@@ -12,10 +12,13 @@ RUN python -m venv /opt/prompt_cam \
 
 FROM python:3.11-slim
 COPY --from=build /opt/prompt_cam /opt/prompt_cam
+# HOME and USER are for whoever comes by --user, so as to own what is written: /etc/passwd does not know them.
 ENV PATH=/opt/prompt_cam/bin:$PATH \
+    HOME=/tmp \
+    USER=prompt_cam \
     HF_HOME=/data/.cache/huggingface \
     PYTHONUNBUFFERED=1
-RUN useradd --create-home --uid 1000 prompt_cam \
+RUN useradd --no-create-home --uid 1000 prompt_cam \
  && mkdir /data \
  && chown prompt_cam /data
 USER 1000
