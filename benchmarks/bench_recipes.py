@@ -29,7 +29,13 @@ from prompt_cam_hf.training.recipe import load_recipe
 from prompt_cam_hf.training.train import RESULTS_FILE, train
 
 _MAP = "attention_shapley"
-_MAP_METRICS = ("pointing game", "relevance mass", "relevance rank", "mass lost to runner-up")
+_MAP_METRICS = (
+    "pointing game",
+    "relevance mass",
+    "mass at matched sharpness",
+    "relevance rank",
+    "mass lost to runner-up",
+)
 _BIRDS_PER_CLASS = 20  # of validation and test alike
 
 
