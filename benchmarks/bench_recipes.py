@@ -56,7 +56,7 @@ def train_once(folder: Path, recipe: str, data: str | None, seed: int, settings:
 
 
 def measure_maps(folder: Path, split: str) -> dict[str, float]:
-    """How well the default map of a model finds the traits of drawn birds."""
+    """How well a model's map of all heads finds the traits of drawn birds."""
     protocol = Protocol(metrics=("localisation", "specificity"))
     means = measure(folder, split, _BIRDS_PER_CLASS, [_MAP], protocol)
     return {mean["metric"]: mean["value"] for mean in means if mean["metric"] in _MAP_METRICS}
