@@ -13,7 +13,9 @@ import prompt_cam_hf
 FUNCTIONS = [name for name in prompt_cam_hf.__all__ if inspect.isroutine(getattr(prompt_cam_hf, name))]
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name == "reproduce" else ()) for name in FUNCTIONS]
+)
 def test_examples_run(name, workplace):
     examples = doctest.DocTestParser().get_examples(inspect.getdoc(getattr(prompt_cam_hf, name)))
     source = "".join(example.source for example in examples)

@@ -61,6 +61,7 @@ def test_scores_maps_and_gradients_are_those_of_the_long_way(family, agnostic, f
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit of memory is Linux's")
 def test_ten_thousand_classes_are_run_and_trained_in_little_memory():
     """The attention of the class prompts to each other alone would take 1.6 GB an image."""

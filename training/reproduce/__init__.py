@@ -90,8 +90,8 @@ def reproduce(
 
     Example:
         >>> from prompt_cam_hf import reproduce
-        >>> print(reproduce("table2", out="reproduction"))
-        >>> reproduce("heads", out="reproduction").figures  # on the model that is there
+        >>> print(reproduce("table2", out="reproduction", birds_per_class=(6, 2, 2)))  # fewer birds, less time
+        >>> reproduce("heads", out="reproduction", birds_per_class=(6, 2, 2)).figures  # on the model that is there
     """
     if name not in EXPERIMENTS:
         raise ValueError(f"There is no experiment {name!r}; choose one of {', '.join(EXPERIMENTS)}.")
