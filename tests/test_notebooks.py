@@ -27,9 +27,11 @@ def test_committed_as_run_from_top_to_bottom(path):
     assert kinds and kinds <= {"stream", "display_data", "execute_result"}
     assert not re.search(r"/(?:home|root|tmp|work|Users)/", text)
     assert len(text) < 600_000
-    assert f"/docs/notebooks/{path.name})" in notebook.cells[0].source and f"]({path.name})" in (
-        FOLDER / "README.md"
-    ).read_text(encoding="utf-8")
+    assert f"]({path.name})" in (FOLDER / "README.md").read_text(encoding="utf-8")
+    in_colab = (
+        rf"https://colab\.research\.google\.com/github/[\w-]+/prompt_cam_hf/blob/main/docs/notebooks/{path.name}"
+    )
+    assert re.search(rf"\]\({in_colab}\)", notebook.cells[0].source)
     for cell in notebook.cells:
         # Colab has the notebook alone: links to other pages are whole.
         assert "](../" not in cell.source

@@ -20,8 +20,8 @@ FOLDER = Path(__file__).parent
 def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
     """Run a notebook in a folder; raises nbclient's CellExecutionError where a cell fails.
 
-    Progress bars and warnings, which are written to the error stream, are not kept, and nothing of a cell with the tag
-    "remove_output".
+    Progress bars and warnings, which are written to the error stream, are not kept, nor a second format of an image,
+    and nothing of a cell with the tag "remove_output".
     """
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(
@@ -33,6 +33,9 @@ def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
         if cell.cell_type == "code":
             kept = [] if "remove_output" in cell.metadata.get("tags", ()) else cell.outputs
             cell.outputs = [output for output in kept if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                if "image/jpeg" in output.get("data", {}):
+                    output.data.pop("image/png", None)
     notebook.metadata.get("language_info", {}).pop("version", None)
     return notebook
 
