@@ -3,7 +3,7 @@ PYTHON ?= python3
 NEWEST := .venv
 OLDEST := .venv-oldest
 
-.PHONY: demo app environments test test-newest test-oldest test-long test-processors test-faults lint format docs docs-serve docs-blocks notebooks bench bench-app dist test-wheel clean
+.PHONY: demo app environments test test-newest test-oldest test-long test-plain-processor test-processors test-faults lint format docs docs-serve docs-blocks notebooks bench bench-app dist test-wheel clean
 
 # Trains on drawn birds, offline, and shows what the trait maps are worth: docs/demo.md.
 demo: $(NEWEST)/installed
@@ -19,26 +19,31 @@ environments: $(NEWEST)/installed $(OLDEST)/installed
 test: test-newest test-oldest
 
 test-newest: $(NEWEST)/installed
-	$(NEWEST)/bin/python -m pytest -n 2 -m "not (faults and slow) and not long"
+	$(NEWEST)/bin/python -m pytest -n 3 -m "not (faults and slow) and not long"
 
-# What takes more than half a minute each: before a release, and after a change of what it is about.
+# What takes longest, and further cases of what `make test` tries once: before a release, and after a change of what it
+# is about.
 test-long: $(NEWEST)/installed
 	$(NEWEST)/bin/python -m pytest -n 2 -m long
 
-# The oldest supported transformers runs the fast part, without what says nothing about transformers: pages and their
-# server, documents, figures, drawings, commands around what is tested anyway.
-NOT_ABOUT_TRANSFORMERS := browser faults $(patsubst %,test_%.py,app birds birds_figures class_atlas cli_train demo \
-	docs_blocks examples figures notebooks parts prepare release reproduce space study training_report)
+# The oldest supported transformers runs the fast part of what uses it: models and their files, image processors,
+# Trainer, pipeline, Hub.
+USING_TRANSFORMERS := backbone_formats baselines_maps baselines_models baselines_training checkpoint citizen door explain \
+	features hub_loading image_cache images intr layers_as_modules many_classes maps modeling parity pipeline prepared \
+	prompt_sets publish ranking recipe resume train
 test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest -n 2 -m "not slow" $(NOT_ABOUT_TRANSFORMERS:%=--ignore=tests/%)
+	$(OLDEST)/bin/python -m pytest -n 2 -m "not slow" $(USING_TRANSFORMERS:%=tests/test_%.py)
 
-# What computes a model's numbers, once more as other processors do: weights at odd places, other kernels.
+# What computes a model's numbers, once more as other processors do: weights at odd places, other kernels. The plainest
+# kernels differ most from those of a new processor; test-processors tries more.
 COMPUTING := checkpoint prompt_sets modeling pipeline parity maps ranking baselines_models baselines_maps sanity
 OTHER_PROCESSOR := $(NEWEST)/bin/python -m pytest -n 2 -m "not slow" $(COMPUTING:%=tests/test_%.py)
-test-processors: $(NEWEST)/installed
-	ATEN_CPU_CAPABILITY=default $(OTHER_PROCESSOR) --misalign 4
+test-plain-processor: $(NEWEST)/installed
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(OTHER_PROCESSOR) --misalign 4
+
+test-processors: $(NEWEST)/installed test-plain-processor
 	ONEDNN_MAX_CPU_ISA=AVX2 $(OTHER_PROCESSOR) --misalign 8
-	ONEDNN_MAX_CPU_ISA=SSE41 $(OTHER_PROCESSOR) --misalign 16
+	ATEN_CPU_CAPABILITY=avx2 $(OTHER_PROCESSOR) --misalign 16
 
 # The whole campaign of faults, and a table of what it found.
 test-faults: $(NEWEST)/installed

@@ -68,6 +68,11 @@ FAMILIES = {
 }
 
 
+def rarely(*values: Any, **options: Any) -> Any:
+    """Make a case of a parametrised test one that `make test-long` runs and `make test` leaves out."""
+    return pytest.param(*values, marks=(pytest.mark.slow, pytest.mark.long), **options)
+
+
 def tiny_backbone_config(family: str = "vit", **fields) -> PreTrainedConfig:
     config = FAMILIES[family]()
     for name, value in fields.items():

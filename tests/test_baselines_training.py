@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import assert_computed, assert_stored
+from conftest import assert_computed, assert_stored, rarely
 from PIL import Image
 from small_runs import (  # noqa: F401 - fixtures are found by being here
     COLOURS,
@@ -63,6 +63,8 @@ def test_learns_and_trains_its_own_parameters_alone(recipe, backbone, method):
     assert again.config.id2label == {0: "red", 1: "green", 2: "blue"}
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_linear_probe_needs_nothing_but_transformers(recipe, photos):
     """The stock pipeline, in a process that cannot import this package."""
     result = train(recipe(method="linear_probe", num_train_epochs=2))
@@ -84,8 +86,8 @@ def test_linear_probe_needs_nothing_but_transformers(recipe, photos):
     [
         pytest.param({"method": "linear_probe"}, id="linear probe"),
         pytest.param({"method": "vpt", "first_prompt_layer": 1}, id="vpt deep"),
-        pytest.param({"method": "vpt", "first_prompt_layer": 2, "class_prompt_layer": 0}, id="vpt shallow"),
-        pytest.param({"method": "vpt", "num_agnostic_prompts": 0}, id="vpt without prompts"),
+        rarely({"method": "vpt", "first_prompt_layer": 2, "class_prompt_layer": 0}, id="vpt shallow"),
+        rarely({"method": "vpt", "num_agnostic_prompts": 0}, id="vpt without prompts"),
         pytest.param(INTR | {"intr": TINY_INTR | {"dropout": 0.0, "attention_dropout": 0.0}}, id="intr"),
     ],
 )
@@ -136,6 +138,7 @@ def detr(tmp_path):
     return str(tmp_path / "detr")
 
 
+@pytest.mark.slow
 def test_intr_learns_on_a_frozen_backbone_and_is_resumed(recipe, backbone, tmp_path):
     plain = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0)
     settings = {**INTR, "intr": TINY_INTR | plain, "num_train_epochs": 16}

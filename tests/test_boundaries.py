@@ -152,6 +152,8 @@ print(*counts)
 """
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_importing_twice_registers_once():
     run = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", _REGISTRATIONS], cwd="/", capture_output=True, text=True

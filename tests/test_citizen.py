@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ID2LABEL, assert_computed, assert_stored, random_images, tiny_backbone_config, tiny_model
+from conftest import ID2LABEL, assert_computed, assert_stored, random_images, rarely, tiny_backbone_config, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageClassification, Trainer, TrainingArguments
 
@@ -513,6 +513,7 @@ def test_gradient_checkpointing_in_trainer(model, reentrant, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", [name if name == "deep" else rarely(name) for name in VARIANTS], indirect=True)
 def test_bf16_and_compile_in_trainer(model, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch._dynamo.reset()
@@ -524,6 +525,7 @@ def test_bf16_and_compile_in_trainer(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", [name if name == "deep" else rarely(name) for name in VARIANTS], indirect=True)
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_with_trait_maps(model, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ID2LABEL, NUM_CLASSES, assert_computed, random_images, tiny_backbone_config, tiny_model
+from conftest import ID2LABEL, NUM_CLASSES, assert_computed, random_images, rarely, tiny_backbone_config, tiny_model
 from PIL import Image
 from transformers import CLIPImageProcessor, ViTForImageClassification
 
@@ -340,7 +340,7 @@ test_class_atlas.run({photos!r}, {out!r})
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop_at", [4, 11])
+@pytest.mark.parametrize("stop_at", [4, rarely(11)])
 def test_kill_9(photos, tmp_path, monkeypatch, stop_at):
     monkeypatch.setattr(build, "PART_SIZE", 6)
     out = tmp_path / "out"

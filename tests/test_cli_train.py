@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import rarely
 from faults.processes import prompt_cam, run, start
 from hub_server import connect, serve
 from small_runs import (  # noqa: F401 - fixtures are found by being here
@@ -156,7 +157,8 @@ def test_a_failed_upload_keeps_its_sentence(photos, small, tmp_path):
     assert "Saved in" in answer.stdout and json.loads((tmp_path / "out" / "results.json").read_text())
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, rarely(2)])
 def test_interrupted_and_resumed(photos, small, tmp_path, workers):
     arguments = ["train", photos, *small, "--dataloader_num_workers", workers, "--num_train_epochs", 40]
     running = start(prompt_cam, *arguments, "--out", tmp_path / "out", memory=None)
@@ -178,6 +180,7 @@ def test_interrupted_and_resumed(photos, small, tmp_path, workers):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_launcher_is_quiet_where_it_is_told_to(photos):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "--num_processes=1", "--num_machines=1"]
     launch += ["--mixed_precision=no", "--dynamo_backend=no", ROOT / "training" / "train.py", "own_photos", "--seed=x"]

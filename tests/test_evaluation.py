@@ -516,6 +516,7 @@ def one_thread() -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_two_processes_measure_what_one_does(folders, photos, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

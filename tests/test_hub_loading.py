@@ -161,6 +161,7 @@ def test_with_the_package_no_permission_is_needed(published):
 _PREDICT = "import sys; from prompt_cam_hf.cli import app; app(['predict', *sys.argv[2:]], prog_name='prompt-cam')"
 
 
+@pytest.mark.slow
 def test_a_command_without_a_network_tries_once(published):
     home, photo = published.folder / "home-command", "photo.jpg"
 
@@ -399,6 +400,7 @@ for page in sys.argv[2:]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_pages_run_as_they_stand(tmp_path):
     """docs/publishing.md and docs/official_checkpoints.md, in order, against a Hub; training was done before."""
     docs = Path(__file__).parents[1] / "docs"

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import FAMILIES, assert_computed, assert_stored, random_images, tiny_backbone_config, tiny_model
+from conftest import FAMILIES, assert_computed, assert_stored, random_images, rarely, tiny_backbone_config, tiny_model
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, ViTForImageClassification
 
@@ -533,7 +533,7 @@ def test_sets_work_where_only_transformers_is(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family_name", ["vit", "dinov3_vit"])
+@pytest.mark.parametrize("family_name", ["vit", rarely("dinov3_vit")])
 def test_compiled_models_change_their_set(family_name):
     assert family_name in FAMILIES
     torch._dynamo.reset()

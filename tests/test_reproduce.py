@@ -149,6 +149,8 @@ def test_backbones_are_those_that_are_named(experiment, backbone, tmp_path):
     assert rows_of(done)[1]["backbone"] == "other_backbone" and done.figures[0].name == "backbones.png"
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_paths_by_level_and_by_node(experiment, photos):
     done = experiment("taxonomy", nodes=True)
     level, node = rows_of(done)

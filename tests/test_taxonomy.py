@@ -201,6 +201,7 @@ def test_one_command_trains_all_levels(write, photos, recipe, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_tree_goes_on_level_by_level(write, recipe, tmp_path, capsys):
     quick = {"num_train_epochs": 2, "warmup_epochs": 1}
     out = tmp_path / "out"
