@@ -167,10 +167,11 @@ def _read_table(path: Path, image_column: str, label_column: str) -> dict[str, S
 def _read_columns(
     table: datasets.Dataset, where: str, folder: Path | None, image_column: str, label_column: str
 ) -> SourceSplit:
-    images = read_images(table, where, folder, image_column)
-    _check_column(table, where, "label_column", label_column)
-    if not len(table):
+    for option, column in (("image_column", image_column), ("label_column", label_column)):
+        _check_column(table, where, option, column)
+    if not len(table):  # whose columns may have no type
         raise ValueError(f"{where} has no rows.")
+    images = read_images(table, where, folder, image_column)
     return SourceSplit(images, *_read_labels(table, where, label_column))
 
 
