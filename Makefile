@@ -28,9 +28,8 @@ test-long: $(NEWEST)/installed
 
 # The oldest supported transformers runs the fast part of what uses it: models and their files, image processors,
 # Trainer, pipeline, Hub.
-USING_TRANSFORMERS := backbone_formats baselines_maps baselines_models baselines_training checkpoint citizen door explain \
-	features hub_loading image_cache images intr layers_as_modules many_classes maps modeling parity pipeline prepared \
-	prompt_sets publish ranking recipe resume train
+USING_TRANSFORMERS := backbone_formats baselines_models baselines_training checkpoint citizen door hub_loading images intr \
+	layers_as_modules modeling parity pipeline prepared prompt_sets resume train
 test-oldest: $(OLDEST)/installed
 	$(OLDEST)/bin/python -m pytest -n 2 -m "not slow" $(USING_TRANSFORMERS:%=tests/test_%.py)
 
@@ -79,6 +78,7 @@ bench: $(NEWEST)/installed
 	$(NEWEST)/bin/python benchmarks/bench_ranking.py
 	$(NEWEST)/bin/python benchmarks/bench_faithfulness.py
 	$(NEWEST)/bin/python benchmarks/bench_loader.py
+	$(NEWEST)/bin/python benchmarks/bench_gpu.py
 
 bench-app: demo
 	$(NEWEST)/bin/python benchmarks/bench_app.py prompt_cam_demo/model --examples prompt_cam_demo/birds

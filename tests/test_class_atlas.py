@@ -674,6 +674,8 @@ def test_names_cannot_break_the_page(tmp_path):
     assert all(name in found.text for name in evil.values())
 
 
+@pytest.mark.slow
+@pytest.mark.long
 def test_the_page_stays_small(monkeypatch):
     """200 classes with every image as large as it may be are under 20 MB; more classes never need much more."""
     model = tiny_model()

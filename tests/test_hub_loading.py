@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ID2LABEL, random_images, tiny_backbone_config, tiny_model
+from conftest import ID2LABEL, random_images, rarely, tiny_backbone_config, tiny_model
 from hub_server import MINE, WRITER, HubServer, connect, serve
 from PIL import Image
 from test_parity import Official
@@ -339,7 +339,9 @@ def evil_copy(files: dict[str, bytes], **changes) -> dict[str, bytes]:
     return files | {"config.json": json.dumps(config).encode(), "evil.py": _EVIL.encode()}
 
 
-@pytest.mark.parametrize("package", [False, True], ids=["without the package", "with the package"])
+@pytest.mark.parametrize(
+    "package", [pytest.param(False, id="without the package"), rarely(True, id="with the package")]
+)
 def test_code_of_a_backbone_never_runs(published, tmp_path, package):
     """Neither by a nested config nor by the repository that prompts name, though the model's own code may run.
 

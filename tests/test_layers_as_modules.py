@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from conftest import IMAGE_SIZE, assert_computed, random_images, rarely, tiny_model
+from conftest import IMAGE_SIZE, assert_computed, random_images, tiny_model
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -87,11 +87,7 @@ def test_hooks_change_what_a_layer_gets_and_gives():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "model",
-    [name if name == "shallow" else rarely(name) for name in VARIANTS],
-    indirect=True,
-)
+@pytest.mark.long
 def test_asked_classes_are_compiled_and_exported_without_a_graph_break(model, tmp_path, monkeypatch):
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)

@@ -119,7 +119,7 @@ def test_notes_and_errors_are_printed_and_saved(finished, capsys, recipe, caplog
 # --- Figures ---
 
 
-@pytest.mark.parametrize("number", [2, 16, 200, rarely(300)])
+@pytest.mark.parametrize("number", [2, 16, rarely(200), rarely(300)])
 def test_confusions_are_drawn(number):
     names = [f"White breasted Kingfisher {index}" for index in range(number)]
     counts = np.random.default_rng(0).integers(0, 2, (number, number)) + 8 * np.eye(number, dtype=int)
